@@ -1,0 +1,39 @@
+"""Exact attention kernels: generated, tuned, remembered and dispatched.
+
+Importing this package does nothing else: every name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elsa_tune.device import Device as Device
+    from elsa_tune.dispatch import attention as attention
+    from elsa_tune.dispatch import load as load
+    from elsa_tune.problem import Problem as Problem
+    from elsa_tune.tuning import tune as tune
+    from elsa_tune.variant import Variant as Variant
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Problem": "problem",
+    "Device": "device",
+    "Variant": "variant",
+    "attention": "dispatch",
+    "load": "dispatch",
+    "tune": "tuning",
+}
+__all__ = ["Device", "Problem", "Variant", "__version__", "attention", "load", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'elsa_tune' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"elsa_tune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

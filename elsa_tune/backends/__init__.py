@@ -1,0 +1,92 @@
+"""Backends: what each must offer, and which there are. A backend is one public file of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from elsa_tune.device import Device
+from elsa_tune.errors import BadVariant
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from elsa_tune.render import Source
+    from elsa_tune.space import Law
+
+
+class Call(Protocol):
+    """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Kernel(Call, Protocol):
+    """A built variant: computes one family for any shape."""
+
+    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+        """A call for exactly these shapes, with everything that can be computed beforehand done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What building left behind. ``path`` is None where nothing needs building; resources are the compiler's report."""
+
+    digest: str
+    path: Path | None = None
+    resources: Mapping[str, int] = field(default_factory=dict)
+    spill: str = ""
+
+
+class Backend(Protocol):
+    """The one protocol that tuning, checking and dispatch talk to."""
+
+    laws: tuple[Law, ...]
+
+    def refusal(self, problem: Problem, device: Device) -> str | None:
+        """Why this backend cannot serve the problem on the device, or None."""
+
+    def source(self, variant: Variant, problem: Problem) -> Source | None:
+        """The rendered code, or None for a backend that renders nothing."""
+
+    def command(self, variant: Variant) -> list[str]:
+        """The compile command, without input and output; empty where nothing is compiled."""
+
+    def digest(self, variant: Variant, problem: Problem) -> str:
+        """Names what would be built: equal digests are the same kernel."""
+
+    def build(self, variant: Variant, problem: Problem) -> Built:
+        """Compile, or find in the kernel cache. Raises BuildFailed, CompilerMissing, KernelCacheUnsafe."""
+
+    def find(self, digest: str) -> Built | None:
+        """What was built before under a digest, or None. Never compiles. Raises KernelCacheUnsafe."""
+
+    def load(self, built: Built, variant: Variant, problem: Problem) -> Kernel:
+        """A callable kernel."""
+
+    def toolchain(self) -> dict[str, str]:
+        """Names and versions that decide what is built: provenance of every measurement."""
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Every backend's name: the files of this folder."""
+    return tuple(sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")))
+
+
+@cache
+def get(name: str) -> Backend:
+    """The backend called ``name``. Raises BadVariant."""
+    if name not in names():
+        raise BadVariant(f"backend {name!r} is unknown; use one of {', '.join(names())}")
+    backend: Backend = cast(Any, import_module(f"elsa_tune.backends.{name}"))
+    return backend

@@ -1,0 +1,386 @@
+"""C++ kernels for CPUs: laws, compiling, and calling with torch's own OpenMP pool."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elsa_tune import exp2, scan
+from elsa_tune.backends import Built, Call, Kernel, _compiler, _kernel_cache
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.errors import WrongArguments
+from elsa_tune.problem import Problem
+from elsa_tune.render import Source, render
+from elsa_tune.variant import Variant
+
+TEMPLATE = "cpp/attention.cpp.j2"
+LIBRARY = "kernel.so"
+LARGEST_DIM = 256
+STACK_BYTES = 1 << 20
+SCRATCH_BYTES = 64 << 20
+SPILL_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """An instruction set: floats in its widest vector, its vector registers, and the compiler's flags for it."""
+
+    lanes: int
+    registers: int
+    flags: tuple[str, ...]
+
+
+ISAS = {
+    "avx512": Isa(
+        16, 32, ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512")
+    ),
+    "avx2": Isa(8, 16, ("-mavx2", "-mfma")),
+    "neon": Isa(4, 32, ()),
+    "portable": Isa(4, 16, ()),
+}
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
+
+
+# Laws: each says in one sentence why a combination cannot work or cannot win.
+
+
+def isa_is_here(isa: str, device: Device) -> str | None:
+    if isa not in device.isas:
+        return f"{device} has {', '.join(device.isas)}, not {isa}"
+    if isa == "portable" and len(device.isas) > 1:
+        return f"the same code compiled for {device.isas[0]} is faster"
+    return None
+
+
+def lanes_fit_isa(isa: str, lanes: int) -> str | None:
+    widest = ISAS[isa].lanes
+    if lanes > widest or lanes * 2 < widest:
+        return f"{isa} vectors hold {widest} floats; {lanes} lanes waste or split them"
+    return None
+
+
+def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
+    if chunk > lanes:
+        return f"a row cannot take {chunk} of {lanes} lanes"
+    if problem.head_dim % chunk or problem.value_dim % chunk:
+        return f"chunk {chunk} does not divide head_dim {problem.head_dim} and value_dim {problem.value_dim}"
+    return None
+
+
+def rows_fill_vectors(lanes: int, chunk: int, problem: Problem) -> str | None:
+    rows, per_vector = problem.q_len * problem.group, lanes // chunk
+    if rows >= lanes and chunk > 1:
+        return f"{rows} query rows fill {lanes} lanes; a chunk would only repeat work"
+    if rows < lanes and per_vector > 2 * rows:
+        return f"{rows} query rows leave most of {per_vector} row lanes empty"
+    return None
+
+
+def tiles_fill_registers(
+    isa: str, lanes: int, chunk: int, query_vectors: int, key_tile: int, value_tile: int
+) -> str | None:
+    registers = ISAS[isa].registers
+    for tile in (key_tile, value_tile):
+        accumulators = query_vectors * tile
+        operands = query_vectors + (chunk > 1)
+        if accumulators + operands > registers:
+            return f"{accumulators} accumulators and {operands} operands exceed {registers} registers"
+        if accumulators < 4:
+            return f"{accumulators} accumulators cannot hide the latency of a multiply-add"
+    return None
+
+
+def leaf_holds_key_tiles(key_tile: int, block_n: int) -> str | None:
+    return f"a leaf of {block_n} keys is no multiple of {key_tile}" if block_n % key_tile else None
+
+
+def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None:
+    steps = problem.value_dim // chunk
+    return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
+
+
+def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
+    if scan == "serial" and workers * splits > 1:
+        return "a fold has one state; several need a scan to merge them"
+    if scan == "hybrid" and (workers == 1 or splits == 1):
+        return "hybrid needs states on both levels, workers and splits"
+    if scan != "serial" and workers * splits == 1:
+        return f"with one state nothing is merged, and {scan} would be a fold under another name"
+    return None
+
+
+def stack_is_bounded(
+    lanes: int, chunk: int, query_vectors: int, block_n: int, workers: int, problem: Problem
+) -> str | None:
+    head_steps, value_steps = problem.head_dim // chunk, problem.value_dim // chunk
+    tile_bytes = 4 * lanes * query_vectors * (head_steps + block_n + workers * (value_steps + 2))
+    size = tile_bytes + 4 * block_n * problem.head_dim
+    return f"a tile takes {size >> 10} KiB of stack, more than {STACK_BYTES >> 10}" if size > STACK_BYTES else None
+
+
+def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
+    error = exp2.relative_error(exp_degree)
+    if problem.precision in ("strict", "fp32") and error > 8 * 2.0**-24:
+        return f"a polynomial of degree {exp_degree} errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
+    return None
+
+
+laws = (
+    isa_is_here,
+    lanes_fit_isa,
+    chunk_divides,
+    rows_fill_vectors,
+    tiles_fill_registers,
+    leaf_holds_key_tiles,
+    value_tile_fits,
+    scan_has_states,
+    stack_is_bounded,
+    exp_is_exact,
+)
+
+
+def refusal(problem: Problem, device: Device) -> str | None:
+    """C++ serves float32, forward, no mask or causal, dimensions up to 256, on CPUs."""
+    if device.kind != "cpu":
+        return f"the C++ backend runs on CPUs, not on {device}"
+    if problem.dtype != "fp32" or problem.precision not in ("fp32", "strict"):
+        return f"the C++ backend computes float32, not {problem.dtype} in class {problem.precision}"
+    if problem.direction != "forward":
+        return "the C++ backend has no backward kernels"
+    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
+        return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
+    return None
+
+
+@cache
+def source(variant: Variant, problem: Problem) -> Source:
+    """The C++ text for the problem's family."""
+    axes = variant.axes
+    strategy = scan.get(str(axes["scan"]))
+    return render(
+        TEMPLATE,
+        {
+            **axes,
+            "scan": strategy,
+            "block_scan": scan.get(strategy.block or strategy.name),
+            "grid_scan": scan.get(strategy.grid or strategy.name),
+            "variant": variant,
+            "family": problem.family,
+            "head_dim": problem.head_dim,
+            "value_dim": problem.value_dim,
+            "mask": problem.mask,
+            "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
+            "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
+            "scratch_bytes": SCRATCH_BYTES,
+        },
+    )
+
+
+def command(variant: Variant) -> list[str]:
+    """The compile command for a shared library, without input and output. Raises CompilerMissing."""
+    return [*_compiler.find().command, *FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags, "-shared"]
+
+
+def digest(variant: Variant, problem: Problem) -> str:
+    """What a built kernel is filed under: code, compile command and compiler version."""
+    parts = [source(variant, problem).digest, *command(variant), _compiler.find().version]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _built(digest: str, found: tuple[Path, Mapping[str, int]]) -> Built:
+    path, resources = found
+    spills, fmas = resources["hot_spills"], resources["hot_fmas"]
+    spill = f"{spills} stack stores for {fmas} multiply-adds in hot loops" if spills > SPILL_SHARE * fmas else ""
+    return Built(digest, path, resources, spill)
+
+
+def find(digest: str) -> Built | None:
+    """The kernel built earlier under ``digest``, or None."""
+    found = _kernel_cache.find(digest, LIBRARY)
+    return _built(digest, found) if found else None
+
+
+def build_text(text: str, name: str, variant: Variant) -> Built:
+    """Compile C++ text under the digest ``name``: to assembly, which is read for spills, then to a library."""
+
+    def fill(folder: Path) -> Mapping[str, int]:
+        (folder / "kernel.cpp").write_text(text)
+        compiler, flags = _compiler.find(), [*FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags]
+        compiler.run([*flags, "-S", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.s")], str(variant))
+        compiler.run(
+            ["-shared", "-fPIC", *compiler.link, str(folder / "kernel.s"), "-o", str(folder / LIBRARY)], str(variant)
+        )
+        return _compiler.hot_loops((folder / "kernel.s").read_text())
+
+    return _built(name, _kernel_cache.add(name, LIBRARY, fill))
+
+
+def build(variant: Variant, problem: Problem) -> Built:
+    """The compiled family, from the cache or the compiler."""
+    name = digest(variant, problem)
+    built = find(name) or build_text(source(variant, problem).text, name, variant)
+    return replace(built, resources={**built.resources, **_network(variant)})
+
+
+def _network(variant: Variant) -> dict[str, int]:
+    """Depth and merges of the scan of one query tile: among the workers of a core, then among splits."""
+    strategy = scan.get(str(variant.axes["scan"]))
+    counts = {"depth": 0, "merges": 0}
+    for level, axis in (("block", "workers"), ("grid", "splits")):
+        n = int(variant.axes[axis])
+        rounds = scan.get(getattr(strategy, level) or strategy.name).total(n)
+        counts["depth"] += scan.depth(rounds, n)
+        counts["merges"] += sum(r.merges(n) for r in rounds)
+    return counts
+
+
+# Calling. The generated code starts its threads through GOMP_parallel of the OpenMP runtime that torch
+# loaded, so there is one pool, torch's, and no second runtime is ever linked.
+
+
+@cache
+def openmp() -> tuple[str, int]:
+    """The file and GOMP_parallel address of the loaded OpenMP runtime; ("", 0) where it has none."""
+    import threadpoolctl
+
+    for pool in threadpoolctl.threadpool_info():
+        if pool["user_api"] == "openmp":
+            entry = getattr(ctypes.CDLL(pool["filepath"]), "GOMP_parallel", None)
+            if entry is not None:
+                return pool["filepath"], ctypes.cast(entry, ctypes.c_void_p).value or 0
+    return "", 0
+
+
+class Pool:
+    """Whether kernels may start threads here. An OpenMP pool does not survive a fork, and starting one in a child whose
+    parent had used it hangs; so a child computes on its own thread unless it knows that its parent never computed."""
+
+    usable = True
+
+    @classmethod
+    def forked(cls) -> None:
+        cls.usable = False
+
+    @classmethod
+    def parent_never_computed(cls) -> None:
+        cls.usable = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Pool.forked)
+
+# struct Call of templates/cpp/call.j2: four pointers that change with every call, then what a layout decides.
+_POINTERS = struct.Struct("<4q").pack
+_LAYOUT = struct.Struct("<17qdqq").pack
+
+
+def new_output(query: Tensor, value_dim: int) -> Tensor:
+    """An output [batch, heads, q_len, value_dim] laid out like ``query``: by head, or by position."""
+    batch, heads, q_len, head_dim = query.shape
+    if value_dim == head_dim:
+        return torch.empty_like(query)
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
+    return query.new_empty((batch, heads, q_len, value_dim))
+
+
+class CppKernel:
+    """A compiled family: call it with any shape, or bind a shape for repeated calls."""
+
+    def __init__(self, library: Path, problem: Problem) -> None:
+        function = ctypes.CDLL(str(library)).elsa_attention
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        self._function, self._problem = function, problem
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        dims = (query.shape[3], key.shape[3], value.shape[3])
+        if dims != (self._problem.head_dim, self._problem.head_dim, self._problem.value_dim):
+            raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {self._problem.family}")
+        return self.bind(query.shape, value.shape)(query, key, value, scale, out)
+
+    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+        """A call for exactly these shapes. What a memory layout decides is computed when the layout changes."""
+        function, threads, pool, empty_like = self._function, torch.get_num_threads, Pool, torch.empty_like
+        head_dim, value_dim, launch = self._problem.head_dim, self._problem.value_dim, openmp()[1]
+        default_scale = 1 / math.sqrt(head_dim)
+        batch, heads, q_len, _ = query_shape
+        _, kv_heads, kv_len, _ = value_shape
+        known: tuple[object, bytes] = (None, b"")
+
+        def call(
+            query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+        ) -> Tensor:
+            nonlocal known
+            layout = (query.stride(), key.stride(), value.stride(), scale, threads(), pool.usable)
+            made = empty_like(query) if value_dim == head_dim and out is None else out
+            decided = known
+            if layout != decided[0] or out is not None or made is None:
+                if made is None:
+                    made = new_output(query, value_dim)
+                q, k, v, o = query.stride(), key.stride(), value.stride(), made.stride()
+                if not q[3] == k[3] == v[3] == 1:
+                    return call(_last_stride_one(query), _last_stride_one(key), _last_stride_one(value), scale, out)
+                packed = _LAYOUT(
+                    batch, heads, kv_heads, q_len, kv_len, *q[:3], *k[:3], *v[:3], *o[:3],
+                    default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
+                )  # fmt: skip
+                decided = (layout, packed)
+                if out is None and value_dim == head_dim:
+                    known = decided
+            if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), made.data_ptr()) + decided[1]):
+                raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")
+            return made
+
+        return call
+
+
+def _last_stride_one(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy whose rows are contiguous (and whose negation bit, if any, is applied)."""
+    return x if x.stride(3) == 1 else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
+    """The kernel of the problem's family."""
+    assert built.path is not None
+    return CppKernel(built.path, problem)
+
+
+def peak(seconds: float) -> dict[str, float]:
+    """Measured limits of this CPU with torch's threads: multiply-add ``gflops`` and read ``gbytes`` a second."""
+    isa = host_cpu().isas[0]
+    text = render("cpp/peak.cpp.j2", {"lanes": ISAS[isa].lanes})
+    variant = Variant("cpp", (("isa", isa),), "cpp.peak")
+    name = f"peak-{isa}-{text.digest}"
+    built = find(name) or build_text(text.text, name, variant)
+    function = ctypes.CDLL(str(built.path)).elsa_peak
+    function.argtypes = [
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_double,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    size = max(4 * host_cpu().last_cache, 128 << 20) // 4  # floats: far more than the caches hold
+    memory, rates = torch.zeros(size), (ctypes.c_double * 2)()
+    function(torch.get_num_threads(), openmp()[1], seconds, memory.data_ptr(), size, rates)
+    return {"gflops": rates[0], "gbytes": rates[1]}
+
+
+def toolchain() -> dict[str, str]:
+    """Compiler and OpenMP runtime."""
+    return {"compiler": _compiler.find().version, "openmp": Path(openmp()[0]).name, "python": sys.version.split()[0]}

@@ -1,0 +1,337 @@
+"""attention(query, key, value): look up, call; torch's own SDPA serves whatever no kernel of ours may.
+
+The hot path is one dictionary look-up and one foreign call. Everything else happens once per shape.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from elsa_tune import backends, check, winners
+from elsa_tune.backends import Built, Call, Kernel
+from elsa_tune.choose import Choice, choose
+from elsa_tune.device import Device, detect, host_cpu
+from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
+from elsa_tune.measurement import Winner
+from elsa_tune.problem import Problem
+from elsa_tune.render import Source
+from elsa_tune.space import Space
+from elsa_tune.variant import Variant
+
+_MOST_SHAPES = 4096
+"""Shapes remembered before the table starts anew: a growing key cache makes a new one at every step."""
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_FLOAT32 = torch.float32
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters and tracers want to see torch's own call
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's scaled_dot_product_attention, by the fastest kernel measured on this device.
+
+    query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
+    value_dim]; float32 on a CPU, no mask or causal, no gradient needed: served by a tuned kernel where one is faster.
+    Everything else, and every shape that is not tuned, goes to torch. The output's memory follows the query's.
+    Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused CPU kernel lets pass: key
+    and value of different lengths, a mask together with is_causal, a mask on another device.
+    """
+    if (
+        attn_mask is None
+        and not dropout_p
+        and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        and not _is_compiling()
+        and (query.dtype is key.dtype is value.dtype is _FLOAT32)
+        and (query.is_cpu and key.is_cpu and value.is_cpu)
+    ):
+        serve = _serving.get((query.shape, key.shape, value.shape, is_causal, enable_gqa))
+        if serve is None:
+            serve = _serving_for(query, key, value, is_causal, enable_gqa)
+        if (
+            serve is not _torch_serves
+            and not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+            and not _dispatch_modes()
+            and not _autocast("cpu")
+        ):
+            try:
+                return serve(query, key, value, scale)
+            except (
+                RuntimeError,
+                MemoryError,
+            ):  # no storage of its own (vmap, grad transforms), or no memory for splits
+                pass
+    return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """torch's function, kept away from what its fused CPU kernel gets wrong: causal with a scale of 0 or less, a float32
+    mask with a float64 query, and mistakes it lets pass."""
+    if key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
+        raise WrongArguments(
+            f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
+        )
+    if attn_mask is not None and is_causal:
+        raise WrongArguments(
+            "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
+        )
+    if attn_mask is not None and attn_mask.device != query.device:
+        raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
+    arguments: dict[str, Any] = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    causal_without_scale = is_causal and scale is not None and scale <= 0
+    mixed_mask = attn_mask is not None and attn_mask.dtype not in (query.dtype, torch.bool)
+    if query.device.type == "cpu" and (causal_without_scale or mixed_mask):
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(query, key, value, **arguments)
+    return scaled_dot_product_attention(query, key, value, **arguments)
+
+
+def _torch_serves(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+) -> Tensor:
+    raise AssertionError("a mark in the table, never called")
+
+
+# Once per shape.
+
+_Key = tuple[object, ...]
+_serving: dict[_Key, Call] = {}
+_lock = threading.RLock()
+
+
+def _serving_for(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
+    """Decide who serves a shape, and remember it."""
+    entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa)
+    problem = problem_of(query, key, value, is_causal, enable_gqa)
+    serve: Call = _torch_serves
+    if problem is not None:
+        try:
+            shapes = (query.shape, value.shape)
+
+            shelf = _shelf
+
+            def ready(kernel: Kernel) -> None:
+                if shelf is _shelf:  # nothing was tuned meanwhile
+                    _serving[entry] = kernel.bind(*shapes)
+
+            kernel = shelf.kernel(problem, ready)
+            serve = kernel.bind(*shapes) if kernel else _torch_serves
+        except Exception as error:  # dispatch never raises because of databases, compilers or caches
+            _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
+    if len(_serving) >= _MOST_SHAPES:
+        _serving.clear()
+    return _serving.setdefault(entry, serve)
+
+
+def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Problem | None:
+    """The problem these tensors pose, or None if no kernel of ours is meant for such tensors."""
+    if not (query.dtype == key.dtype == value.dtype == torch.float32 and query.dim() == key.dim() == value.dim() == 4):
+        return None
+    batch, heads, q_len, head_dim = query.shape
+    _, kv_heads, kv_len, value_dim = value.shape
+    if key.shape != (batch, kv_heads, kv_len, head_dim) or value.shape[0] != batch or 0 in (*query.shape, *value.shape):
+        return None
+    if heads != kv_heads and (not enable_gqa or heads % kv_heads):
+        return None
+    return Problem(
+        dtype="fp32", head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
+        batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
+    )  # fmt: skip
+
+
+class _Shelf:
+    """Winners of this device, read once per process, and the kernels loaded or being built because of them."""
+
+    def __init__(self) -> None:
+        self.troubles: dict[str, str] = {}
+        self._layers: list[winners.Layer] | None = None
+        self._families: dict[tuple[object, ...], tuple[list[Winner], set[tuple[str, str]]]] = {}
+        self._kernels: dict[tuple[str, str], Kernel] = {}
+        self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
+        self._building: SimpleQueue[Callable[[], object]] | None = None
+
+    def choice(self, problem: Problem, device: Device) -> Choice:
+        """Who should serve a problem, and why. One query per kind of family, then memory."""
+        kind = (str(device), problem.dtype, problem.mask, problem.precision, problem.direction)
+        with _lock:
+            if self._layers is None:
+                self._layers = winners.layers()
+            if kind not in self._families:
+                known = winners.known_winners(device, self._layers)
+                self._families[kind] = (known, winners.slower_than_sdpa(device, self._layers))
+        return choose(problem, device, *self._families[kind])
+
+    def kernel(self, problem: Problem, ready: Callable[[Kernel], object]) -> Kernel | None:
+        """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
+        chosen = self.choice(problem, host_cpu())
+        if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
+            return None
+        name = (problem.family, str(chosen.variant))
+
+        def attempt() -> None:
+            if name in self._hopeless:  # another shape asked for it meanwhile, in vain
+                return
+            try:
+                ready(self.build(problem, chosen))
+            except Exception:
+                self._hopeless.add(name)
+                raise
+
+        with _lock:
+            loaded = self._kernels.get(name)
+            if loaded is None and (built := self._trusted(chosen)):
+                loaded = self._load(chosen.variant, problem, built)
+            if loaded is None and name not in self._hopeless:
+                self._later(attempt)
+        return loaded
+
+    def build(self, problem: Problem, chosen: Choice) -> Kernel:
+        """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""
+        assert chosen.variant is not None
+        with _lock:
+            loaded = self._kernels.get((problem.family, str(chosen.variant)))
+        if loaded is not None:
+            return loaded
+        if built := self._trusted(chosen):
+            return self._load(chosen.variant, problem, built)
+        backend = backends.get(chosen.variant.backend)
+        built = backend.build(chosen.variant, problem)
+        kernel = backend.load(built, chosen.variant, problem)
+        verdict = check.check_family(kernel, problem, [])
+        if verdict.reason:
+            raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
+        return self._load(chosen.variant, problem, built)
+
+    def _trusted(self, chosen: Choice) -> Built | None:
+        """The very kernel that was checked and measured on this device for this family, if it is still built."""
+        winner, variant = chosen.winner, chosen.variant
+        if winner is None or variant is None or winner.layer != "own" or winner.rung != "exact":
+            return None
+        if winner.measurement.family != chosen.problem.family:
+            return None
+        return backends.get(variant.backend).find(winner.measurement.digest)
+
+    def _load(self, variant: Variant, problem: Problem, built: Built) -> Kernel:
+        kernel = backends.get(variant.backend).load(built, variant, problem)
+        with _lock:
+            return self._kernels.setdefault((problem.family, str(variant)), kernel)
+
+    def _later(self, job: Callable[[], object]) -> None:
+        if self._building is None:
+            self._building = SimpleQueue()
+            threading.Thread(target=self._work, args=(self._building,), name="elsa-tune-build", daemon=True).start()
+        self._building.put(job)
+
+    def _work(self, jobs: SimpleQueue[Callable[[], object]]) -> None:
+        while True:
+            try:
+                jobs.get()()
+            except Exception as error:
+                self.troubles["background build"] = f"{type(error).__name__}: {error}"
+
+
+_shelf = _Shelf()
+
+
+def refresh() -> None:
+    """Forget what was read: the next call looks at the database again."""
+    global _shelf
+    with _lock:
+        _shelf = _Shelf()
+        _serving.clear()
+
+
+winners.listeners.append(refresh)
+
+
+def explain(problem: Problem, device: Device) -> Choice:
+    """Which rung answers a problem, and what the rungs before it said."""
+    return _shelf.choice(problem, device)
+
+
+# A kernel as an object.
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel chosen for a problem: call it, and ask what it is.
+
+    ``rung`` is how it was chosen (see elsa_tune.choose), ``error`` the measured error relative to max|v| (None if
+    it was measured for another shape or device), ``ratio`` its measured advantage over torch's SDPA.
+    """
+
+    problem: Problem
+    device: Device
+    variant: Variant
+    rung: str
+    error: float | None
+    ratio: float | None
+    _kernel: Kernel
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        """Attention for any shape of the problem's family. Raises WrongArguments for other tensors."""
+        causal = self.problem.mask == "causal"
+        posed = problem_of(query, key, value, causal, enable_gqa=True)
+        if posed is None or posed.family != self.problem.family:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise WrongArguments(
+                f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
+            )
+        return self._kernel(query, key, value, scale)
+
+    @property
+    def source(self) -> Source | None:
+        """The rendered code; None if torch's own kernel serves."""
+        return backends.get(self.variant.backend).source(self.variant, self.problem)
+
+
+def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
+    """The best known kernel for a problem, built now if it must be. Raises BadProblem, BadDevice, KernelMissing."""
+    wanted = Problem.parse(problem) if isinstance(problem, str) else problem
+    here = detect(device)[0]
+    chosen = _shelf.choice(wanted, here)
+    measured = chosen.winner.measurement if chosen.winner else None
+    if chosen.by_sdpa:
+        space = Space.load("sdpa")
+        variant = chosen.variant or space.parse(space.start[0])
+        kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
+    else:
+        assert chosen.variant is not None
+        variant = chosen.variant
+        try:
+            kernel = _shelf.build(wanted, chosen)
+        except ElsaTuneError as error:
+            raise KernelMissing(f"{variant} cannot be built for {wanted}: {error}") from error
+    here_exactly = chosen.rung == "exact"
+    return LoadedKernel(
+        wanted, here, variant, chosen.rung, measured.error if measured and here_exactly else None,
+        measured.ratio if measured else None, kernel,
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""What this machine has and lacks, each lack with its remedy."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from elsa_tune import places, winners
+from elsa_tune.backends import _compiler, _kernel_cache, cpp
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
+
+PACKAGES = ("elsa-tune", "torch", "optuna", "sqlite-utils", "jinja2", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact; ``remedy`` says what to do where something is lacking."""
+
+    topic: str
+    good: bool
+    state: str
+    remedy: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Devices, compilers, instruction sets, the OpenMP runtime, database layers, the kernel cache, versions."""
+    here = host_cpu()
+    yield _device(here)
+    yield _isa(here)
+    yield _compilers()
+    yield _openmp()
+    yield from _layers(here)
+    yield _kernels()
+    yield Finding(
+        "versions",
+        True,
+        ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def _device(here: Device) -> Finding:
+    caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in enumerate(here.caches, 1))
+    state = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
+    return Finding("device", True, state)
+
+
+def _isa(here: Device) -> Finding:
+    if here.isas == ("portable",):
+        return Finding(
+            "instruction set", False, f"archspec does not know vectors of {here.arch}", "kernels use portable code"
+        )
+    return Finding("instruction set", True, ", ".join(here.isas))
+
+
+def _compilers() -> Finding:
+    try:
+        found = _compiler.find()
+    except CompilerMissing as error:
+        return Finding("C++ compiler", False, "none; torch's own SDPA serves", str(error))
+    return Finding("C++ compiler", True, f"{' '.join(found.command)}: {found.version}")
+
+
+def _openmp() -> Finding:
+    import torch
+
+    file, entry = cpp.openmp()
+    if not entry:
+        remedy = "install a torch built with OpenMP; until then kernels run on one thread"
+        return Finding("OpenMP runtime", False, "torch loaded none with GOMP_parallel", remedy)
+    return Finding("OpenMP runtime", True, f"{file}, {torch.get_num_threads()} threads, shared with torch")
+
+
+def _layers(here: Device) -> Iterator[Finding]:
+    for layer in winners.layers():
+        if layer.database is None:
+            missing = not places.database().exists() and layer.name == "own"
+            remedy = (
+                "" if missing else "a corrupt file is set aside by the next elsa-tune; the next layer serves until then"
+            )
+            yield Finding(f"database, {layer.name}", False, f"{layer.place}: {layer.problem}", remedy)
+        else:
+            known = winners.known_winners(here, [layer])
+            exact = sum(w.rung == "exact" for w in known)
+            yield Finding(
+                f"database, {layer.name}",
+                True,
+                f"{layer.place}: {exact} winners for this device, {len(known) - exact} for its kin",
+            )
+
+
+def _kernels() -> Finding:
+    folder = places.kernels()
+    if not folder.is_dir():
+        return Finding("kernel cache", True, f"{folder}: empty")
+    try:
+        built = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        for name in built:
+            _kernel_cache.find(name, cpp.LIBRARY)
+    except KernelCacheUnsafe as error:
+        return Finding("kernel cache", False, str(error), f"remove {folder}; kernels are built again when needed")
+    return Finding("kernel cache", True, f"{folder}: {len(built)} kernels")

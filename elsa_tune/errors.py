@@ -1,0 +1,45 @@
+"""One class per mistake; every message ends with what to do next."""
+
+
+class ElsaTuneError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class BadProblem(ElsaTuneError, ValueError):
+    """A problem is misspelled or impossible."""
+
+
+class BadVariant(ElsaTuneError, ValueError):
+    """A variant is misspelled, or names a value its search space does not have."""
+
+
+class BadDevice(ElsaTuneError, ValueError):
+    """A device is misspelled or not on this machine."""
+
+
+class BadWorkload(ElsaTuneError, ValueError):
+    """A workload file is missing or malformed."""
+
+
+class CompilerMissing(ElsaTuneError):
+    """No compiler for generated code was found."""
+
+
+class BuildFailed(ElsaTuneError):
+    """The compiler rejected generated code."""
+
+
+class KernelCacheUnsafe(ElsaTuneError):
+    """The kernel cache holds something that this user alone could not have put there."""
+
+
+class DatabaseUnusable(ElsaTuneError):
+    """The measurement database cannot be used: corrupt, locked, read-only, or from a newer version."""
+
+
+class KernelMissing(ElsaTuneError, LookupError):
+    """No kernel serves this problem on this device."""
+
+
+class WrongArguments(ElsaTuneError, ValueError):
+    """A tensor argument does not fit; the message names it, its shape and what was expected."""

@@ -1,0 +1,129 @@
+"""Problem: which attention is needed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from elsa_tune.errors import BadProblem
+
+DTYPES = ("fp32", "fp16", "bf16")
+MASKS = ("none", "causal")
+PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
+DIRECTIONS = ("forward", "backward")
+DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+_FAMILY = re.compile(
+    rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d+)(\.v(?P<value_dim>\d+))?"
+    rf"(\.(?P<mask>causal))?(\.(?P<direction>backward))?"
+)
+_SHAPE = re.compile(r"b(?P<batch>\d+)\.h(?P<heads>\d+)(\.kv(?P<kv_heads>\d+))?\.q(?P<q_len>\d+)\.k(?P<kv_len>\d+)")
+_EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """An attention problem: a family (what a kernel is compiled for) and a shape (what it is called with).
+
+    query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
+    value [batch, kv_heads, kv_len, value_dim]. ``mask`` "causal" is torch's: key j is seen by query i iff j <= i.
+    ``precision`` is the arithmetic class; by default the dtype's own.
+    """
+
+    dtype: str = "fp32"
+    head_dim: int
+    value_dim: int = 0
+    mask: str = "none"
+    precision: str = ""
+    direction: str = "forward"
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 0
+    q_len: int = 1
+    kv_len: int = 1
+
+    def __post_init__(self) -> None:
+        for name, default in (("value_dim", self.head_dim), ("kv_heads", self.heads), ("precision", self.dtype)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+        for name, allowed in (("dtype", DTYPES), ("mask", MASKS), ("precision", PRECISIONS), ("direction", DIRECTIONS)):
+            if getattr(self, name) not in allowed:
+                raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        for name in ("head_dim", "value_dim", "batch", "heads", "kv_heads", "q_len", "kv_len"):
+            if getattr(self, name) < 1:
+                raise BadProblem(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise BadProblem(
+                f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
+            )
+
+    @property
+    def family(self) -> str:
+        """What a kernel is compiled for, as spelled before the ``@``."""
+        return ".".join(
+            part
+            for part in (
+                self.dtype,
+                self.precision if self.precision != self.dtype else "",
+                f"d{self.head_dim}",
+                f"v{self.value_dim}" if self.value_dim != self.head_dim else "",
+                self.mask if self.mask != "none" else "",
+                self.direction if self.direction != "forward" else "",
+            )
+            if part
+        )
+
+    @property
+    def shape(self) -> str:
+        """What a kernel is called with, as spelled after the ``@``."""
+        grouped = f".kv{self.kv_heads}" if self.kv_heads != self.heads else ""
+        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}"
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def seen_pairs(self) -> int:
+        """(query, key) pairs of one head that the mask lets through."""
+        if self.mask == "none":
+            return self.q_len * self.kv_len
+        square = min(self.q_len, self.kv_len)
+        return square * (square + 1) // 2 + (self.q_len - square) * self.kv_len
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of Q K^T and P V over the pairs the mask lets through."""
+        return 2 * self.batch * self.heads * self.seen_pairs * (self.head_dim + self.value_dim)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of query, key, value and output, each once."""
+        rows = self.batch * self.heads * self.q_len + self.batch * self.kv_heads * self.kv_len
+        return rows * (self.head_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
+
+    def reshaped(self, **shape: int) -> Problem:
+        """The same family with another shape."""
+        return replace(self, **shape)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.family}@{self.shape}"
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """Read ``family@shape``, or a family alone (with a shape of ones). Raises BadProblem."""
+        return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Problem:
+    family, _, shape = text.strip().partition("@")
+    found = [_FAMILY.fullmatch(family)] + ([_SHAPE.fullmatch(shape)] if shape else [])
+    if not all(found):
+        raise BadProblem(f"problem {text!r} is misspelled; write it like {_EXAMPLE}")
+    words = {k: v for match in found if match for k, v in match.groupdict().items() if v is not None}
+    values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in words.items()}
+    return Problem(**values)

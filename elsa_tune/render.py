@@ -1,0 +1,79 @@
+"""Source: a variant rendered for a family. The only file that imports jinja2."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from elsa_tune import places
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rendered code. ``digest`` is over the code without comments, so equal code is recognised under any name."""
+
+    text: str
+    suffix: str
+    digest: str
+
+
+def powers(n: int) -> list[int]:
+    """1, 2, 4, ... below n."""
+    return [1 << k for k in range((n - 1).bit_length())]
+
+
+def halvings(n: int) -> list[int]:
+    """n, n / 2, ... above 1."""
+    return [n >> k for k in range(n.bit_length() - 1)]
+
+
+def doublings(first: int, last: int) -> list[int]:
+    """first, 2 first, ... up to last."""
+    return [first << k for k in range((last // first).bit_length())]
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2  # only rendering needs it: dispatch starts without
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(places.data("templates")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals.update(powers=powers, halvings=halvings, doublings=doublings)
+    return environment
+
+
+def render(template: str, context: Mapping[str, Any]) -> Source:
+    """Render ``templates/<template>``; a name the context lacks is an error that gives the template's line."""
+    text = _environment().get_template(template).render(context)
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    code = "\n".join(line.strip() for line in re.sub(r"//.*", "", text).splitlines() if line.strip())
+    suffix = template.removesuffix(".j2").rpartition(".")[2]
+    return Source(text, suffix, hashlib.sha256(code.encode()).hexdigest()[:20])
+
+
+def undeclared(template: str) -> set[str]:
+    """Every name that a template and the ones it includes read from the context."""
+    from jinja2 import meta
+
+    names: set[str] = set()
+    pending, seen = [template], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        tree = _environment().parse((places.data("templates") / name).read_text())
+        names |= meta.find_undeclared_variables(tree)
+        pending += [t for t in meta.find_referenced_templates(tree) if t and t not in seen]
+    return names - set(_environment().globals)

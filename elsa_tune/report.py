@@ -1,0 +1,200 @@
+"""What people see: live progress, tables of winners, explanations, the doctor's findings. And the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from elsa_tune.choose import Choice
+from elsa_tune.doctor import Finding
+from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.tuning import Outcome, Progress, Report, Task
+
+_LINE_EVERY = 15.0
+
+
+def console(stderr: bool = False) -> Console:
+    """Where people read: as wide as their terminal, or wide enough for every table in a file."""
+    return Console(stderr=stderr, width=None if (sys.stderr if stderr else sys.stdout).isatty() else 120)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ratio(m: Measurement) -> str:
+    if m.variant == m.incumbent:
+        return "1, torch's own"
+    return f"{_number(m.ratio, '.2f')} [{_number(m.ratio_low, '.2f')}, {_number(m.ratio_high, '.2f')}]"
+
+
+class LiveProgress:
+    """A table that is redrawn while tuning; on a log file, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._last_line = 0.0
+
+    def __enter__(self) -> LiveProgress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        left = max(0.0, progress.budget - progress.elapsed)
+        if self._console.is_terminal:
+            line = Text(f"{progress.doing}    {left:.0f} s left")
+            self._live.update(Group(_families(progress.tasks), line))
+        elif time.monotonic() - self._last_line > _LINE_EVERY:
+            self._last_line = time.monotonic()
+            trials = sum(task.trials for task in progress.tasks)
+            self._console.print(f"{left:4.0f} s left, {trials} trials, {progress.doing}", highlight=False)
+
+
+def _families(tasks: Iterable[Task]) -> Table:
+    """Per family: best ratio of each problem so far, trials done, pruned, failed."""
+    table = _table("family", "ratio to SDPA, best so far", "trials", "pruned", "failed")
+    families: dict[str, list[Task]] = {}
+    for task in tasks:
+        families.setdefault(task.problem.family, []).append(task)
+    for family, members in sorted(families.items()):
+        counts = {s: sum(t.counts.get(s, 0) for t in members) for s in ("pruned", "wrong", "failed", "timeout")}
+        table.add_row(
+            family,
+            "  ".join(f"{task.best:.2f}" if task.latest else "-" for task in members),
+            f"{sum(t.trials for t in members)}/{sum(t.target for t in members)}",
+            str(counts["pruned"]),
+            str(counts["wrong"] + counts["failed"] + counts["timeout"]),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    return table
+
+
+def outcome_table(outcomes: Iterable[Outcome]) -> Table:
+    """The final table of a run: two lines a problem, the second its winner."""
+    table = _table("problem, winner", "ratio to SDPA [95 %]", "GFLOP/s", "of limit", "error")
+    for o in outcomes:
+        if o.winner is None:
+            table.add_row(f"{o.problem}\n  none", "-", "-", "-", "-")
+            continue
+        limit = "-" if o.limit is None else f"{100 * o.limit:.0f} %"
+        name = f"{o.problem}\n  {o.winner.variant}"
+        table.add_row(name, _ratio(o.winner), _number(o.gflops, ".0f"), limit, _number(o.winner.error, ".1e"))
+    return table
+
+
+def reproduce(outcome: Outcome) -> str:
+    """The command that tunes this problem again and prints its line."""
+    return f"elsa-tune --device {outcome.device} --problem {outcome.problem}"
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The final table, what it means, and how to reproduce a line."""
+    console.print(outcome_table(report.outcomes), highlight=False)
+    console.print(
+        "ratio: median of torch's fastest kernel / winner, in turns in one run, with its interval; "
+        "of limit: share of the measured multiply-add peak or read bandwidth, whichever binds; error: relative to max|v|, "
+        "against float64.",
+        style="dim",
+        highlight=False,
+    )
+    for note in report.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    if report.outcomes:
+        console.print(f"Reproduce a line: {reproduce(report.outcomes[0])}", highlight=False, soft_wrap=True)
+    console.print(
+        "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention.", highlight=False
+    )
+
+
+def measurement_json(m: Measurement) -> dict[str, Any]:
+    """A measurement as JSON types."""
+    return asdict(m)
+
+
+def report_json(report: Report) -> str:
+    """A run's report for programs."""
+    lines = [
+        {
+            "problem": str(o.problem),
+            "device": str(o.device),
+            "winner": o.winner and measurement_json(o.winner),
+            "gflops": o.gflops,
+            "share_of_limit": o.limit,
+            "reproduce": reproduce(o),
+        }
+        for o in report.outcomes
+    ]
+    content = {"complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines}
+    return json.dumps(content, indent=2)
+
+
+def print_winners(console: Console, winners: Iterable[Measurement]) -> None:
+    """Recorded winners by device, two lines a problem."""
+    devices: dict[str, list[Measurement]] = {}
+    for m in winners:
+        devices.setdefault(m.device, []).append(m)
+    for device, rows in devices.items():
+        table = _table("problem, winner", "ratio to SDPA [95 %]", "error")
+        for m in rows:
+            table.add_row(f"{m.problem}\n  {m.variant}", _ratio(m), _number(m.error, ".1e"))
+        console.print(device, table, highlight=False)
+
+
+def print_explanation(
+    console: Console, problem: Problem, choice: Choice, tried: list[Measurement], importances: dict[str, float]
+) -> None:
+    """Which rung answered, what was tried, what was rejected and why, which axes mattered."""
+    server = "torch's SDPA" if choice.by_sdpa else str(choice.variant)
+    console.print(f"{problem} is served by {server} (rung: {choice.rung})", highlight=False, soft_wrap=True)
+    for step in choice.steps:
+        console.print(f"  {step}", highlight=False, soft_wrap=True)
+    counts: dict[str, int] = {}
+    for m in tried:
+        counts[m.status] = counts.get(m.status, 0) + 1
+    console.print(
+        "tried here: " + (", ".join(f"{n} {s}" for s, n in sorted(counts.items())) or "nothing"), highlight=False
+    )
+    latest = {m.variant: m for m in tried if m.status == "ok" and m.ratio}
+    for m in sorted(latest.values(), key=lambda m: -(m.ratio or 0))[:5]:
+        console.print(f"  {_number(m.ratio, '.2f')}  {m.variant} ({m.stage})", highlight=False, soft_wrap=True)
+    rejected = {m.variant: m for m in tried if m.status != "ok"}
+    if rejected:
+        console.print("rejected:", highlight=False)
+    for m in rejected.values():
+        console.print(f"  {m.status}: {m.variant}: {m.reason}", highlight=False, soft_wrap=True)
+    if importances:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in importances.items() if share >= 0.01)
+        console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
+    else:
+        console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
+
+
+def print_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """The doctor's findings: good ones, and lacks with their remedy."""
+    for f in findings:
+        mark = "[green]ok[/]  " if f.good else "[red]lack[/]"
+        console.print(f"{mark} {f.topic}:", Text(f.state), highlight=False, soft_wrap=True)
+        if f.remedy:
+            console.print(Text(f"       {f.remedy}"), soft_wrap=True)

@@ -1,0 +1,340 @@
+"""The whole story: problems and a device in, measured winners out.
+
+incumbent -> ask -> build -> check -> race -> record, again and again -> finals -> winners
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from elsa_tune import backends
+from elsa_tune import workload as workloads
+from elsa_tune.device import Device, detect
+from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
+from elsa_tune.measure import Contender, Worker, WorkerFailed
+from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.search import Search
+from elsa_tune.space import Space, parse
+from elsa_tune.trial import Trials, quiet_machine
+from elsa_tune.variant import Variant
+from elsa_tune.winners import Database, known_winners, layers, listeners
+
+BUDGET = 180.0
+REFINE_SECONDS = 5.0
+"""How long a run looks further when every problem is settled already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to look: trials a problem gets, at most and at least; the seconds they may take; rounds of a final."""
+
+    trials: int
+    fewest: int
+    seconds: float
+    final_rounds: int
+
+
+EFFORTS = {"quick": Effort(6, 2, 6.0, 25), "full": Effort(150, 20, 600.0, 60)}
+
+
+@dataclass
+class Task:
+    """One problem being tuned on one device: what is known of it."""
+
+    problem: Problem
+    searches: list[Search]
+    incumbent: Contender | None = None
+    seconds: float = 0.0  # of one incumbent call
+    trials: int = 0
+    target: int = 0
+    finals: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
+    latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement
+
+    @property
+    def best(self) -> float:
+        """The best ratio to the incumbent so far; 1 is the incumbent's own."""
+        return max((m.ratio or 0 for m in self.latest.values()), default=1.0)
+
+    @property
+    def settled(self) -> bool:
+        """Enough tried, and the finalists raced."""
+        return self.incumbent is not None and self.trials >= self.target and (self.finals > 0 or not self.searches)
+
+    def note(self, m: Measurement) -> None:
+        """Take a measurement into account."""
+        self.counts[m.status] = self.counts.get(m.status, 0) + 1
+        if m.status == "ok":
+            self.latest[m.variant] = m
+        if m.variant.startswith("sdpa."):
+            return
+        self.trials += m.stage == "trial"
+        self.finals += m.stage == "final"
+        for search in self.searches:
+            try:
+                search.tell(parse(m.variant), m.ratio if m.status == "ok" else None)
+            except BadVariant:  # recorded by a version whose space had other values
+                continue
+
+
+@dataclass
+class Progress:
+    """What ``watch`` sees after every step."""
+
+    tasks: list[Task]
+    doing: str
+    elapsed: float
+    budget: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One line of the final table. ``limit`` is the share of what the measured peaks would allow."""
+
+    problem: Problem
+    device: Device
+    winner: Measurement | None
+    gflops: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run established, one outcome a problem and device."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    notes: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every problem has a winner; torch's SDPA counts."""
+        return all(outcome.winner for outcome in self.outcomes)
+
+
+def tune(
+    problems: Sequence[Problem | str] | None = None,
+    *,
+    workload: str = "default",
+    device: str = "auto",
+    budget: float = BUDGET,
+    effort: str = "quick",
+    seed: int = 0,
+    sampler: str = "local",
+    exhaustive: bool = False,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> Report:
+    """Find the fastest exact kernel for each problem on each device, and record everything that was measured.
+
+    ``problems`` are Problems or their spellings; without them the workload's. ``budget`` is wall seconds, compiling
+    included. ``effort`` is quick or full; ``sampler`` local, tpe or random; ``exhaustive`` walks the whole space instead.
+    Raises BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any moment: what is recorded stays.
+    """
+    if effort not in EFFORTS:
+        raise ElsaTuneError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORTS)}")
+    start, notes, outcomes = time.monotonic(), list[str](), list[Outcome]()
+    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload)]
+    wanted, devices = list(dict.fromkeys(given)), detect(device)
+    with Database.for_writing() as database, Worker() as worker:
+        for number, here in enumerate(devices):
+            share = (budget - (time.monotonic() - start)) / (len(devices) - number)
+            search = partial(_searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
+            tasks = [Task(p, search(p)) for p in wanted]
+            _Run(database, worker, here, EFFORTS[effort], time.monotonic() + share, share, watch, notes, tasks).tune()
+            outcomes += [outcome(database, p, here) for p in wanted]
+    for changed in listeners:
+        changed()
+    return Report(outcomes, time.monotonic() - start, notes)
+
+
+def outcome(database: Database, problem: Problem, device: Device) -> Outcome:
+    """The recorded winner of a problem and how close it comes to the limits measured in the same run."""
+    winner = next(iter(database.winners(device=str(device), problem=str(problem))), None)
+    if winner is None or not winner.seconds:
+        return Outcome(problem, device, winner)
+    compute, read = (float(winner.provenance.get(name, 0)) for name in ("peak_gflops", "peak_gbytes"))
+    least = max(problem.flops / compute, problem.bytes / read) / 1e9 if compute and read else None
+    return Outcome(problem, device, winner, problem.flops / winner.seconds / 1e9, least and least / winner.seconds)
+
+
+def _searches(
+    problem: Problem, device: Device, notes: list[str], sampler: str, seed: int, exhaustive: bool
+) -> list[Search]:
+    """A search for every backend that generates code and can serve the problem here."""
+    found = []
+    for name in backends.names():
+        backend, space = backends.get(name), Space.load(name)
+        try:
+            if backend.refusal(problem, device) or not backend.command(space.parse(space.start[0])):
+                continue
+        except CompilerMissing as error:
+            if str(error) not in notes:
+                notes.append(str(error))
+            continue
+        search = Search(
+            space,
+            partial(space.variants, problem, device),
+            partial(_digest, name, problem),
+            sampler,
+            seed,
+            exhaustive,
+        )
+        starts = [space.parse(text) for text in space.start]
+        search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)
+        found.append(search)
+    return found
+
+
+def _digest(backend: str, problem: Problem, variant: Variant) -> str:
+    return backends.get(backend).digest(variant, problem)
+
+
+@dataclass
+class _Run:
+    """One device's tasks until the deadline."""
+
+    database: Database
+    worker: Worker
+    device: Device
+    effort: Effort
+    deadline: float
+    budget: float
+    watch: Callable[[Progress], None]
+    notes: list[str]
+    tasks: list[Task]
+
+    def __post_init__(self) -> None:
+        self.trials = Trials(self.database, self.worker, self.device, self.recorded)
+        self.of = {task.problem: task for task in self.tasks}
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def show(self, doing: str) -> None:
+        self.watch(Progress(self.tasks, doing, self.budget - self.left(), self.budget))
+
+    def recorded(self, problem: Problem, m: Measurement) -> None:
+        self.of[problem].note(m)
+        self.show(f"{problem}  {m.variant}")
+
+    def tune(self) -> None:
+        """Incumbents, then trials where most are missing, then finals; refinement where nothing is missing."""
+        self.tasks.sort(key=lambda task: task.problem.flops + 20 * task.problem.bytes)
+        for task in self.tasks:
+            self.recall(task)
+        for task in self.tasks:
+            self.find_incumbent(task)
+        if all(task.settled for task in self.tasks):
+            self.refine()
+            return
+        reserve = min(0.4 * self.budget, sum(map(self.final_seconds, self.tasks)))
+        while self.left() > reserve and (waiting := [t for t in self.tasks if t.incumbent and t.trials < t.target]):
+            self.turn(min(waiting, key=lambda task: task.trials / task.target))
+        for number, task in enumerate(self.tasks):
+            later = sum(map(self.final_seconds, self.tasks[number + 1 :]))
+            self.final(task, max(0.5 * self.final_seconds(task), min(self.final_seconds(task), self.left() - later)))
+
+    def refine(self) -> None:
+        """Everything is known: race the least certain winners again for a few seconds."""
+        self.deadline = min(self.deadline, time.monotonic() + REFINE_SECONDS)
+        for task in sorted(self.tasks, key=self.uncertainty, reverse=True):
+            if self.left() > 1 + 25 * task.seconds:
+                self.final(task, seconds=0.6)
+
+    def recall(self, task: Task) -> None:
+        """Begin from every measurement of this device, and from winners of its kin and of the family's other shapes."""
+        for m in self.database.measurements(device=str(self.device), problem=str(task.problem)):
+            task.note(m)
+            if m.variant == m.incumbent and m.seconds:
+                task.incumbent, task.seconds = self.trials.contender(parse(m.variant), task.problem), m.seconds
+        task.target = self.target(task)
+        for winner in known_winners(self.device, layers(), family=task.problem.family):
+            self.suggest(task, winner.variant)
+
+    def suggest(self, task: Task, spelling: str) -> None:
+        """Enqueue a variant known from elsewhere, if this space still has it and the laws allow it here."""
+        try:
+            variant = parse(spelling)
+        except BadVariant:
+            return
+        space = Space.load(variant.backend)
+        if task.searches and variant.backend != "sdpa" and not space.refusal(variant, task.problem, self.device):
+            task.searches[0].enqueue([variant])
+
+    def find_incumbent(self, task: Task) -> None:
+        if task.incumbent is not None:
+            return
+        self.show(f"{task.problem}  torch's own kernels")
+        try:
+            with quiet_machine():
+                task.incumbent, task.seconds = self.trials.incumbent(task.problem)
+        except WorkerFailed as error:
+            self.notes.append(f"{task.problem}: torch's own kernels could not be timed: {error.reason}")
+        task.target = self.target(task)
+
+    def target(self, task: Task) -> int:
+        """Trials a problem deserves: fewer where one takes long."""
+        if not task.searches:
+            return 0
+        affordable = int(self.effort.seconds / (1.0 + 8 * task.seconds))
+        return max(self.effort.fewest, min(self.effort.trials, affordable))
+
+    def final_seconds(self, task: Task) -> float:
+        """What a final of four contenders takes, checks included: many rounds if a call is fast, a few if it is slow."""
+        return (
+            0.8
+            + 4 * task.seconds
+            + min(4 * self.effort.final_rounds * max(task.seconds, 0.002), max(1.5, 20 * task.seconds))
+        )
+
+    def uncertainty(self, task: Task) -> float:
+        """Relative width of the winner's interval."""
+        winner = next(iter(self.database.winners(device=str(self.device), problem=str(task.problem))), None)
+        if winner is None or not winner.ratio:
+            return float("inf")
+        return ((winner.ratio_high or 0) - (winner.ratio_low or 0)) / winner.ratio
+
+    def turn(self, task: Task) -> None:
+        """Ask for a few new variants, build them side by side, then check and time each alone."""
+        self.show(f"{task.problem}  building")
+        asked = task.searches[task.trials % len(task.searches)].ask(max(2, self.device.cores))
+        if not asked:
+            task.target = task.trials
+            return
+        assert task.incumbent is not None
+        with quiet_machine():
+            for candidate in self.trials.build(task.problem, asked):
+                self.trials.trial(task.problem, task.incumbent, task.seconds, candidate, task.best)
+
+    def final(self, task: Task, seconds: float) -> None:
+        """Race this problem's best variants and the best of the family's other shapes, with many samples."""
+        if task.incumbent is None or not task.searches:
+            return
+        self.show(f"{task.problem}  final")
+        with quiet_machine():
+            built = self.trials.build(task.problem, list(self.finalists(task)) or task.searches[0].ask(2))
+            usable = [c for c in built if self.trials.usable(task.problem, task.incumbent, task.seconds, c)]
+            if not usable:
+                return
+            try:
+                self.trials.final(task.problem, task.incumbent, usable, self.effort.final_rounds, seconds)
+            except WorkerFailed as error:
+                self.notes.append(f"{task.problem}: the final was lost: {error.reason}")
+
+    def finalists(self, task: Task) -> Iterator[Variant]:
+        """The best three of the problem, and the best of each other shape of its family that was not tried here."""
+        ranked = sorted(task.latest.values(), key=lambda m: m.ratio or 0, reverse=True)
+        chosen = [m.variant for m in ranked if not m.variant.startswith("sdpa.")][:3]
+        for other in self.tasks:
+            if other is not task and other.problem.family == task.problem.family and other.latest:
+                best = max(other.latest.values(), key=lambda m: m.ratio or 0).variant
+                if best not in task.latest and not best.startswith("sdpa."):
+                    chosen.append(best)
+        for spelling in dict.fromkeys(chosen):
+            variant = parse(spelling)
+            if Space.load(variant.backend).refusal(variant, task.problem, self.device) is None:
+                yield variant
