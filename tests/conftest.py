@@ -1,0 +1,38 @@
+"""Fixtures: a home of its own for every test session, and for tests that change the database."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_SESSION_HOME = tempfile.TemporaryDirectory(prefix="elsa-tune-tests-")
+os.environ["ELSA_TUNE_HOME"] = _SESSION_HOME.name  # before anything reads it: tests never touch the user's own
+
+
+@pytest.fixture(autouse=True)
+def nothing_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests choose among what they recorded themselves, whatever winners this version ships."""
+    from elsa_tune import places
+
+    visible = places.data
+    monkeypatch.setattr(places, "data", lambda folder: tmp_path if folder == "cache" else visible(folder))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty home: no database, no kernels."""
+    from elsa_tune import dispatch
+
+    monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "home"))
+    dispatch.refresh()
+    yield tmp_path / "home"
+    dispatch.refresh()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests were skipped, even if none."""
+    terminalreporter.write_line(f"skipped: {len(terminalreporter.stats.get('skipped', []))}")

@@ -1,0 +1,1 @@
+"""Contracts that every backend's kernels pass."""

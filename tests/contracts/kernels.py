@@ -1,0 +1,61 @@
+"""What every kernel must do, whatever language rendered it: hostile inputs, strides, groups, repeatability."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elsa_tune import check, reference
+from elsa_tune.backends import Kernel
+from elsa_tune.problem import Problem
+
+
+def obeys(kernel: Kernel, problem: Problem, peers: list[Kernel]) -> None:
+    """The whole contract."""
+    verdict = check.check_family(kernel, problem, peers)
+    assert not verdict.reason, verdict.reason
+    strides(kernel, problem)
+    same_bits_again(kernel, problem)
+    inputs_untouched(kernel, problem)
+
+
+def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
+    shaped = problem.reshaped(batch=2, heads=2 * problem.group, kv_heads=2, **{"q_len": 29, "kv_len": 83, **shape})
+    return shaped, reference.random_inputs(shaped, torch.Generator().manual_seed(5))
+
+
+def strides(kernel: Kernel, problem: Problem) -> None:
+    """The same values from any memory layout: views of larger tensors, expanded batches, reversed storage order."""
+    _, x = _inputs(problem)
+    expected = kernel(x.query, x.key, x.value)
+
+    def padded(t: Tensor) -> Tensor:
+        big = torch.full((*t.shape[:2], t.shape[2] + 3, t.shape[3] + 5), float("nan"))
+        big[:, :, 1:-2, 2:-3] = t
+        return big[:, :, 1:-2, 2:-3]
+
+    def last_stride_two(t: Tensor) -> Tensor:
+        return torch.stack([t, t], -1).flatten(-2)[..., ::2]
+
+    for layout in (padded, last_stride_two, lambda t: t.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)):
+        assert torch.equal(kernel(*map(layout, (x.query, x.key, x.value))), expected)
+    one = kernel(x.query[:1], x.key[:1], x.value[:1])
+    again = kernel(
+        x.query[:1].expand(3, -1, -1, -1), x.key[:1].expand(3, -1, -1, -1), x.value[:1].expand(3, -1, -1, -1)
+    )
+    assert all(torch.equal(again[i], one[0]) for i in range(3))
+
+
+def same_bits_again(kernel: Kernel, problem: Problem) -> None:
+    """No result depends on which thread came first."""
+    _, x = _inputs(problem, kv_len=1500)
+    first = kernel(x.query, x.key, x.value)
+    assert all(torch.equal(kernel(x.query, x.key, x.value), first) for _ in range(5))
+
+
+def inputs_untouched(kernel: Kernel, problem: Problem) -> None:
+    """Inputs keep every bit."""
+    _, x = _inputs(problem)
+    copies = [t.clone() for t in (x.query, x.key, x.value)]
+    kernel(x.query, x.key, x.value)
+    assert all(torch.equal(a, b) for a, b in zip(copies, (x.query, x.key, x.value), strict=True))

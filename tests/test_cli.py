@@ -1,0 +1,135 @@
+"""The command line: what a person types, what a program reads, and mistakes that name the remedy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from elsa_tune import cli, doctor, places
+from elsa_tune.backends import _compiler, cpp
+from elsa_tune.device import host_cpu
+
+SMALL = "fp32.d16@b1.h2.q96.k96"
+NATIVE = host_cpu().isas[0]
+VARIANT = f"cpp.serial.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q2.k4.v4.n48"
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.main, arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_tune_is_the_default_and_ends_with_a_table(home: Path) -> None:
+    code, out, _ = run("--device", "auto", "--problem", SMALL, "--budget", "8")
+    assert code == 0
+    assert SMALL in out and "ratio" in out and "GFLOP/s" in out and "error" in out
+    assert f"elsa-tune --device {host_cpu()} --problem {SMALL}" in out.replace("\n", "")
+    assert str(host_cpu()) in out, "it says what it found"
+
+    code, out, _ = run("--problem", SMALL, "--budget", "3", "--json")
+    report = json.loads(out)
+    (line,) = report["outcomes"]
+    assert (
+        code == 0 and report["complete"] and line["winner"]["ratio"] >= 1 and line["reproduce"].startswith("elsa-tune ")
+    )
+
+    code, out, _ = run("winners", "--json", "--problem", SMALL)
+    assert code == 0 and json.loads(out)[0]["variant"] == line["winner"]["variant"]
+    assert SMALL.split("@")[0] in run("winners")[1]
+    assert run("winners", "--family", "fp32.d99")[1].startswith("no winner")
+
+    code, out, _ = run("explain", SMALL)
+    assert code == 0 and "rung: " in out and "tried here: " in out and "axes that mattered" in out
+
+
+def test_a_workload_file(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(f'[mine]\nproblems = ["{SMALL}"]\n')
+    code, out, _ = run(
+        "--workload", str(path), "--budget", "5", "--effort", "quick", "--seed", "3", "--sampler", "random"
+    )
+    assert code == 0 and SMALL in out
+
+
+def test_show_runs_nothing(home: Path) -> None:
+    code, out, _ = run("show", VARIANT, "fp32.d48.causal")
+    assert code == 0 and "HEAD_DIM = 48" in out and "CAUSAL = true" in out
+    command = shlex.split(out.splitlines()[-1].removeprefix("// "))
+    assert command[-1] == "kernel.so" and "kernel.cpp" in command
+    assert f"elsa-tune show {VARIANT} fp32.d48.causal" in out, "the code carries the command that made it"
+    assert not home.exists()
+    assert "torch's own" in run("show", "sdpa.flash")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--problem", "fp32"),
+        ("--device", "cuda"),
+        ("--workload", "nothing"),
+        ("--sampler", "oracle"),
+        ("show", "cpp.x"),
+        ("explain", "x"),
+        ("show", VARIANT, "x"),
+    ],
+)
+def test_mistakes_are_one_line_and_name_the_remedy(home: Path, arguments: tuple[str, ...]) -> None:
+    code, _, err = run(*arguments)
+    assert code == cli.EXIT_MISTAKE
+    assert err.startswith("elsa-tune: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_unwritable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
+    code, _, err = run("--problem", SMALL)
+    assert code == cli.EXIT_MISTAKE and "ELSA_TUNE_HOME" in err
+
+
+def findings() -> dict[str, doctor.Finding]:
+    return {f.topic: f for f in doctor.examine()}
+
+
+def test_doctor_on_a_healthy_machine(home: Path) -> None:
+    found = findings()
+    assert {
+        "device",
+        "instruction set",
+        "C++ compiler",
+        "OpenMP runtime",
+        "database, own",
+        "database, shipped",
+        "kernel cache",
+        "versions",
+    } <= set(found)
+    assert "torch" in found["versions"].state and str(host_cpu()) in found["device"].state
+    assert run("doctor")[0] == 0
+
+
+def test_doctor_names_each_lack_with_its_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compiler, "_candidates", lambda: [])
+    monkeypatch.setattr(cpp, "openmp", lambda: ("", 0))
+    _compiler.find.cache_clear()
+    places.home().mkdir()
+    places.database().write_bytes(b"garbage" * 1000)
+    places.kernels().mkdir()
+    broken = places.kernels() / "abc"
+    broken.mkdir()
+    for name in (cpp.LIBRARY, "resources.json"):
+        (broken / name).write_text("{}")
+    broken.chmod(0o777)
+    try:
+        found = findings()
+    finally:
+        _compiler.find.cache_clear()
+    assert "ziglang" in found["C++ compiler"].remedy or "elsa-tune[compiler]" in found["C++ compiler"].remedy
+    assert "one thread" in found["OpenMP runtime"].remedy
+    assert "set aside" in found["database, own"].remedy and "not a database" in found["database, own"].state
+    assert "remove" in found["kernel cache"].remedy
+    assert not any(found[t].good for t in ("C++ compiler", "OpenMP runtime", "database, own", "kernel cache"))

@@ -1,0 +1,450 @@
+"""attention(): torch's meaning for every argument, tuned kernels where they won, torch's own SDPA everywhere else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from elsa_tune import choose, dispatch, places, space
+from elsa_tune.backends import cpp
+from elsa_tune.device import host_cpu
+from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
+from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.winners import Database
+
+HERE = host_cpu()
+LANES = f"{HERE.isas[0]}.l{cpp.ISAS[HERE.isas[0]].lanes}"
+VARIANT = f"cpp.serial.{LANES}.q2.k4.v4.n48"
+FAMILIES = ("fp32.d16", "fp32.d16.causal", "fp32.d16.v24")
+SHAPE = "b2.h4.q50.k50"
+
+
+def won(
+    problem: str, variant: str = VARIANT, ratio: float = 2.0, device: str = str(HERE), **more: object
+) -> Measurement:
+    """A recorded final that ``variant`` won, with its kernel built as tuning would have left it."""
+    parsed = Problem.parse(problem)
+    chosen = space.parse(variant)
+    built = cpp.build(chosen, parsed) if chosen.backend == "cpp" else None
+    facts: dict[str, object] = dict(
+        device=device, problem=problem, variant=variant, status="ok", stage="final", digest=built.digest if built else variant,
+        error=1e-7, seconds=1e-3, ratio=ratio, ratio_low=ratio - 0.05, ratio_high=ratio + 0.05, incumbent="sdpa.flash", created=1.0,
+    )  # fmt: skip
+    return Measurement(**{**facts, **more})  # type: ignore[arg-type]
+
+
+def record(*rows: Measurement) -> None:
+    with Database.for_writing() as database:
+        for row in rows:
+            database.record(row)
+    dispatch.refresh()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A database in which our variant won every family at one shape."""
+    before = os.environ["ELSA_TUNE_HOME"]
+    os.environ["ELSA_TUNE_HOME"] = str(tmp_path_factory.mktemp("tuned"))
+    record(*(won(f"{family}@{SHAPE}") for family in FAMILIES), won("fp32.d16@b2.h4.kv2.q50.k50"))
+    yield
+    os.environ["ELSA_TUNE_HOME"] = before
+    dispatch.refresh()
+
+
+def tensors(
+    heads: int = 4, kv_heads: int = 4, q_len: int = 50, kv_len: int = 50, dim: int = 16, value_dim: int = 16
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, q_len, dim), (2, kv_heads, kv_len, dim), (2, kv_heads, kv_len, value_dim))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+class Served:
+    """Counts who served: ours if a bound kernel was called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.by_torch = 0
+        original = dispatch._torch_attention
+
+        def counted(*arguments: object) -> Tensor:
+            self.by_torch += 1
+            return original(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(dispatch, "_torch_attention", counted)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(monkeypatch)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -0.5])
+def test_ours_serves_what_it_won(served: Served, causal: bool, scale: float | None) -> None:
+    q, k, v = tensors()
+    truth = torch.nn.functional.softmax
+    logits = (q.double() @ k.double().mT) * (0.25 if scale is None else scale)
+    if causal:
+        logits = logits.masked_fill(~torch.ones(50, 50, dtype=torch.bool).tril(), -torch.inf)
+    out = elsa_tune.attention(q, k, v, is_causal=causal, scale=scale)
+    assert served.by_torch == 0
+    assert close(out, (truth(logits, -1) @ v.double()).float())
+
+
+def test_grouped_heads_need_enable_gqa(served: Served) -> None:
+    q, k, v = tensors(kv_heads=2)
+    assert close(elsa_tune.attention(q, k, v, enable_gqa=True), scaled_dot_product_attention(q, k, v, enable_gqa=True))
+    assert served.by_torch == 0
+    with pytest.raises(RuntimeError):
+        elsa_tune.attention(q, k, v)
+    assert served.by_torch == 1
+
+
+def test_other_value_dim(served: Served) -> None:
+    q, k, v = tensors(value_dim=24)
+    for memory in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+        out = elsa_tune.attention(*map(memory, (q, k, v)))
+        assert out.shape == (2, 4, 50, 24) and close(out, scaled_dot_product_attention(q, k, v))
+    assert served.by_torch == 0
+
+
+def test_output_memory_follows_the_query(served: Served) -> None:
+    q, k, v = tensors()
+    by_position = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    assert elsa_tune.attention(*by_position).stride() == by_position[0].stride()
+    assert elsa_tune.attention(q, k, v).is_contiguous()
+    assert close(elsa_tune.attention(*by_position), elsa_tune.attention(q, k, v))
+    assert served.by_torch == 0
+
+
+def test_changing_layouts_and_scales_on_one_shape() -> None:
+    """The memory of a layout's constants must notice every change of layout, scale and thread count."""
+    q, k, v = tensors()
+    alternatives = [
+        (q, k, v),
+        tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)),
+        tuple(t[..., [*range(16)]].mT.contiguous().mT for t in (q, k, v)),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            for x in alternatives * 2:
+                for scale in (None, 0.5):
+                    assert close(
+                        elsa_tune.attention(*x, scale=scale), scaled_dot_product_attention(q, k, v, scale=scale)
+                    )
+    finally:
+        torch.set_num_threads(threads)
+
+
+MASK = torch.ones(50, 50, dtype=torch.bool).tril()
+
+BY_TORCH = {
+    "mask": lambda q, k, v: ((q, k, v), {"attn_mask": MASK}),
+    "float mask": lambda q, k, v: ((q, k, v), {"attn_mask": torch.zeros(50, 50)}),
+    "half": lambda q, k, v: ((q.half(), k.half(), v.half()), {}),
+    "double": lambda q, k, v: ((q.double(), k.double(), v.double()), {}),
+    "3-D": lambda q, k, v: ((q[0], k[0], v[0]), {}),
+    "5-D": lambda q, k, v: ((q[None], k[None], v[None]), {}),
+    "batch broadcast": lambda q, k, v: ((q, k[:1], v[:1]), {}),
+    "no keys": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
+    "no queries": lambda q, k, v: ((q[:, :, :0], k, v), {}),
+    "no batch": lambda q, k, v: ((q[:0], k[:0], v[:0]), {}),
+    "untuned head_dim": lambda q, k, v: ((q[..., :5], k[..., :5], v[..., :5]), {}),
+    "untuned shape": lambda q, k, v: (tuple(torch.cat([t] * 60, 2) for t in (q, k, v)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BY_TORCH)
+def test_everything_else_goes_to_torch_unchanged(served: Served, case: str) -> None:
+    x, options = BY_TORCH[case](*tensors())
+    out = elsa_tune.attention(*x, **options)
+    expected = scaled_dot_product_attention(*x, **options)
+    assert served.by_torch == 1 and out.dtype == expected.dtype and torch.equal(out, expected)
+
+
+def test_dropout_goes_to_torch(served: Served) -> None:
+    q, k, v = tensors()
+    torch.manual_seed(0)
+    out = elsa_tune.attention(q, k, v, None, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(out, scaled_dot_product_attention(q, k, v, None, 0.5)) and served.by_torch == 1
+
+
+def test_gradients_go_to_torch(served: Served) -> None:
+    x = [t.requires_grad_() for t in tensors()]
+    elsa_tune.attention(*x).sum().backward()
+    gradients = [t.grad for t in x]
+    y = [t.detach().clone().requires_grad_() for t in x]
+    scaled_dot_product_attention(*y).sum().backward()
+    assert served.by_torch == 1 and all(torch.equal(a, b.grad) for a, b in zip(gradients, y, strict=True))
+    with torch.no_grad():
+        elsa_tune.attention(*x)
+    with torch.inference_mode():
+        elsa_tune.attention(*(t.clone() for t in tensors()))
+    elsa_tune.attention(*(torch.nn.Parameter(t.detach(), requires_grad=False) for t in x))
+    assert served.by_torch == 1, "without gradients ours serves"
+
+
+class Subclass(Tensor):
+    seen = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        cls.seen += function is scaled_dot_product_attention
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_torchs_own_machinery_sees_its_own_call() -> None:
+    q, k, v = tensors()
+    expected = scaled_dot_product_attention(q, k, v)
+    elsa_tune.attention(q.as_subclass(Subclass), k, v)
+    assert Subclass.seen == 1
+    assert close(torch.vmap(elsa_tune.attention)(q[None], k[None], v[None])[0], expected)
+    gradient = torch.func.grad(lambda x: elsa_tune.attention(x, k, v).sum())(q)
+    assert close(gradient, torch.func.grad(lambda x: scaled_dot_product_attention(x, k, v).sum())(q))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert elsa_tune.attention(q, k, v).dtype == scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+    assert elsa_tune.attention(*(t.to("meta") for t in (q, k, v))).device.type == "meta"
+    negated = [torch.view_as_complex(torch.stack([t, t], -1)).conj().imag for t in (q, k, v)]
+    assert all(t.is_neg() for t in negated)
+    assert close(elsa_tune.attention(*negated), scaled_dot_product_attention(*(t.resolve_neg() for t in negated)))
+
+
+def test_dispatch_modes_see_torchs_call() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        seen: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        assert elsa_tune.attention(*(torch.empty(2, 4, 50, 16) for _ in range(3))).shape == (2, 4, 50, 16)
+    q, k, v = tensors()
+    with Counter():
+        elsa_tune.attention(q, k, v)
+    assert any("scaled_dot_product" in name for name in Counter.seen)
+
+
+def test_under_torch_compile() -> None:
+    q, k, v = tensors()
+    compiled = torch.compile(lambda q, k, v: elsa_tune.attention(q, k, v) * 2, backend="eager", fullgraph=True)
+    assert close(compiled(q, k, v), scaled_dot_product_attention(q, k, v) * 2)
+
+
+def test_where_torchs_default_is_wrong_its_math_backend_serves() -> None:
+    q, k, v = tensors(dim=8, value_dim=8)  # a family that is not tuned
+    logits = (q.double() @ k.double().mT * -0.5).masked_fill(~MASK, -torch.inf)
+    expected = (logits.softmax(-1) @ v.double()).float()
+    assert close(elsa_tune.attention(q, k, v, is_causal=True, scale=-0.5), expected)
+    doubles = [t.double() for t in (q, k, v)]
+    mask = torch.randn(50, 50)
+    logits = doubles[0] @ doubles[1].mT / 8**0.5 + mask
+    assert torch.allclose(elsa_tune.attention(*doubles, attn_mask=mask), logits.softmax(-1) @ doubles[2])
+    with pytest.raises(WrongArguments, match="differ in length"):
+        elsa_tune.attention(q, k, v[:, :, :-1])
+
+
+def test_mistakes_raise_as_torch_does() -> None:
+    q, k, v = tensors()
+    with pytest.raises(RuntimeError):
+        elsa_tune.attention(q, k.double(), v)
+    with pytest.raises(RuntimeError):
+        elsa_tune.attention(q, k[..., :8], v)
+    with pytest.raises(WrongArguments, match="both"):
+        elsa_tune.attention(q, k, v, attn_mask=MASK, is_causal=True)
+    with pytest.raises(WrongArguments, match="meta"):
+        elsa_tune.attention(q, k, v, attn_mask=MASK.to("meta"))
+
+
+def test_threads_share_one_table() -> None:
+    q, k, v = tensors()
+    expected, failures = scaled_dot_product_attention(q, k, v), []
+    dispatch.refresh()
+
+    def hammer() -> None:
+        for i in range(100):
+            out = elsa_tune.attention(q, k, v, scale=None)
+            if not close(out, expected):
+                failures.append(i)
+
+    workers = [threading.Thread(target=hammer) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_a_forked_child_computes() -> None:
+    """A child of a process whose OpenMP pool ran must neither hang nor differ."""
+    program = """
+import os, torch, elsa_tune
+q = torch.randn(2, 4, 50, 16)
+out = elsa_tune.attention(q, q, q)
+torch.randn(500, 500) @ torch.randn(500, 500)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(elsa_tune.attention(q, q, q), out) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_growing_cache_does_not_grow_the_table() -> None:
+    q, k, v = tensors(q_len=1, kv_len=4300)
+    for n in range(1, 4300):
+        elsa_tune.attention(q, k[:, :, :n], v[:, :, :n])
+    assert len(dispatch._serving) <= dispatch._MOST_SHAPES
+
+
+# Choosing.
+
+
+def test_neighbours_serve_only_with_a_large_advantage(home: Path) -> None:
+    record(won("fp32.d16@b2.h4.q50.k50", ratio=2.0), won("fp32.d16@b2.h4.q800.k800", ratio=1.2))
+
+    def explain(text: str) -> choose.Choice:
+        return dispatch.explain(Problem.parse(text), HERE)
+
+    assert explain("fp32.d16@b2.h4.q50.k50").rung == "exact"
+    assert explain("fp32.d16@b2.h4.q800.k800").rung == "exact"
+    assert explain("fp32.d16@b2.h4.q70.k60").rung == "neighbour"
+    far = explain("fp32.d16@b2.h4.q900.k900")
+    assert far.by_sdpa and any("advantage" in step for step in far.steps)
+    assert explain("fp32.d16@b2.h4.q100000.k100000").by_sdpa
+
+
+def test_a_neighbour_slower_than_sdpa_nearby_does_not_serve(home: Path) -> None:
+    lost = won("fp32.d16@b2.h4.q100.k100", ratio=0.8)
+    torchs = won("fp32.d16@b2.h4.q100.k100", variant="sdpa.flash", ratio=1.0, ratio_low=1.0)
+    record(won("fp32.d16@b2.h4.q50.k50"), lost, torchs)
+    choice = dispatch.explain(Problem.parse("fp32.d16@b2.h4.q60.k60"), HERE)
+    assert choice.by_sdpa and any("slower than SDPA at" in step for step in choice.steps)
+
+
+def test_kin_and_other_dimensions_are_labelled(home: Path) -> None:
+    kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
+    record(won("fp32.d16@b2.h4.q50.k50", device=kin))
+    assert dispatch.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).rung == "model"
+    assert dispatch.explain(Problem.parse("fp32.d20@b2.h4.q50.k50"), HERE).rung == "head_dim"
+
+
+def test_where_sdpa_won_sdpa_serves(home: Path, served: Served) -> None:
+    record(won("fp32.d16@b2.h4.q50.k50", variant="sdpa.flash", ratio=1.0, ratio_low=1.0))
+    assert dispatch.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).by_sdpa
+    q, k, v = tensors()
+    assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v)) and served.by_torch == 1
+
+
+def test_a_missing_kernel_is_built_behind_the_callers_back(home: Path, served: Served) -> None:
+    """SDPA serves until the kernel is built and checked; then ours does."""
+    kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
+    record(won("fp32.d16@b2.h4.q50.k50", device=kin, digest="nothing"))
+    q, k, v = tensors()
+    expected = scaled_dot_product_attention(q, k, v)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = served.by_torch
+        assert close(elsa_tune.attention(q, k, v), expected)
+        if served.by_torch == before:
+            break
+        time.sleep(0.05)
+    assert 1 <= served.by_torch == before
+
+
+def test_a_build_that_fails_is_not_repeated_for_every_shape(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A growing key cache poses a new shape at every step; a hopeless kernel costs one attempt, not one a step."""
+    kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
+    record(won("fp32.d16@b2.h4.q50.k50", device=kin))
+    attempts: list[int] = []
+
+    def fails(*_: object) -> object:
+        attempts.append(1)
+        raise KernelMissing("planted")
+
+    monkeypatch.setattr(cpp, "build", fails)
+    q, k, v = tensors(kv_len=60)
+    for n in range(41, 61):
+        assert close(
+            elsa_tune.attention(q, k[:, :, :n], v[:, :, :n]), scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n])
+        )
+    deadline = time.monotonic() + 10
+    while "background build" not in dispatch._shelf.troubles and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(attempts) == 1 and "planted" in dispatch._shelf.troubles["background build"]
+
+
+def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elsa_tune import check
+
+    kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
+    record(won("fp32.d16@b2.h4.q50.k50", device=kin))
+    monkeypatch.setattr(check, "check_family", lambda *_: check.Verdict(1.0, 1.0, "planted"))
+    with pytest.raises(KernelMissing, match="planted"):
+        elsa_tune.load("fp32.d16@b2.h4.q50.k50")
+
+
+def test_a_useless_database_means_torch_serves(home: Path, served: Served) -> None:
+    places.home().mkdir()
+    places.database().write_bytes(b"garbage" * 1000)
+    dispatch.refresh()
+    q, k, v = tensors()
+    assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v)) and served.by_torch == 1
+    assert places.database().read_bytes() == b"garbage" * 1000
+
+
+# load.
+
+
+def test_load_tells_what_it_is() -> None:
+    kernel = elsa_tune.load(f"fp32.d16@{SHAPE}")
+    q, k, v = tensors()
+    assert close(kernel(q, k, v), scaled_dot_product_attention(q, k, v))
+    assert str(kernel.variant) == VARIANT and kernel.rung == "exact" and kernel.error == 1e-7 and kernel.ratio == 2.0
+    assert kernel.source is not None and VARIANT in kernel.source.text
+    with pytest.raises(WrongArguments, match=r"fp32\.d16"):
+        kernel(*tensors(dim=8, value_dim=8))
+
+
+def test_load_of_an_untuned_problem_is_torch() -> None:
+    kernel = elsa_tune.load("fp32.d100@b1.h1.q2000.k3")
+    assert kernel.variant.backend == "sdpa" and kernel.source is None and kernel.error is None
+    q, k, v = tensors(dim=100, value_dim=100)
+    assert close(kernel(q, k, v), scaled_dot_product_attention(q, k, v))
+
+
+def test_load_mistakes() -> None:
+    with pytest.raises(BadProblem):
+        elsa_tune.load("nonsense")
+    with pytest.raises(BadDevice):
+        elsa_tune.load("fp32.d16", device="cuda:h200-sm90-c132")
+
+
+def test_distance_is_a_metric_of_shapes() -> None:
+    a, b, c = (Problem.parse(f"fp32.d16@{s}") for s in ("b1.h8.q64.k64", "b2.h8.q64.k128", "b4.h8.kv2.q16.k4096"))
+    assert choose.distance(a, a) == 0 and choose.distance(a, b) == choose.distance(b, a) == 2
+    assert choose.distance(a, c) <= choose.distance(a, b) + choose.distance(b, c)

@@ -1,0 +1,42 @@
+"""Rendered code, kept in view: a change of a template shows as a diff of tests/golden."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from elsa_tune import space
+from elsa_tune.backends import cpp
+from elsa_tune.problem import Problem
+
+CASES = [
+    ("cpp.serial.avx512.l16.q3.k8.v8.n192", "fp32.d64"),
+    ("cpp.hybrid.avx2.l8.q2.k5.v5.n120.w4.s4.packed.p8", "fp32.d80.causal"),
+    ("cpp.blelloch.neon.l4.c4.q4.k2.v4.n32.s8", "fp32.d128"),
+]
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize(("variant", "family"), CASES)
+def test_golden(variant: str, family: str) -> None:
+    text = cpp.source(space.parse(variant), Problem.parse(family)).text
+    path = GOLDEN / "cpp" / f"{variant}-{family}.cpp"
+    if os.environ.get("ACCEPT_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert path.is_file() and text == path.read_text(), (
+        "the rendering changed; look at it with ACCEPT_GOLDEN=1 pytest tests/test_golden.py && git diff tests/golden"
+    )
+
+
+def test_digest_ignores_comments_and_sees_code() -> None:
+    problem, other = Problem.parse("fp32.d64"), Problem.parse("fp32.d64@b2.h8.q5.k9")
+    variant = space.parse(CASES[0][0])
+    assert cpp.digest(variant, problem) == cpp.digest(variant, other), "a shape must not recompile"
+    digests = {cpp.digest(space.parse(v), Problem.parse(f)) for v, f in CASES}
+    assert len(digests) == len(CASES)
+    assert cpp.digest(variant, problem) != cpp.digest(variant, Problem.parse("fp32.d80"))

@@ -1,0 +1,133 @@
+"""The rules of the house: who may import what, what importing costs, and that the documents are complete."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+from pathlib import Path
+
+import pytest
+
+from elsa_tune import backends, cli, errors, scan
+from elsa_tune.space import Space
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "elsa_tune").rglob("*.py"))
+NOUNS = {"problem", "device", "variant", "measurement", "errors"}
+OWNERS = {
+    "jinja2": "render.py",
+    "optuna": "search.py",
+    "sqlite_utils": "winners.py",
+    "pebble": "measure.py",
+    "rich": "report.py",
+    "archspec": "device.py",
+}
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_each_foreign_library_lives_behind_one_file(library: str) -> None:
+    users = {p.name for p in SOURCES if any(n.split(".")[0] == library for n in imported(p))}
+    assert users == {OWNERS[library]}
+
+
+def test_nouns_import_nothing_of_ours_but_errors() -> None:
+    for noun in NOUNS:
+        ours = {n for n in imported(ROOT / "elsa_tune" / f"{noun}.py") if n.startswith("elsa_tune")}
+        assert all(n.startswith("elsa_tune.errors") for n in ours), (noun, ours)
+
+
+def test_dispatch_never_tunes() -> None:
+    reach, pending = set(), ["dispatch"]
+    while pending:
+        name = pending.pop()
+        reach.add(name)
+        path = ROOT / "elsa_tune" / f"{name.replace('.', '/')}.py"
+        if path.is_file():
+            found = {n.removeprefix("elsa_tune.") for n in imported(path) if n.startswith("elsa_tune.")}
+            pending += [n for n in found if n not in reach]
+    assert not reach & {"tuning", "trial", "search", "measure", "report", "cli"}
+
+
+def test_every_file_opens_with_one_sentence() -> None:
+    for path in SOURCES:
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+        assert first and first[0].endswith((".", ":")), path
+    for path in (ROOT / "templates").rglob("*.j2"):
+        assert path.read_text().lstrip().startswith(("//", "{#", "{%")), path
+
+
+def test_importing_does_nothing() -> None:
+    program = """
+import sys, os
+before = set(sys.modules)
+import elsa_tune
+assert elsa_tune.attention and elsa_tune.load and elsa_tune.Problem
+loaded = {name.split('.')[0] for name in set(sys.modules)}
+assert not loaded & {'optuna', 'triton', 'pebble', 'rich', 'click_default_group'}, loaded
+assert not os.path.exists(os.environ['ELSA_TUNE_HOME'])
+"""
+    environment = {"ELSA_TUNE_HOME": "/nonexistent/home", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
+    readme = (ROOT / "README.md").read_text()
+    docs = readme + "".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
+    for command in cli.main.commands:
+        assert f"elsa-tune {command}" in docs or command == "tune", command
+    for option in cli.main.commands["tune"].params:
+        assert option.opts[0] in docs, option.opts
+    for name in backends.names():
+        for axis in Space.load(name).axes:
+            assert f"`{axis.name}`" in docs, axis.name
+    for strategy in scan.names():
+        assert f"`{strategy}`" in docs
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.ElsaTuneError):
+            assert f"`{error.__name__}`" in docs, error.__name__
+
+
+def test_readme_commands_exist() -> None:
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    used = set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", readme, re.M))
+    assert {"tune", "test"} <= used <= targets
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_wheel_carries_the_visible_folders() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f: f"elsa_tune/data/{f}" for f in ("templates", "search_spaces", "cache")}
+
+
+def test_no_machine_paths_in_tracked_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.split()
+    home = re.compile(r"/(root|home/\w+|work)/\w")
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".j2", ".json", ".jsonl", ".cpp"} and path.is_file():
+            assert not home.search(path.read_text()), name

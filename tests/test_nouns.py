@@ -1,0 +1,176 @@
+"""Problem, Device, Variant and Space: what is spelled is read back, and what is impossible is refused with a reason."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elsa_tune import backends, space, workload
+from elsa_tune.backends import cpp
+from elsa_tune.device import Device, detect, host_cpu
+from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
+from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
+from elsa_tune.render import undeclared
+from elsa_tune.space import Space
+
+AVX512 = Device("cpu", "amd_f26m2", "zen5", 2)
+NEON = Device("cpu", "arm_0x41_0xd0c", "neoverse_n1", 4)
+
+sizes = st.integers(1, 1 << 20)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    kv_heads = draw(st.integers(1, 16))
+    return Problem(
+        dtype=draw(st.sampled_from(DTYPES)), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
+        mask=draw(st.sampled_from(MASKS)), precision=draw(st.sampled_from(PRECISIONS)),
+        direction=draw(st.sampled_from(DIRECTIONS)), batch=draw(sizes), heads=kv_heads * draw(st.integers(1, 8)),
+        kv_heads=kv_heads, q_len=draw(sizes), kv_len=draw(sizes),
+    )  # fmt: skip
+
+
+@given(problems())
+def test_problem_reads_what_it_spells(problem: Problem) -> None:
+    assert Problem.parse(str(problem)) == problem
+    assert Problem.parse(problem.family).family == problem.family
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "fp32", "fp32.d64@b1", "fp64.d64", "fp32.d0", "fp32.d64@b1.h3.kv2.q1.k1", "d64.fp32", "fp32.d64@b1.h8.q1.k0"],
+)
+def test_bad_problem(text: str) -> None:
+    with pytest.raises(BadProblem):
+        Problem.parse(text)
+
+
+def test_problem_counts_what_the_mask_lets_through() -> None:
+    for q_len, kv_len in ((5, 5), (3, 9), (9, 3), (1, 7)):
+        problem = Problem(head_dim=4, mask="causal", q_len=q_len, kv_len=kv_len)
+        assert problem.seen_pairs == sum(j <= i for i in range(q_len) for j in range(kv_len))
+        assert problem.flops == 4 * problem.seen_pairs * 4
+
+
+@pytest.mark.parametrize("device", [AVX512, NEON, host_cpu()])
+def test_device_reads_what_it_spells(device: Device) -> None:
+    assert Device.parse(str(device)) == device
+
+
+def test_kinship() -> None:
+    assert AVX512.kinship(AVX512) == "exact"
+    assert AVX512.kinship(Device("cpu", "amd_f26m2", "zen5", 64)) == "model"
+    assert AVX512.kinship(Device("cpu", "intel_f6m143", "sapphirerapids", 2)) == "arch"
+    assert AVX512.kinship(NEON) == "family"
+    assert AVX512.kinship(Device("cuda", "h200", "sm90", 132)) is None
+
+
+def test_detect() -> None:
+    assert detect("auto") == detect("cpu") == detect(str(host_cpu())) == [host_cpu()]
+    with pytest.raises(BadDevice, match="use auto"):
+        detect("cuda:h200-sm90-c132")
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_variants_read_what_they_spell(name: str) -> None:
+    search_space = Space.load(name)
+    problem = Problem.parse("fp32.d64@b1.h8.q1024.k1024")
+    for seed in range(20):
+        variant = next(search_space.variants(problem, AVX512, rng=random.Random(seed)))
+        assert space.parse(str(variant)) == variant
+        assert search_space.refusal(variant, problem, AVX512) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cpp",
+        "cpp.serial",
+        "cpp.serial.avx2.l8.q2.k5.v5.n121",
+        "cpp.serial.serial.avx2",
+        "gpu.x",
+        "../cpp",
+        "cpp.serial.avx2.l8.q2.k5.v5.n120.z9",
+    ],
+)
+def test_bad_variant(text: str) -> None:
+    with pytest.raises(BadVariant):
+        space.parse(text)
+
+
+@pytest.mark.parametrize("device", [AVX512, NEON])
+@pytest.mark.parametrize(
+    "name", ["fp32.d64@b1.h8.q1024.k1024", "fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d33.v40.causal@b1.h1.q7.k7"]
+)
+def test_every_enumerated_variant_obeys_every_law(device: Device, name: str) -> None:
+    search_space, problem = Space.load("cpp"), Problem.parse(name)
+    found = list(islice(search_space.variants(problem, device), 500))
+    assert found and len(set(map(str, found))) == len(found)
+    assert all(search_space.refusal(v, problem, device) is None for v in found)
+
+
+def test_nearest_variants_come_first() -> None:
+    search_space, problem = Space.load("cpp"), Problem.parse("fp32.d64@b1.h8.q1024.k1024")
+    wanted = search_space.parse("cpp.serial.avx512.l16.q3.k8.v8.n192")
+    assert next(search_space.variants(problem, AVX512, prefer=wanted.axes)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("spelling", "problem", "law"),
+    [
+        ("cpp.serial.neon.l4.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "isa_is_here"),
+        ("cpp.serial.avx512.l4.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "lanes_fit_isa"),
+        ("cpp.serial.avx512.l16.c16.q4.k1.v4.n32", "fp32.d72@b1.h8.q1.k99", "chunk_divides"),
+        ("cpp.serial.avx512.l16.c16.q4.k1.v4.n32", "fp32.d64@b1.h8.q99.k99", "rows_fill_vectors"),
+        ("cpp.serial.avx512.l16.q4.k12.v6.n96", "fp32.d64@b1.h8.q99.k99", "tiles_fill_registers"),
+        ("cpp.serial.avx512.l16.q1.k3.v6.n96", "fp32.d64@b1.h8.q99.k99", "tiles_fill_registers"),
+        ("cpp.serial.avx512.l16.q4.k5.v6.n96", "fp32.d64@b1.h8.q99.k99", "leaf_holds_key_tiles"),
+        ("cpp.serial.avx512.l16.q1.k6.v24.n96", "fp32.d64.v16@b1.h8.q99.k99", "value_tile_fits"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
+        ("cpp.blelloch.avx512.l16.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
+        ("cpp.hybrid.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
+        ("cpp.blelloch.avx512.l16.q6.k4.v4.n288.w8", "fp32.d256@b1.h8.q99.k99", "stack_is_bounded"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.e4", "fp32.d64@b1.h8.q99.k99", "exp_is_exact"),
+    ],
+)
+def test_laws_refuse_with_their_reason(spelling: str, problem: str, law: str) -> None:
+    reason = Space.load("cpp").refusal(space.parse(spelling), Problem.parse(problem), AVX512)
+    assert reason and reason.startswith(f"{law}: ")
+
+
+def test_every_law_is_tested() -> None:
+    marks = test_laws_refuse_with_their_reason.pytestmark  # type: ignore[attr-defined]
+    assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.laws}
+
+
+def test_axes_and_templates_agree_both_ways() -> None:
+    axes = {axis.name for axis in Space.load("cpp").axes}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m"}
+    derived = {"block_scan", "grid_scan", "exp2_coefficients", "scratch_bytes"}
+    used = undeclared(cpp.TEMPLATE)
+    assert not axes - used
+    assert used - axes == family | derived
+
+
+def test_workloads() -> None:
+    assert "default" in workload.names()
+    found = workload.load("default")
+    assert {p.head_dim for p in found} == {64, 80, 128} and {197, 577, 128, 512, 16384} <= {p.q_len for p in found}
+    assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
+
+
+@pytest.mark.parametrize("content", ["", "x = 1", "[a]\nproblems = 3", "[a]\nproblems = []", "not toml ["])
+def test_bad_workload(content: str, tmp_path: object) -> None:
+    path = tmp_path / "w.toml"  # type: ignore[operator]
+    path.write_text(content)
+    with pytest.raises(BadWorkload):
+        workload.load(str(path))
+
+
+def test_missing_workload() -> None:
+    with pytest.raises(BadWorkload, match="default"):
+        workload.load("no-such-workload")

@@ -1,0 +1,126 @@
+"""The search, rehearsed on recorded timings: no clock, no compiler."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from elsa_tune.errors import ElsaTuneError
+from elsa_tune.measurement import Measurement
+from elsa_tune.search import SAMPLERS, Search, importances
+from elsa_tune.space import Space
+from elsa_tune.variant import Value, Variant
+
+RECORDED: dict[str, dict[str, float | None]] = json.loads(
+    (Path(__file__).parent / "recorded" / "cpu.json").read_text()
+)["problems"]
+SPACE = Space.load("cpp")
+PREFILL = "fp32.d64@b1.h16.q577.k577"
+
+
+class Rehearsal:
+    """A device that answers from records: its valid variants are the recorded ones."""
+
+    def __init__(self, problem: str) -> None:
+        self.ratios = RECORDED[problem]
+        self.variants = {name: SPACE.parse(name) for name in self.ratios}
+
+    def valid(self, prefer: Mapping[str, Value] | None, rng: random.Random | None) -> Iterator[Variant]:
+        def far(variant: Variant) -> float:
+            return sum(
+                abs(axis.values.index(variant.axes[axis.name]) - axis.values.index((prefer or {})[axis.name]))
+                / len(axis.values)
+                + 0.1 * (variant.axes[axis.name] != (prefer or {})[axis.name])
+                for axis in SPACE.axes
+            )
+
+        every = list(self.variants.values())
+        yield from sorted(every, key=far) if prefer else (rng or random.Random(0)).sample(every, len(every))
+
+    def search(self, **options: object) -> Search:
+        return Search(SPACE, self.valid, str, **options)  # type: ignore[arg-type]
+
+    def started(self, **options: object) -> Search:
+        """A search that begins, as tuning does, with the space's starting variants."""
+        search = self.search(**options)
+        search.enqueue(self.variants[name] for name in SPACE.start if name in self.variants)
+        return search
+
+    def run(self, search: Search, trials: int) -> list[float]:
+        """The best ratio after each trial."""
+        best = [0.0]
+        for variant in (v for _ in range(trials) for v in search.ask(1)):
+            ratio = self.ratios[str(variant)]
+            search.tell(variant, ratio)
+            best.append(max(best[-1], ratio or 0))
+        return best[1:]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("problem", RECORDED)
+def test_never_the_same_twice_and_the_whole_space_in_the_end(sampler: str, problem: str) -> None:
+    device = Rehearsal(problem)
+    search = device.search(sampler=sampler)
+    asked = [str(v) for _ in range(40) for v in search.ask(2)]
+    assert len(asked) == len(set(asked)) == 80
+    everything = asked + [str(v) for v in search.ask(10_000)]
+    assert sorted(everything) == sorted(device.ratios) and search.ask(1) == []
+
+
+@pytest.mark.parametrize("problem", RECORDED)
+def test_exhaustive_walks_everything(problem: str) -> None:
+    device = Rehearsal(problem)
+    assert sorted(map(str, device.search(exhaustive=True).ask(10_000))) == sorted(device.ratios)
+
+
+def test_the_default_finds_nearly_the_best_in_ten_trials() -> None:
+    """Mean over seeds of the best ratio after ten trials, as a share of the best recorded one."""
+    device = Rehearsal(PREFILL)
+    top = max(r for r in device.ratios.values() if r)
+
+    def reached(sampler: str) -> float:
+        return sum(device.run(device.started(sampler=sampler, seed=seed), 10)[-1] for seed in range(8)) / 8 / top
+
+    assert reached("local") > 0.92
+    assert reached("local") > reached("random") + 0.03
+
+
+def test_a_seed_repeats_a_search() -> None:
+    device = Rehearsal(PREFILL)
+    first, second = (device.run(device.search(seed=5), 15) for _ in range(2))
+    assert first == second
+
+
+def test_what_is_enqueued_comes_first_unless_known() -> None:
+    device = Rehearsal(PREFILL)
+    names = list(device.ratios)[:3]
+    search = device.search()
+    search.tell(device.variants[names[0]], 1.0)
+    search.enqueue([device.variants[n] for n in names])
+    assert [str(v) for v in search.ask(2)] == names[1:]
+
+
+def test_equal_code_is_tried_once() -> None:
+    device = Rehearsal(PREFILL)
+    search = Search(SPACE, device.valid, lambda variant: str(variant.axes["scan"]))
+    assert len(search.ask(100)) == len({v.axes["scan"] for v in device.variants.values()})
+
+
+def test_unknown_sampler() -> None:
+    with pytest.raises(ElsaTuneError, match="local, tpe, random"):
+        Rehearsal(PREFILL).search(sampler="annealing")
+
+
+def test_importances_name_axes() -> None:
+    rows = [
+        Measurement(device="d", problem=PREFILL, variant=v, status="ok", ratio=r)
+        for v, r in RECORDED[PREFILL].items()
+        if r
+    ]
+    found = importances(SPACE, rows)
+    assert set(found) <= {axis.name for axis in SPACE.axes} and abs(sum(found.values()) - 1) < 1e-6
+    assert importances(SPACE, rows[:3]) == {}

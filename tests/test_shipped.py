@@ -1,0 +1,36 @@
+"""The winners this version ships: readable, of this version's spaces, lawful on the device that measured them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elsa_tune import space, winners
+from elsa_tune.device import Device
+from elsa_tune.problem import Problem
+from elsa_tune.space import Space
+from elsa_tune.winners import Database
+
+CACHE = Path(__file__).resolve().parent.parent / "cache"
+FILES = sorted(CACHE.glob("*.jsonl"))
+
+
+def test_something_is_shipped() -> None:
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_shipped_winners(path: Path, tmp_path: Path) -> None:
+    rows = list(winners.read_lines(path))
+    winners.write_lines(rows, tmp_path / path.name)
+    assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "written by the program, not edited by hand"
+    devices = {m.device for m in rows}
+    assert devices == {path.stem.replace("-", ":", 1)}
+    device = Device.parse(devices.pop())
+    for m in rows:
+        variant = space.parse(m.variant)
+        assert Space.load(variant.backend).refusal(variant, Problem.parse(m.problem), device) is None
+        assert m.status == "ok" and m.stage == "final" and (m.ratio_low or 0) > 1 and m.error is not None
+    problems = [m.problem for m in Database.in_memory(rows, "shipped").winners()]
+    assert sorted(problems) == sorted(m.problem for m in rows), "one winner a problem"

@@ -1,0 +1,218 @@
+"""The database: append-only, winners as a view, ties, layers, and every way a file can be unusable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from elsa_tune import places, winners
+from elsa_tune.device import Device
+from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
+from elsa_tune.measurement import Measurement
+from elsa_tune.winners import Database
+
+DEVICE = "cpu:amd_f26m2-zen5-c2"
+PROBLEM = "fp32.d64@b1.h8.q1024.k1024"
+
+
+def measured(variant: str, low: float, high: float, **more: object) -> Measurement:
+    facts: dict[str, object] = dict(
+        device=DEVICE, problem=PROBLEM, variant=variant, status="ok", stage="final", error=1e-7, seconds=1e-3,
+        ratio=(low + high) / 2, ratio_low=low, ratio_high=high, samples=(1e-3,), incumbent="sdpa.flash",
+        incumbent_samples=(2e-3,), resources={"hot_spills": 0}, provenance={"torch": "2"}, created=1.0,
+    )  # fmt: skip
+    return Measurement(**{**facts, **more})  # type: ignore[arg-type]
+
+
+SDPA = measured("sdpa.flash", 1, 1)
+
+
+def winner(*rows: Measurement) -> str | None:
+    found = Database.in_memory([SDPA, *rows], "test").winners()
+    assert len(found) <= 1
+    return found[0].variant if found else None
+
+
+def test_a_measurement_survives_the_database(home: Path) -> None:
+    m = measured("cpp.a", 1.9, 2.1, reason="é\n'\";", constant=0.5)
+    with Database.for_writing() as database:
+        database.record(m)
+        database.record(m)
+        assert database.measurements() == [m], "the same measurement twice is one row"
+    with Database.for_reading(places.database()) as database:
+        assert database.measurements(problem=PROBLEM) == [m]
+        assert database.winners() == [m]
+        with pytest.raises(ElsaTuneError, match="no column"):
+            database.measurements(**{"1; DROP TABLE measurements": "x"})
+
+
+def test_winner_rules() -> None:
+    assert winner() == "sdpa.flash"
+    assert winner(measured("cpp.a", 1.9, 2.1), measured("cpp.b", 2.9, 3.1)) == "cpp.b"
+    assert winner(measured("cpp.a", 0.9, 1.4)) == "sdpa.flash", "not faster beyond its interval"
+    assert winner(measured("cpp.a", 1.9, 2.1, stage="trial")) == "sdpa.flash", "trials do not win"
+    assert winner(measured("cpp.a", 1.9, 2.1, status="wrong")) == "sdpa.flash"
+    assert (
+        winner(measured("cpp.a", 2.9, 3.1), measured("cpp.a", 1.1, 1.2, created=2.0), measured("cpp.b", 1.9, 2.0))
+        == "cpp.b"
+    ), "the newest final of a variant counts"
+
+
+def test_ties_go_to_the_smaller_error_then_fewer_spills_then_the_spelling() -> None:
+    fast, tied = measured("cpp.z", 1.98, 2.04), measured("cpp.b", 1.95, 2.0)
+    assert winner(fast, tied) == "cpp.b", "overlapping intervals: the spelling decides"
+    assert winner(fast, measured("cpp.b", 1.95, 2.0, error=2e-7)) == "cpp.z"
+    assert winner(fast, measured("cpp.b", 1.95, 2.0, resources={"hot_spills": 3})) == "cpp.z"
+    assert winner(measured("cpp.z", 2.0, 2.0), measured("cpp.b", 1.97, 1.97)) == "cpp.b", "within 2 %"
+    assert winner(measured("cpp.z", 2.0, 2.0), measured("cpp.b", 1.9, 1.91)) == "cpp.z"
+
+
+def test_two_noisy_runs_name_the_same_winner() -> None:
+    """Three tied variants and two slower ones, measured twice with noise: the tie class decides, not the noise."""
+
+    def run(seed: int) -> str | None:
+        rng, rows = random.Random(seed), []
+        for name, truth in (("cpp.c", 2.0), ("cpp.b", 2.01), ("cpp.a", 1.99), ("cpp.slow", 1.7), ("cpp.slower", 1.4)):
+            middle = truth * rng.gauss(1, 0.003)
+            rows.append(measured(name, middle * 0.985, middle * 1.015))
+        return winner(*rows)
+
+    assert {run(seed) for seed in range(50)} == {"cpp.a"}
+
+
+def test_kin_answer_in_order(home: Path) -> None:
+    others = {
+        "exact": DEVICE,
+        "model": "cpu:amd_f26m2-zen5-c64",
+        "arch": "cpu:intel_f6m143-sapphirerapids-c8",
+        "family": "cpu:arm_0x41_0xd0c-neoverse_n1-c4",
+    }
+    rows = [measured(f"cpp.{rung}", 1.9, 2.1, device=device) for rung, device in reversed(others.items())]
+    layer = winners.Layer("own", "memory", Database.in_memory(rows, "test"))
+    found = winners.known_winners(Device.parse(DEVICE), [layer])
+    assert [w.rung for w in found] == list(others)
+
+
+def test_lines_are_read_back_and_sorted(tmp_path: Path) -> None:
+    rows = [measured(f"cpp.{name}", 1.9, 2.1, resources={"hot_spills": 1}) for name in "cab"]
+    winners.write_lines(rows, tmp_path / "one.jsonl")
+    winners.write_lines(rows[::-1], tmp_path / "two.jsonl")
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+    assert sorted(winners.read_lines(tmp_path / "one.jsonl"), key=lambda m: m.variant) == sorted(
+        rows, key=lambda m: m.variant
+    )
+
+
+def _write_many(home: str, writer: int) -> None:
+    os.environ["ELSA_TUNE_HOME"] = home
+    with Database.for_writing() as database:
+        for i in range(100):
+            database.record(measured(f"cpp.w{writer}x{i}", 1.9, 2.1, created=float(i)))
+
+
+def test_two_processes_write_one_database(home: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_many, args=(str(home), w)) for w in range(2)]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+        assert process.exitcode == 0
+    with Database.for_reading(places.database()) as database:
+        assert len(database.measurements()) == 200
+
+
+def _recorded(count: int = 3) -> list[Measurement]:
+    rows = [measured(f"cpp.a{i}", 1.9, 2.1, created=float(i)) for i in range(count)]
+    with Database.for_writing() as database:
+        for row in rows:
+            database.record(row)
+    return rows
+
+
+def _own_layer() -> winners.Layer:
+    return next(layer for layer in winners.layers() if layer.name == "own")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty header", "torn page"])
+def test_corrupt_file_is_set_aside_never_overwritten(home: Path, damage: str) -> None:
+    _recorded(200)
+    path = places.database()
+    whole = path.read_bytes()
+    broken = {
+        "garbage": b"not a database" * 99,
+        "empty header": bytes(100) + whole[100:],
+        "torn page": whole[:4096] + os.urandom(len(whole) - 4096),
+    }[damage]
+    path.write_bytes(broken)
+    for tail in ("-wal", "-shm"):
+        path.with_name(path.name + tail).unlink(missing_ok=True)
+    layer = _own_layer()
+    if layer.database is not None:  # a torn page may only show when it is read
+        with pytest.raises(sqlite3.DatabaseError):
+            layer.database.measurements()
+    assert path.read_bytes() == broken, "reading changes nothing"
+    new = measured("cpp.new", 1.9, 2.1)
+    with Database.for_writing() as database:
+        database.record(new)
+        assert database.measurements() == [new]
+    aside = [p for p in path.parent.glob("measurements.db.corrupt-*") if not p.name.endswith(("-wal", "-shm"))]
+    assert [a.read_bytes() for a in aside] == [broken]
+
+
+def test_future_version_is_left_alone(home: Path) -> None:
+    _recorded()
+    with sqlite3.connect(places.database()) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    assert "upgrade" in _own_layer().problem
+    with pytest.raises(DatabaseUnusable, match="newer"):
+        Database.for_writing()
+    assert not list(home.glob("*.corrupt-*"))
+
+
+def test_locked_database(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _recorded()
+    holder = sqlite3.connect(places.database())
+    holder.execute("PRAGMA journal_mode = DELETE")
+    holder.execute("BEGIN EXCLUSIVE")
+    assert "locked" in _own_layer().problem
+    holder.rollback()
+    holder.close()
+    found = _own_layer().database
+    assert found is not None and found.measurements() == rows
+
+
+def test_read_only_folder_still_serves(home: Path) -> None:
+    rows = _recorded()
+    places.database().chmod(0o400)
+    home.chmod(0o500)
+    try:
+        found = _own_layer().database
+        assert found is not None and found.measurements() == rows
+        if os.geteuid():  # root may write anywhere
+            with pytest.raises(DatabaseUnusable, match="ELSA_TUNE_HOME"):
+                Database.for_writing()
+    finally:
+        home.chmod(0o700)
+
+
+def test_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(DatabaseUnusable, match="ELSA_TUNE_HOME"):
+        Database.for_writing()
+
+
+def test_network_file_systems_get_no_write_ahead_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winners, "_on_network", lambda path: True)
+    _recorded()
+    with sqlite3.connect(places.database()) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
+    connection.close()
+    assert len(_own_layer().database.measurements()) == 3  # type: ignore[union-attr]
