@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement, Winner
 
 SCHEMA_VERSION = 1
+PATIENCE = 30.0
+"""Seconds that a writer waits for another to let go of the database."""
 TIED = 0.98
 """Within this share of the best ratio, or with overlapping intervals, variants are tied."""
 
@@ -79,22 +82,26 @@ class Database:
     def for_writing(cls, path: Path | None = None) -> Database:
         """Open or create; a corrupt file is set aside first. Raises DatabaseUnusable."""
         path = path or places.database()
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return cls._open(path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise DatabaseUnusable(
-                    f"{path}: {error}; make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
-                ) from error
-            set_aside(path)
-            return cls._open(path)
-        except OSError as error:
-            raise DatabaseUnusable(f"{path}: {error}; set ELSA_TUNE_HOME to a writable folder") from error
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                return cls._open(path)
+            except sqlite3.OperationalError as error:
+                # SQLite never waits for a lock in the way of a change of journal mode, so this does.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise DatabaseUnusable(
+                        f"{path}: {error}; make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
+                    ) from error
+                time.sleep(0.02)
+            except sqlite3.DatabaseError:
+                set_aside(path)
+            except OSError as error:
+                raise DatabaseUnusable(f"{path}: {error}; set ELSA_TUNE_HOME to a writable folder") from error
 
     @classmethod
     def _open(cls, path: Path) -> Database:
-        connection = sqlite3.connect(path, timeout=30)
+        connection = sqlite3.connect(path, timeout=PATIENCE)
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -195,7 +202,8 @@ def set_aside(path: Path) -> Path:
     number = 0
     while (target := path.with_name(f"{path.name}.corrupt-{stamp}-{number}")).exists():
         number += 1
-    path.rename(target)
+    with suppress(FileNotFoundError):  # another process has just set it aside
+        path.rename(target)
     for tail in ("-wal", "-shm"):
         companion = path.with_name(path.name + tail)
         if companion.exists():

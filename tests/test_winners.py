@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,23 @@ def test_two_processes_write_one_database(home: Path) -> None:
         assert process.exitcode == 0
     with Database.for_reading(places.database()) as database:
         assert len(database.measurements()) == 200
+
+
+def test_a_writer_waits_for_a_lock_that_sqlite_does_not_wait_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of journal mode fails at once beside another connection: two first runs at the same moment."""
+    home.mkdir(exist_ok=True)
+    holder = sqlite3.connect(places.database(), check_same_thread=False)
+    holder.execute("CREATE TABLE another (x)")
+    holder.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(winners, "PATIENCE", 0.0)
+    with pytest.raises(DatabaseUnusable, match="locked"):
+        Database.for_writing()
+    monkeypatch.setattr(winners, "PATIENCE", 30.0)
+    release = threading.Timer(0.3, holder.rollback)
+    release.start()
+    _recorded(1)
+    release.join()
+    holder.close()
 
 
 def _recorded(count: int = 3) -> list[Measurement]:
