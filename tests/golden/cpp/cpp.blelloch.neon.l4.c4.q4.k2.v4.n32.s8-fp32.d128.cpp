@@ -277,9 +277,10 @@ struct Tile {
     // Scores.
     int j = 0;
     for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, key + j * c.k.row, c.k.row, score + j, top);
-    const float* const rest = packed;
+    float* const rest = packed;
     for (int r = j; r < n; ++r) std::memcpy(packed + (r - j) * HEAD_DIM, key + r * c.k.row, HEAD_DIM * sizeof(float));
-    if (j < n) {  // fewer than KT keys remain: the tile's other rows hold stale but owned memory
+    if (j < n) {  // fewer than KT keys remain: zeros fill the tile. Stale bits may be denormal: slow.
+      std::memset(rest + (n - j) * HEAD_DIM, 0, (KT - (n - j)) * HEAD_DIM * sizeof(float));
       vec unused[QV];
       for (int i = 0; i < QV; ++i) unused[i] = vec{};
       dot_keys<QV, KT>(query, rest, HEAD_DIM, score + j, unused);

@@ -320,8 +320,9 @@ struct Tile {
     int j = 0;
     for (; j < n; ++j) std::memcpy(packed + j * HEAD_DIM, key + j * c.k.row, HEAD_DIM * sizeof(float));
     for (j = 0; j + KT <= n; j += KT) dot_keys<QV, KT>(query, packed + j * HEAD_DIM, HEAD_DIM, score + j, top);
-    const float* const rest = packed + j * HEAD_DIM;
-    if (j < n) {  // fewer than KT keys remain: the tile's other rows hold stale but owned memory
+    float* const rest = packed + j * HEAD_DIM;
+    if (j < n) {  // fewer than KT keys remain: zeros fill the tile. Stale bits may be denormal: slow.
+      std::memset(rest + (n - j) * HEAD_DIM, 0, (KT - (n - j)) * HEAD_DIM * sizeof(float));
       vec unused[QV];
       for (int i = 0; i < QV; ++i) unused[i] = vec{};
       dot_keys<QV, KT>(query, rest, HEAD_DIM, score + j, unused);
