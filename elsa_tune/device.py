@@ -44,6 +44,17 @@ class Device:
         return cls(found[1], found[2], found[3], int(found[4]))
 
     @property
+    def capability(self) -> int:
+        """An NVIDIA GPU's compute capability as Triton counts it, 90 for sm_90; 0 for other devices."""
+        found = re.match(r"sm_(\d+)", self.arch)
+        return int(found[1]) if found else 0
+
+    @property
+    def warp(self) -> int:
+        """Threads that a GPU runs in lockstep: a warp's 32, or a wavefront's 64 before RDNA."""
+        return 64 if self.arch.startswith("gfx9") else 32
+
+    @property
     def isas(self) -> tuple[str, ...]:
         """Instruction sets that generated code may use here, best first."""
         return _isas(self.arch)
@@ -56,7 +67,8 @@ class Device:
             return None
         if self.model == other.model:
             return "model"
-        return "arch" if self.isas[0] == other.isas[0] else "family"
+        same = self.isas[0] == other.isas[0] if self.kind == "cpu" else self.arch == other.arch
+        return "arch" if same else "family"
 
     @property
     def last_cache(self) -> int:

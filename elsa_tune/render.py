@@ -24,6 +24,13 @@ class Source:
     digest: str
 
 
+_COMMENTS = {
+    "cpp": re.compile(r"//.*|^[ \t]+", re.M),
+    "py": re.compile(r'^\s*""".*?"""$|#[^\n]*', re.M | re.S),
+}
+"""What may change without changing what is computed, by language."""
+
+
 def powers(n: int) -> list[int]:
     """1, 2, 4, ... below n."""
     return [1 << k for k in range((n - 1).bit_length())]
@@ -59,8 +66,9 @@ def render(template: str, context: Mapping[str, Any]) -> Source:
     """Render ``templates/<template>``; a name the context lacks is an error that gives the template's line."""
     text = _environment().get_template(template).render(context)
     text = re.sub(r"\n{3,}", "\n\n", text)
-    code = "\n".join(line.strip() for line in re.sub(r"//.*", "", text).splitlines() if line.strip())
     suffix = template.removesuffix(".j2").rpartition(".")[2]
+    code = _COMMENTS[suffix].sub("", text)
+    code = "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
     return Source(text, suffix, hashlib.sha256(code.encode()).hexdigest()[:20])
 
 

@@ -61,11 +61,11 @@ class Backend(Protocol):
     def command(self, variant: Variant) -> list[str]:
         """The compile command, without input and output; empty where nothing is compiled."""
 
-    def digest(self, variant: Variant, problem: Problem) -> str:
+    def digest(self, variant: Variant, problem: Problem, device: Device | None = None) -> str:
         """Names what would be built: equal digests are the same kernel."""
 
-    def build(self, variant: Variant, problem: Problem) -> Built:
-        """Compile, or find in the kernel cache. Raises BuildFailed, CompilerMissing, KernelCacheUnsafe."""
+    def build(self, variant: Variant, problem: Problem, device: Device | None = None) -> Built:
+        """Compile for the device (None: this machine's), or find in the kernel cache. Raises BuildFailed, CompilerMissing, KernelCacheUnsafe."""
 
     def find(self, digest: str) -> Built | None:
         """What was built before under a digest, or None. Never compiles. Raises KernelCacheUnsafe."""

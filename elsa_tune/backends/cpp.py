@@ -18,6 +18,8 @@ from torch import Tensor
 
 from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, _compiler, _kernel_cache
+from elsa_tune.backends._laws import scan_has_states
+from elsa_tune.backends._tensors import new_output, rows_contiguous
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import WrongArguments
 from elsa_tune.problem import Problem
@@ -111,16 +113,6 @@ def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None
     return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
 
 
-def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
-    if scan == "serial" and workers * splits > 1:
-        return "a fold has one state; several need a scan to merge them"
-    if scan == "hybrid" and (workers == 1 or splits == 1):
-        return "hybrid needs states on both levels, workers and splits"
-    if scan != "serial" and workers * splits == 1:
-        return f"with one state nothing is merged, and {scan} would be a fold under another name"
-    return None
-
-
 def stack_is_bounded(
     lanes: int, chunk: int, query_vectors: int, block_n: int, workers: int, problem: Problem
 ) -> str | None:
@@ -193,7 +185,7 @@ def command(variant: Variant) -> list[str]:
     return [*_compiler.find().command, *FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags, "-shared"]
 
 
-def digest(variant: Variant, problem: Problem) -> str:
+def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
     """What a built kernel is filed under: code, compile command and compiler version."""
     parts = [source(variant, problem).digest, *command(variant), _compiler.find().version]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
@@ -227,7 +219,7 @@ def build_text(text: str, name: str, variant: Variant) -> Built:
     return _built(name, _kernel_cache.add(name, LIBRARY, fill))
 
 
-def build(variant: Variant, problem: Problem) -> Built:
+def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
     """The compiled family, from the cache or the compiler."""
     name = digest(variant, problem)
     built = find(name) or build_text(source(variant, problem).text, name, variant)
@@ -286,16 +278,6 @@ _POINTERS = struct.Struct("<4q").pack
 _LAYOUT = struct.Struct("<17qdqq").pack
 
 
-def new_output(query: Tensor, value_dim: int) -> Tensor:
-    """An output [batch, heads, q_len, value_dim] laid out like ``query``: by head, or by position."""
-    batch, heads, q_len, head_dim = query.shape
-    if value_dim == head_dim:
-        return torch.empty_like(query)
-    if query.stride(1) < query.stride(2):
-        return query.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
-    return query.new_empty((batch, heads, q_len, value_dim))
-
-
 class CppKernel:
     """A compiled family: call it with any shape, or bind a shape for repeated calls."""
 
@@ -333,7 +315,7 @@ class CppKernel:
                     made = new_output(query, value_dim)
                 q, k, v, o = query.stride(), key.stride(), value.stride(), made.stride()
                 if not q[3] == k[3] == v[3] == 1:
-                    return call(_last_stride_one(query), _last_stride_one(key), _last_stride_one(value), scale, out)
+                    return call(rows_contiguous(query), rows_contiguous(key), rows_contiguous(value), scale, out)
                 packed = _LAYOUT(
                     batch, heads, kv_heads, q_len, kv_len, *q[:3], *k[:3], *v[:3], *o[:3],
                     default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
@@ -346,11 +328,6 @@ class CppKernel:
             return made
 
         return call
-
-
-def _last_stride_one(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy whose rows are contiguous (and whose negation bit, if any, is applied)."""
-    return x if x.stride(3) == 1 else x.resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def load(built: Built, variant: Variant, problem: Problem) -> Kernel:

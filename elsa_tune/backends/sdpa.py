@@ -52,12 +52,12 @@ def command(variant: Variant) -> list[str]:
     return []
 
 
-def digest(variant: Variant, problem: Problem) -> str:
+def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
     """The variant itself."""
     return str(variant)
 
 
-def build(variant: Variant, problem: Problem) -> Built:
+def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
     """Nothing to build."""
     return Built(str(variant))
 

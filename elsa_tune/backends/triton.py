@@ -1,0 +1,373 @@
+"""Triton kernels for NVIDIA and AMD GPUs: laws, compiling for any target, and calling. The only file that imports triton."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from elsa_tune import scan
+from elsa_tune.backends import Built, Call, Kernel, _gpu_report, _kernel_cache
+from elsa_tune.backends._laws import scan_has_states
+from elsa_tune.backends._tensors import new_output, rows_contiguous
+from elsa_tune.device import Device
+from elsa_tune.errors import BuildFailed, CompilerMissing, WrongArguments
+from elsa_tune.problem import Problem
+from elsa_tune.render import Source, render
+from elsa_tune.variant import Variant
+
+TEMPLATE = "triton/attention.py.j2"
+MODULE = "kernel.py"
+LARGEST_DIM = 256
+SCRATCH_BYTES = 256 << 20
+LARGEST_FINISH = 16
+"""Query rows whose split states are merged at once."""
+
+DOTS = {
+    "strict": ("ieee", "fma"),
+    "fp32": ("ieee", "fma", "tf32x3", "bf16x6"),
+    "tf32": ("ieee", "fma", "tf32x3", "bf16x6", "bf16x3", "tf32"),
+    "fp16": ("half", "fma"),
+    "bf16": ("half", "fma"),
+}
+"""The arithmetic of products that each precision class allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some columns of a dimension of ``total``: ``size`` of them, a power of two, from ``start``."""
+
+    start: int
+    size: int
+    total: int
+
+
+def parts(dim: int, how: str) -> tuple[Part, ...]:
+    """A dimension as one padded power of two, or as powers of two of at least 16 that fill it with the least padding."""
+    if how == "pad":
+        return (Part(0, max(16, 1 << (dim - 1).bit_length()), dim),)
+    found, start = list[Part](), 0
+    while start < dim:
+        left = dim - start
+        below, above = 1 << (left.bit_length() - 1), max(16, 1 << (left - 1).bit_length())
+        size = above if below < 16 or above - left < 16 else below
+        found.append(Part(start, size, dim))
+        start += size
+    return tuple(found)
+
+
+# Laws: each says in one sentence why a combination cannot work or cannot win.
+
+
+def dot_suits_class(dot: str, problem: Problem) -> str | None:
+    allowed = DOTS.get(problem.precision, ())
+    return None if dot in allowed else f"class {problem.precision} allows {', '.join(allowed)}, not {dot}"
+
+
+def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
+    if device.kind == "cuda" and device.capability < 80 and dot not in ("ieee", "fma", "half"):
+        return f"{dot} needs the matrix units of sm_80 and later, not {device.arch}"
+    if device.kind == "hip" and dot in ("tf32", "tf32x3"):
+        return f"{dot} is not offered for {device.arch}"
+    if problem.dtype == "bf16" and device.kind == "cuda" and device.capability < 80 and dot == "half":
+        return f"{device.arch} has no bfloat16 products"
+    return None
+
+
+def tile_fits_dot(dot: str, block_m: int) -> str | None:
+    return f"a matrix product has at least 16 rows, not {block_m}" if dot != "fma" and block_m < 16 else None
+
+
+def product_is_small(dot: str, block_m: int, block_n: int, warps: int, problem: Problem) -> str | None:
+    each = block_m * block_n * parts(max(problem.head_dim, problem.value_dim), "pad")[0].size // (32 * warps)
+    return f"a reduced product keeps {each} terms in each thread" if dot == "fma" and each > 128 else None
+
+
+def rows_fill_tile(block_m: int, problem: Problem) -> str | None:
+    rows = problem.q_len * problem.group
+    return f"{rows} query rows leave most of a tile of {block_m} empty" if block_m > max(16, 2 * rows - 1) else None
+
+
+def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) -> str | None:
+    leaves = -(-problem.kv_len // block_n)
+    return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
+
+
+def registers_hold_states(
+    dot: str, block_m: int, block_n: int, warps: int, workers: int, dims: str, problem: Problem, device: Device
+) -> str | None:
+    columns = sum(p.size for p in parts(problem.value_dim, dims))
+    floats = block_m * (workers * columns + (block_n if dot != "fma" else 0))
+    each = floats // (device.warp * warps)
+    return f"states and scores take {each} registers of each thread" if each > 208 else None
+
+
+def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
+    threads = device.warp * warps
+    return f"{threads} threads for {block_m} x {block_n} scores" if block_m * block_n < threads and block_m > 1 else None
+
+
+def schedule_has_splits(schedule: str, splits: int) -> str | None:
+    if schedule == "fold" and splits > 1:
+        return f"{splits} splits leave states that somebody must merge"
+    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
+
+
+def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
+    rows = problem.q_len * problem.group
+    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
+    return f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+
+
+def pair_adds_apart(state: str, accumulate: str) -> str | None:
+    return "a normalised output takes a leaf in whole" if state == "pair" and accumulate == "running" else None
+
+
+def fma_adds_apart(dot: str, accumulate: str) -> str | None:
+    return "a reduced product is summed apart anyway" if dot == "fma" and accumulate == "running" else None
+
+
+def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
+    same = all(parts(d, "pad") == parts(d, "parts") for d in (problem.head_dim, problem.value_dim))
+    return f"{problem.head_dim} and {problem.value_dim} split into what padding makes" if dims == "parts" and same else None
+
+
+def longest_is_causal(order: str, problem: Problem) -> str | None:
+    return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None
+
+
+def stages_need_a_pipeline(stages: int, device: Device) -> str | None:
+    if device.kind == "cuda" and device.capability < 80 and stages > 2:
+        return f"{device.arch} has no asynchronous copies to keep {stages} leaves in flight"
+    return None
+
+
+laws = (
+    dot_suits_class,
+    dot_is_there,
+    tile_fits_dot,
+    product_is_small,
+    rows_fill_tile,
+    keys_fill_leaves,
+    registers_hold_states,
+    threads_have_work,
+    scan_has_states,
+    schedule_has_splits,
+    scratch_is_bounded,
+    pair_adds_apart,
+    fma_adds_apart,
+    parts_differ_from_padding,
+    longest_is_causal,
+    stages_need_a_pipeline,
+)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU, slowly: its debugging mode, in which this backend serves CPUs."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def refusal(problem: Problem, device: Device) -> str | None:
+    """Triton serves float32, float16 and bfloat16, no mask or causal, dimensions up to 256, on GPUs."""
+    if device.kind not in ("cuda", "hip") and not interpreting():
+        return f"Triton runs on GPUs, not on {device}"
+    if problem.precision not in DOTS:
+        return f"no Triton kernel is of class {problem.precision}"
+    if problem.dtype != "fp32" and problem.precision != problem.dtype:
+        return f"{problem.dtype} tensors have no class {problem.precision}"
+    if problem.direction != "forward":
+        return "backward kernels are not rendered"
+    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
+        return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
+    return None
+
+
+@cache
+def source(variant: Variant, problem: Problem) -> Source:
+    """The Python text for the problem's family."""
+    axes = variant.axes
+    strategy = scan.get(str(axes["scan"]))
+    dims = str(axes["dims"])
+    return render(
+        TEMPLATE,
+        {
+            **axes,
+            "scan": strategy,
+            "block_scan": scan.get(strategy.block or strategy.name),
+            "grid_scan": scan.get(strategy.grid or strategy.name),
+            "variant": variant,
+            "family": problem.family,
+            "head_dim": problem.head_dim,
+            "value_dim": problem.value_dim,
+            "head_parts": parts(problem.head_dim, dims),
+            "value_parts": parts(problem.value_dim, dims),
+            "mask": problem.mask,
+            "finish_m": min(LARGEST_FINISH, int(axes["block_m"])),
+            "scratch_bytes": SCRATCH_BYTES,
+        },
+    )
+
+
+def command(variant: Variant) -> list[str]:
+    """No command: Triton compiles in its own process."""
+    return []
+
+
+def version() -> str:
+    """Triton's. Raises CompilerMissing."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise CompilerMissing("Triton is not installed; pip install 'elsa-tune[triton]'") from None
+
+
+def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
+    """What a built kernel is filed under: code, target and Triton's version."""
+    made = [source(variant, problem).digest, problem.dtype, problem.precision, _target(device), version()]
+    return hashlib.sha256("\0".join(made).encode()).hexdigest()[:20]
+
+
+def _target(device: Device | None) -> str:
+    """What is compiled for; the interpreter where no GPU is meant."""
+    return device.arch if device and device.kind in ("cuda", "hip") else "interpreter"
+
+
+def find(digest: str) -> Built | None:
+    """The kernel built earlier under ``digest``, or None."""
+    found = _kernel_cache.find(digest, MODULE)
+    return _built(digest, *found) if found else None
+
+
+def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
+    precision = "strict" if resources.get("strict") else ""
+    return Built(digest, path, resources, _gpu_report.flaw(resources, precision))
+
+
+def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
+    """The module of the family, compiled once for the device's target to learn what the compiler says of it."""
+    name = digest(variant, problem, device)
+    if built := find(name):
+        return built
+    text = source(variant, problem).text
+
+    def fill(folder: Path) -> Mapping[str, int]:
+        (folder / MODULE).write_text(text)
+        if _target(device) == "interpreter":
+            return {}
+        assert device is not None
+        try:
+            report = compile_report(_module(folder / MODULE), problem, device)
+        except Exception as error:  # whatever the compiler raises is its answer
+            raise BuildFailed(f"{variant} for {device.arch}: {type(error).__name__}: {_first_line(error)}") from error
+        return {**report, "strict": int(problem.precision == "strict")}
+
+    return _built(name, *_kernel_cache.add(name, MODULE, fill))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _module(path: Path) -> ModuleType:
+    """The generated module, imported under the name of its folder."""
+    name = f"elsa_tune_kernel_{re.sub(r'[^a-z0-9]', '_', path.parent.name)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# Compiling for a target that need not be here.
+
+_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+
+
+def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
+    """What the compiler says of the module's main kernel on ``device``: registers, stack, shared memory, instructions."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, element = module.attend, _POINTERS[problem.dtype]
+    splits = module.SPLITS.value
+    types: dict[str, str] = {name: element for name in ("query", "key", "value", "output", "lse")}
+    types |= {"partial": "*fp32" if splits > 1 else element, "arrivals": "*i32" if hasattr(module, "FINISH_M") else element}
+    types |= {"c": "fp32", "sign": "fp32", "WITH_LSE": "constexpr"}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name.startswith("stride_") and even)
+    ]
+    made = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={"WITH_LSE": False},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    arch: Any = device.capability if device.kind == "cuda" else device.arch
+    compiled = triton.compile(made, target=GPUTarget(device.kind, arch, device.warp), options=dict(module.OPTIONS))
+    if device.kind == "cuda":
+        report = _gpu_report.of_cubin(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    else:
+        report = _gpu_report.of_amdgcn(compiled.asm["amdgcn"])
+    return {**report, "shared": max(report["shared"], compiled.metadata.shared), "warps": module.OPTIONS["num_warps"]}
+
+
+# Calling.
+
+
+class TritonKernel:
+    """A family's module: call it with any shape."""
+
+    def __init__(self, module: ModuleType, problem: Problem) -> None:
+        self._launch, self._problem = module.attention, problem
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        dims = (query.shape[3], key.shape[3], value.shape[3])
+        if dims != (self._problem.head_dim, self._problem.head_dim, self._problem.value_dim):
+            raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {self._problem.family}")
+        if out is None:
+            out = new_output(query, self._problem.value_dim)
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            query, key, value = map(rows_contiguous, (query, key, value))
+        made: Tensor = self._launch(query, key, value, scale, out, lse)
+        return made
+
+    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+        """Nothing can be computed beforehand."""
+        return self
+
+
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
+    """The kernel of the problem's family."""
+    assert built.path is not None
+    return TritonKernel(_module(built.path), problem)
+
+
+def toolchain() -> dict[str, str]:
+    """Triton's version."""
+    return {"triton": version()}
