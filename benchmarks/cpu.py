@@ -274,7 +274,7 @@ def call_overhead() -> dict[str, float]:
     dispatch._serving[(q.shape, q.shape, q.shape, False, False)] = bound
     out = bound(q, q, q)
     layout = cpp._LAYOUT(1, 1, 1, 1, 1, *[64] * 12, 0.125, torch.get_num_threads(), cpp.openmp()[1])
-    packed = cpp._POINTERS(*(t.data_ptr() for t in (q, q, q, out))) + layout
+    packed = cpp._POINTERS(*(t.data_ptr() for t in (q, q, q, out)), 0) + layout
     function = kernel._function  # type: ignore[attr-defined]
 
     def least(call: Callable[[], object], number: int = 5000) -> float:

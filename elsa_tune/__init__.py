@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from elsa_tune.dispatch import attention as attention
     from elsa_tune.dispatch import load as load
     from elsa_tune.problem import Problem as Problem
+    from elsa_tune.states import attention_with_lse as attention_with_lse
+    from elsa_tune.states import merge as merge
     from elsa_tune.tuning import tune as tune
     from elsa_tune.variant import Variant as Variant
 
@@ -21,10 +23,12 @@ _HOME = {
     "Device": "device",
     "Variant": "variant",
     "attention": "dispatch",
+    "attention_with_lse": "states",
     "load": "dispatch",
+    "merge": "states",
     "tune": "tuning",
 }
-__all__ = ["Device", "Problem", "Variant", "__version__", "attention", "load", "tune"]
+__all__ = ["Device", "Problem", "Variant", "__version__", "attention", "attention_with_lse", "load", "merge", "tune"]
 
 
 def __getattr__(name: str) -> Any:

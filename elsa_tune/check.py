@@ -13,13 +13,13 @@ from torch import Tensor
 from elsa_tune import reference
 from elsa_tune.backends import Kernel
 from elsa_tune.problem import Problem
-from elsa_tune.reference import UNIT, Inputs
+from elsa_tune.reference import CLASS_UNITS, Inputs
 
 WORSE_THAN_BEST = 3.0
 """A kernel may err this many times as much as torch's own kernels on the same natural inputs."""
 
 _GUARD = 1024
-_CANARY = 1.2345e30
+_CANARY = 12352.0  # exact in every dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class GuardedOutput:
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
         size = torch.Size(shape).numel()
-        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, dtype=like.dtype)
+        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, dtype=like.dtype, device=like.device)
         batch, heads, q_len, dim = shape
         inside = self._memory[_GUARD : _GUARD + size]
         by_position = like.stride(1) < like.stride(2)
@@ -50,7 +50,7 @@ class GuardedOutput:
     def stray_writes(self) -> int:
         """Canaries that were overwritten."""
         guards = torch.cat([self._memory[:_GUARD], self._memory[-_GUARD:]])
-        return int((guards != torch.tensor(_CANARY, dtype=guards.dtype)).sum())
+        return int((guards != torch.full_like(guards, _CANARY)).sum())
 
 
 def run(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, str]:
@@ -62,14 +62,14 @@ def run(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, str]:
     return result, f"{stray} values written outside the output" if stray else ""
 
 
-def judge(name: str, error: reference.Error, stray: str, peer_error: float | None = None) -> Verdict:
+def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_error: float | None = None) -> Verdict:
     """A verdict on one case, from its error, stray writes and the best peer's relative error."""
-    reason = ""
+    reason, unit = "", CLASS_UNITS[problem.precision]
     if stray:
         reason = stray
     elif not error.allowed:
         reason = f"error {error.relative:.1e} of max|v|, C = {error.constant:.1f}"
-    elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, 2 * UNIT):
+    elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, 2 * unit):
         reason = f"error {error.relative:.1e} of max|v|, torch's is {peer_error:.1e}"
     return Verdict(error.relative, error.constant, f"{name}: {reason}" if reason else "")
 
@@ -83,28 +83,29 @@ def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel])
 
     out, stray = run(kernel, inputs)
     best = min((error_of(run(peer, inputs)[0]).relative for peer in peers), default=None) if inputs.natural else None
-    return judge(inputs.name, error_of(out), stray, best)
+    return judge(problem, inputs.name, error_of(out), stray, best)
 
 
-def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator) -> str:
+def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
     """NaN in one query row must make that row NaN and no other."""
     small = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70)
     inputs = reference.random_inputs(small, generator)
     inputs.query[0, 0, 7, 0] = float("nan")
-    out, _ = run(kernel, inputs)
+    out, _ = run(kernel, inputs.to(device))
     rows = out.isnan().any(-1)
     return "" if rows[0, 0, 7] and int(rows.sum()) == 1 else "a NaN in one query row is lost or spreads to other rows"
 
 
-def check_family(kernel: Kernel, problem: Problem, peers: list[Kernel], seed: int = 0) -> Verdict:
-    """Hostile inputs of the problem's family: the worst verdict on natural ones, or the first that fails."""
+def check_family(kernel: Kernel, problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Verdict:
+    """Hostile inputs of the problem's family on torch's ``device``: the worst verdict on natural ones, or the first that
+    fails."""
     generator = torch.Generator().manual_seed(seed)
     worst = Verdict(0.0, 0.0)
     for small, inputs in reference.hostile(problem, generator):
-        verdict = _case(kernel, small, inputs, peers)
+        verdict = _case(kernel, small, inputs.to(device), peers)
         if verdict.reason:
             return verdict
         if inputs.natural:
             worst = max(worst, verdict, key=lambda v: v.constant)
-    lost = _not_a_number(kernel, problem, generator)
+    lost = _not_a_number(kernel, problem, generator, device)
     return Verdict(float("inf"), float("inf"), lost) if lost else worst

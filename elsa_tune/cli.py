@@ -75,14 +75,15 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     from elsa_tune.device import detect
 
     console = report.console(stderr=as_json)
-    wanted = list(problems) or [str(p) for p in workloads.load(workload)]
     for here in detect(device):
-        console.print(f"{here}  {here.name}, {here.cores} cores, {', '.join(here.isas)}", highlight=False)
-    console.print(f"tuning {len(wanted)} problems for up to {budget:.0f} s, effort {effort}", highlight=False)
+        count = len(problems) or len(workloads.load(workload, here))
+        kinds = f"{here.memory >> 30} GiB" if here.is_gpu else ", ".join(here.isas)
+        console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
+    console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
     try:
         with report.LiveProgress(console) as watch:
             result = tuning.tune(
-                wanted, device=device, budget=budget, effort=effort, seed=seed, sampler=sampler, exhaustive=exhaustive,
+                problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed, sampler=sampler, exhaustive=exhaustive,
                 watch=watch,
             )  # fmt: skip
     except KeyboardInterrupt:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from elsa_tune.errors import BadDevice
 
-RUNGS = ("exact", "model", "arch", "family")
+RUNGS = ("exact", "versions", "model", "arch", "family")
+GPUS = ("cuda", "hip")
+_SPELLING = re.compile(r"([a-z]+):([a-z0-9_]+)-([a-z0-9_]+)-c(\d+)(?:-g(\d+))?(?:\+([a-z0-9._]+))?")
 ISA_ORDER = ("avx512", "avx2", "neon", "portable")
 _ISA_FEATURES = {"avx512": {"avx512f", "avx512vl", "avx512dq", "avx512bw", "fma"}, "avx2": {"avx2", "fma"}}
 
@@ -21,27 +24,43 @@ class Device:
     """A processor: identity (spelled, compared) and facts about it (not compared).
 
     ``model`` is the maker's own numbering (``amd_f25m17``: family 25, model 17), which virtual machines pass on even
-    where they hide features; ``arch`` is archspec's microarchitecture. ``memory`` and ``caches`` are in bytes.
+    where they hide features, or a GPU's name, with its MIG slice; ``arch`` is archspec's microarchitecture, ``sm_90`` or
+    ``gfx942``; ``cores`` are a GPU's multiprocessors or compute units. A GPU's identity includes its memory in GiB and the
+    versions of driver and toolkit. ``memory`` and ``caches`` are in bytes; ``index`` is torch's number of the GPU.
     """
 
     kind: str
     model: str
     arch: str
     cores: int
+    gib: int = 0
+    versions: str = ""
     name: str = field(default="", compare=False)
     memory: int = field(default=0, compare=False)
     caches: tuple[int, ...] = field(default=(), compare=False)
+    index: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.model}-{self.arch}-c{self.cores}"
+        memory, versions = f"-g{self.gib}" if self.gib else "", f"+{self.versions}" if self.versions else ""
+        return f"{self.kind}:{self.model}-{self.arch}-c{self.cores}{memory}{versions}"
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """Read ``cpu:amd_f25m17-zen4-c2``. Raises BadDevice."""
-        found = re.fullmatch(r"([a-z]+):([a-z0-9_]+)-([a-z0-9_]+)-c(\d+)", text.strip())
+        """Read ``cpu:amd_f25m17-zen4-c2`` or ``cuda:nvidia_h200-sm_90-c132-g140+d580.82_t12.8``. Raises BadDevice."""
+        found = _SPELLING.fullmatch(text.strip())
         if not found:
             raise BadDevice(f"device {text!r} is misspelled; write it like cpu:amd_f25m17-zen4-c2, or use auto")
-        return cls(found[1], found[2], found[3], int(found[4]))
+        return cls(found[1], found[2], found[3], int(found[4]), int(found[5] or 0), found[6] or "")
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether kernels are launched on it rather than called."""
+        return self.kind in GPUS
+
+    @property
+    def torch(self) -> str:
+        """What torch calls it."""
+        return f"cuda:{self.index}" if self.is_gpu else "cpu"
 
     @property
     def capability(self) -> int:
@@ -65,6 +84,8 @@ class Device:
             return "exact"
         if self.kind != other.kind:
             return None
+        if (self.model, self.arch, self.cores, self.gib) == (other.model, other.arch, other.cores, other.gib):
+            return "versions"
         if self.model == other.model:
             return "model"
         same = self.isas[0] == other.isas[0] if self.kind == "cpu" else self.arch == other.arch
@@ -141,15 +162,69 @@ def host_cpu() -> Device:
     )
 
 
+@cache
+def gpus() -> tuple[Device, ...]:
+    """The GPUs that torch can use here, equal ones once; none where torch, the driver or the GPU is missing or broken."""
+    try:
+        return tuple(dict.fromkeys(_gpus()))
+    except Exception:  # whatever a broken driver raises: doctor says more
+        return ()
+
+
+def _gpus() -> Iterator[Device]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    kind = "hip" if torch.version.hip else "cuda"
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        arch = facts.gcnArchName.partition(":")[0] if kind == "hip" else f"sm_{facts.major}{facts.minor}"
+        toolkit = torch.version.hip if kind == "hip" else torch.version.cuda
+        yield Device(
+            kind=kind,
+            model=re.sub(r"[^a-z0-9]+", "_", facts.name.lower()).strip("_"),
+            arch=arch,
+            cores=facts.multi_processor_count,
+            gib=round(facts.total_memory / 2**30),
+            versions=f"d{_driver()}_t{(toolkit or '').partition('-')[0]}",
+            name=facts.name,
+            memory=facts.total_memory,
+            caches=(getattr(facts, "L2_cache_size", 0) or 32 << 20,),
+            index=index,
+        )
+
+
+@cache
+def _driver() -> str:
+    """The GPU driver's version."""
+    for place, pattern in (
+        ("/proc/driver/nvidia/version", r"(\d+\.[\d.]+)"),
+        ("/sys/module/amdgpu/version", r"([\d.]+)"),
+    ):
+        if found := re.search(pattern, _read(place)):
+            return found[1]
+    return "unknown"
+
+
 def detect(text: str = "auto") -> list[Device]:
-    """The devices that ``text`` means: ``auto`` for all on this machine, ``cpu``, or a full spelling.
+    """The devices that ``text`` means: ``auto`` for all on this machine, a kind (``cpu``, ``cuda``, ``hip``), a full
+    spelling, or a target such as ``sm_80``.
 
     Raises BadDevice when a spelled device is not here: kernels can only be timed on the device they are for.
     """
-    here = [host_cpu()]
+    here = [host_cpu(), *gpus()]
     if text == "auto":
         return here
-    chosen = [d for d in here if text in (d.kind, str(d))]
+    chosen = [d for d in here if text in (d.kind, d.arch, str(d))]
     if not chosen:
         raise BadDevice(f"device {text!r} is not on this machine, which has {', '.join(map(str, here))}; use auto")
     return chosen
+
+
+def of_tensor(kind: str, index: int | None) -> Device | None:
+    """The device a tensor lies on (torch's device type and index), or None for one that is not known."""
+    if kind == "cpu":
+        return host_cpu()
+    found = [gpu for gpu in gpus() if gpu.index == index] or list(gpus()[:1])  # equal GPUs are listed once
+    return found[0] if kind == "cuda" and found else None

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune import backends, check, winners
 from elsa_tune.backends import Built, Call, Kernel
 from elsa_tune.choose import Choice, choose
-from elsa_tune.device import Device, detect, host_cpu
+from elsa_tune.device import Device, detect, of_tensor
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.measurement import Winner
 from elsa_tune.problem import Problem
@@ -51,27 +51,31 @@ def attention(
     """torch's scaled_dot_product_attention, by the fastest kernel measured on this device.
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
-    value_dim]; float32 on a CPU, no mask or causal, no gradient needed: served by a tuned kernel where one is faster.
-    Everything else, and every shape that is not tuned, goes to torch. The output's memory follows the query's.
-    Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused CPU kernel lets pass: key
-    and value of different lengths, a mask together with is_causal, a mask on another device.
+    value_dim], no mask or causal: float32 on a CPU where no gradient is needed, float32, float16 and bfloat16 on a GPU,
+    served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned, goes to torch. The
+    output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that
+    torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a mask on
+    another device.
     """
     if (
         attn_mask is None
         and not dropout_p
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         and not _is_compiling()
-        and (query.dtype is key.dtype is value.dtype is _FLOAT32)
-        and (query.is_cpu and key.is_cpu and value.is_cpu)
+        and (query.dtype is key.dtype is value.dtype)
     ):
-        serve = _serving.get((query.shape, key.shape, value.shape, is_causal, enable_gqa))
+        if query.dtype is _FLOAT32 and query.is_cpu and key.is_cpu and value.is_cpu:
+            entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa)
+        else:
+            entry = (query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value))
+        serve = _serving.get(entry)
         if serve is None:
-            serve = _serving_for(query, key, value, is_causal, enable_gqa)
+            serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
         if (
             serve is not _torch_serves
             and not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
             and not _dispatch_modes()
-            and not _autocast("cpu")
+            and not _autocast(query.device.type)
         ):
             try:
                 return serve(query, key, value, scale)
@@ -81,6 +85,32 @@ def attention(
             ):  # no storage of its own (vmap, grad transforms), or no memory for splits
                 pass
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def serve_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
+    plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
+    needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast(query.device.type):
+        return None
+    entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value))
+    serve = _serving.get(entry) or _serving_for(entry, query, key, value, is_causal, enable_gqa)
+    if serve is _torch_serves:
+        return None
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    try:
+        return serve(query, key, value, scale, None, lse), lse
+    except (RuntimeError, MemoryError):
+        return None
+
+
+def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
+    """What decides on a GPU who serves, beside shapes: dtype, GPU, whether a graph is being captured, torch's setting."""
+    if not (query.device == key.device == value.device and query.is_cuda):
+        return query.dtype, query.device, key.device, value.device
+    return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), torch.backends.cuda.matmul.allow_tf32
 
 
 def _torch_attention(
@@ -115,7 +145,12 @@ def _torch_attention(
 
 
 def _torch_serves(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     raise AssertionError("a mark in the table, never called")
 
@@ -127,9 +162,8 @@ _serving: dict[_Key, Call] = {}
 _lock = threading.RLock()
 
 
-def _serving_for(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
+def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
     """Decide who serves a shape, and remember it."""
-    entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa)
     problem = problem_of(query, key, value, is_causal, enable_gqa)
     serve: Call = _torch_serves
     if problem is not None:
@@ -142,7 +176,8 @@ def _serving_for(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, ena
                 if shelf is _shelf:  # nothing was tuned meanwhile
                     _serving[entry] = kernel.bind(*shapes)
 
-            kernel = shelf.kernel(problem, ready)
+            device = of_tensor(query.device.type, query.device.index)
+            kernel = shelf.kernel(problem, device, ready) if device else None
             serve = kernel.bind(*shapes) if kernel else _torch_serves
         except Exception as error:  # dispatch never raises because of databases, compilers or caches
             _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
@@ -151,9 +186,19 @@ def _serving_for(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, ena
     return _serving.setdefault(entry, serve)
 
 
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
 def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Problem | None:
-    """The problem these tensors pose, or None if no kernel of ours is meant for such tensors."""
-    if not (query.dtype == key.dtype == value.dtype == torch.float32 and query.dim() == key.dim() == value.dim() == 4):
+    """The problem these tensors pose, or None if no kernel of ours is meant for such tensors.
+
+    On a GPU, torch's setting that lets float32 matrix products use TF32 is read as the class tf32.
+    """
+    if not (query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() == 4):
+        return None
+    if not (query.device == key.device == value.device and query.dtype in _DTYPES):
+        return None
+    if query.is_cpu and query.dtype != torch.float32:
         return None
     batch, heads, q_len, head_dim = query.shape
     _, kv_heads, kv_len, value_dim = value.shape
@@ -161,8 +206,11 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
         return None
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         return None
+    rough = query.is_cuda and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
     return Problem(
-        dtype="fp32", head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
+        dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",
+        head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
     )  # fmt: skip
 
@@ -187,20 +235,24 @@ class _Shelf:
             if kind not in self._families:
                 known = winners.known_winners(device, self._layers)
                 self._families[kind] = (known, winners.slower_than_sdpa(device, self._layers))
-        return choose(problem, device, *self._families[kind])
+        chosen = choose(problem, device, *self._families[kind])
+        if chosen.by_sdpa and problem.precision == "tf32":  # more exact than asked is welcome
+            return self.choice(problem.reshaped(precision="fp32"), device)
+        return chosen
 
-    def kernel(self, problem: Problem, ready: Callable[[Kernel], object]) -> Kernel | None:
+    def kernel(self, problem: Problem, device: Device, ready: Callable[[Kernel], object]) -> Kernel | None:
         """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
-        chosen = self.choice(problem, host_cpu())
+        chosen = self.choice(problem, device)
         if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
             return None
+        problem = chosen.problem
         name = (problem.family, str(chosen.variant))
 
         def attempt() -> None:
             if name in self._hopeless:  # another shape asked for it meanwhile, in vain
                 return
             try:
-                ready(self.build(problem, chosen))
+                ready(self.build(problem, device, chosen))
             except Exception:
                 self._hopeless.add(name)
                 raise
@@ -213,7 +265,7 @@ class _Shelf:
                 self._later(attempt)
         return loaded
 
-    def build(self, problem: Problem, chosen: Choice) -> Kernel:
+    def build(self, problem: Problem, device: Device, chosen: Choice) -> Kernel:
         """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""
         assert chosen.variant is not None
         with _lock:
@@ -223,9 +275,9 @@ class _Shelf:
         if built := self._trusted(chosen):
             return self._load(chosen.variant, problem, built)
         backend = backends.get(chosen.variant.backend)
-        built = backend.build(chosen.variant, problem)
+        built = backend.build(chosen.variant, problem, device)
         kernel = backend.load(built, chosen.variant, problem)
-        verdict = check.check_family(kernel, problem, [])
+        verdict = check.check_family(kernel, problem, [], device=device.torch)
         if verdict.reason:
             raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
         return self._load(chosen.variant, problem, built)
@@ -296,8 +348,11 @@ class LoadedKernel:
     ratio: float | None
     _kernel: Kernel
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """Attention for any shape of the problem's family. Raises WrongArguments for other tensors."""
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, lse: Tensor | None = None
+    ) -> Tensor:
+        """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
+        the log-sum-exp. Raises WrongArguments for other tensors."""
         causal = self.problem.mask == "causal"
         posed = problem_of(query, key, value, causal, enable_gqa=True)
         if posed is None or posed.family != self.problem.family:
@@ -305,7 +360,7 @@ class LoadedKernel:
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
             )
-        return self._kernel(query, key, value, scale)
+        return self._kernel(query, key, value, scale, None, lse)
 
     @property
     def source(self) -> Source | None:
@@ -327,7 +382,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
         assert chosen.variant is not None
         variant = chosen.variant
         try:
-            kernel = _shelf.build(wanted, chosen)
+            kernel = _shelf.build(chosen.problem, here, chosen)
         except ElsaTuneError as error:
             raise KernelMissing(f"{variant} cannot be built for {wanted}: {error}") from error
     here_exactly = chosen.rung == "exact"

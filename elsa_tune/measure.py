@@ -8,22 +8,23 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from elsa_tune import backends
+from elsa_tune import backends, clock
 from elsa_tune.backends import Built, Kernel
 from elsa_tune.check import Verdict
-from elsa_tune.device import host_cpu
+from elsa_tune.device import Device, host_cpu
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -41,10 +42,11 @@ HOPELESS = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A built variant in a race."""
+    """A variant built for a device, in a race."""
 
     variant: Variant
     built: Built
+    device: Device
 
     def load(self, problem: Problem) -> Kernel:
         """Its kernel, in this process."""
@@ -84,25 +86,36 @@ def _start_worker(memory: int) -> None:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        if memory:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, ValueError, OSError):
         pass  # a system without these limits still has the time-out
 
 
 class Worker:
-    """One process at a time that runs jobs; replaced when a job kills it or outlasts its time."""
+    """``count`` processes that run jobs; one is replaced when a job kills it, outlasts its time or breaks its GPU.
 
-    def __init__(self, memory: int | None = None) -> None:
-        from pebble import ProcessPool
+    ``memory`` bounds the bytes a process may take, half of the machine's by default; 0 leaves it unbounded, as GPU
+    drivers need, which reserve addresses without using them.
+    """
 
+    def __init__(self, memory: int | None = None, count: int = 1) -> None:
         context: Any = multiprocessing.get_context(
             "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         )
         if hasattr(context, "set_forkserver_preload"):
             context.set_forkserver_preload(["elsa_tune._worker"])
-        limit = memory or max(4 << 30, host_cpu().memory // 2)
-        self._pool = ProcessPool(max_workers=1, context=context, initializer=_start_worker, initargs=(limit,))
+        limit = max(4 << 30, host_cpu().memory // 2) if memory is None else memory
+        self._options: dict[str, Any] = {
+            "max_workers": count, "context": context, "initializer": _start_worker, "initargs": (limit,),
+        }  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
+        from pebble import ProcessPool
+
+        self._pool = ProcessPool(**self._options)
 
     def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
         """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message."""
@@ -117,6 +130,9 @@ class Worker:
         except ProcessExpired as error:
             raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
         except Exception as error:
+            if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
+                self.close()  # the process's GPU context may be lost for good: start another
+                self._start()
             raise WorkerFailed("failed", f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
@@ -148,15 +164,15 @@ class _Bench:
 
 
 @lru_cache(maxsize=1)
-def _bench(problem: Problem) -> _Bench:
+def _bench(problem: Problem, device: Device) -> _Bench:
     import torch
 
     from elsa_tune import reference
 
     gc.collect()
     generator = torch.Generator().manual_seed(0)
-    first = reference.random_inputs(problem, generator)
-    count = min(1024, math.ceil(1.25 * host_cpu().last_cache / problem.bytes))
+    first = reference.random_inputs(problem, generator).to(device.torch)
+    count = min(1024, math.ceil(1.25 * device.last_cache / problem.bytes))
     copies = [
         reference.Inputs("copy", first.query.clone(), first.key.clone(), first.value.clone()) for _ in range(count - 1)
     ]
@@ -164,18 +180,25 @@ def _bench(problem: Problem) -> _Bench:
     return _Bench(problem, [first, *copies], rows, reference.attention_rows(problem, first, rows), {})
 
 
+def build(variant: Variant, problem: Problem, device: Device) -> Built:
+    """Build apart from the caller's process: a compiler that crashes takes nobody with it."""
+    os.environ.pop("TRITON_INTERPRET", None)  # whoever asks for a device means its compiler
+    return backends.get(variant.backend).build(variant, problem, device)
+
+
 def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contender]) -> Verdict:
     """Hostile inputs; see elsa_tune.check."""
     from elsa_tune import check
 
-    return check.check_family(candidate.load(problem), problem, [peer.load(problem) for peer in peers])
+    kernels = [peer.load(problem) for peer in peers]
+    return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch)
 
 
 def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) -> Verdict:
     """The problem at its own size, against float64 rows and the incumbent's error."""
     from elsa_tune import check, reference
 
-    bench = _bench(problem)
+    bench = _bench(problem, candidate.device)
 
     def error_of(contender: Contender) -> tuple[reference.Error, str]:
         out, stray = check.run(contender.load(problem), bench.inputs[0])
@@ -185,7 +208,7 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
     if name not in bench.peer_errors:
         bench.peer_errors[name] = error_of(incumbent)[0].relative
     error, stray = error_of(candidate)
-    return check.judge(f"{problem.shape}", error, stray, bench.peer_errors[name])
+    return check.judge(problem, f"{problem.shape}", error, stray, bench.peer_errors[name])
 
 
 def race(
@@ -197,23 +220,16 @@ def race(
     rounds, one below HOPELESS times the best ratio so far (``beat`` counts too) is dropped. Ends after ``rounds``
     rounds, or three once ``seconds`` have passed.
     """
-    bench, rng = _bench(problem), random.Random(0)
-    kernels = [contender.load(problem) for contender in contenders]
-    turn = 0
+    bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
-    def timed(kernel: Kernel, repeats: int) -> float:
-        nonlocal turn
-        start = time.perf_counter()
-        for _ in range(repeats):
-            turn += 1
-            x = bench.inputs[turn % len(bench.inputs)]
-            kernel(x.query, x.key, x.value)
-        return (time.perf_counter() - start) / repeats
+    def calls(kernel: Kernel) -> list[Callable[[], object]]:
+        return [partial(kernel, x.query, x.key, x.value) for x in bench.inputs]
 
-    first = [timed(kernel, 1) for kernel in kernels]
+    timers = [clock.timer(calls(c.load(problem)), c.device, problem.launch) for c in contenders]
+    first = [timer(1) for timer in timers]
     racing = [i for i, seconds_once in enumerate(first) if i == 0 or seconds_once * OUTCLASSED < min(first)]
     repeats = [
-        max(1, min(1000, round(SAMPLE_SECONDS / timed(k, 1)))) if i in racing else 0 for i, k in enumerate(kernels)
+        max(1, min(1000, round(SAMPLE_SECONDS / timer(1)))) if i in racing else 0 for i, timer in enumerate(timers)
     ]
     samples: list[list[float]] = [[] if i in racing else [seconds_once] for i, seconds_once in enumerate(first)]
     end = time.perf_counter() + seconds
@@ -225,12 +241,19 @@ def race(
             if len(racing) == 1 or time.perf_counter() > end:
                 break
         for i in rng.sample(racing, len(racing)):
-            samples[i].append(timed(kernels[i], repeats[i]))
+            samples[i].append(timers[i](repeats[i]))
     return [tuple(s) for s in samples]
 
 
-def peak(seconds: float = 0.02) -> dict[str, float]:
-    """This device's measured limits, all threads: multiply-add GFLOP/s and read GB/s."""
+def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
+    """The device's measured limits, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``)."""
+    if device.is_gpu:
+        return clock.gpu_peak(device, seconds)
     from elsa_tune.backends import cpp
 
     return cpp.peak(seconds)
+
+
+def state(device: Device) -> dict[str, float]:
+    """What the device says of its clocks and temperature; nothing for a CPU."""
+    return clock.gpu_state(device) if device.is_gpu else {}

@@ -13,13 +13,16 @@ DTYPES = ("fp32", "fp16", "bf16")
 MASKS = ("none", "causal")
 PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
 DIRECTIONS = ("forward", "backward")
+LAUNCHES = ("eager", "graph")
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 _FAMILY = re.compile(
     rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d+)(\.v(?P<value_dim>\d+))?"
     rf"(\.(?P<mask>causal))?(\.(?P<direction>backward))?"
 )
-_SHAPE = re.compile(r"b(?P<batch>\d+)\.h(?P<heads>\d+)(\.kv(?P<kv_heads>\d+))?\.q(?P<q_len>\d+)\.k(?P<kv_len>\d+)")
+_SHAPE = re.compile(
+    r"b(?P<batch>\d+)\.h(?P<heads>\d+)(\.kv(?P<kv_heads>\d+))?\.q(?P<q_len>\d+)\.k(?P<kv_len>\d+)(\.(?P<launch>graph))?"
+)
 _EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
 
 
@@ -29,7 +32,8 @@ class Problem:
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` "causal" is torch's: key j is seen by query i iff j <= i.
-    ``precision`` is the arithmetic class; by default the dtype's own.
+    ``precision`` is the arithmetic class; by default the dtype's own. ``launch`` is how a GPU is told: call by call
+    (eager), or as part of a captured graph.
     """
 
     dtype: str = "fp32"
@@ -43,12 +47,14 @@ class Problem:
     kv_heads: int = 0
     q_len: int = 1
     kv_len: int = 1
+    launch: str = "eager"
 
     def __post_init__(self) -> None:
         for name, default in (("value_dim", self.head_dim), ("kv_heads", self.heads), ("precision", self.dtype)):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
-        for name, allowed in (("dtype", DTYPES), ("mask", MASKS), ("precision", PRECISIONS), ("direction", DIRECTIONS)):
+        words = {"dtype": DTYPES, "mask": MASKS, "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
+        for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         for name in ("head_dim", "value_dim", "batch", "heads", "kv_heads", "q_len", "kv_len"):
@@ -79,7 +85,8 @@ class Problem:
     def shape(self) -> str:
         """What a kernel is called with, as spelled after the ``@``."""
         grouped = f".kv{self.kv_heads}" if self.kv_heads != self.heads else ""
-        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}"
+        launch = f".{self.launch}" if self.launch != "eager" else ""
+        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{launch}"
 
     @property
     def group(self) -> int:
@@ -96,16 +103,21 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of Q K^T and P V over the pairs the mask lets through."""
-        return 2 * self.batch * self.heads * self.seen_pairs * (self.head_dim + self.value_dim)
+        """Floating-point operations of the products over the pairs the mask lets through: Q K^T and P V, or for the
+        gradients Q K^T, dO V^T, P^T dO, dS K and dS^T Q."""
+        columns = (
+            self.head_dim + self.value_dim if self.direction == "forward" else 3 * self.head_dim + 2 * self.value_dim
+        )
+        return 2 * self.batch * self.heads * self.seen_pairs * columns
 
     @property
     def bytes(self) -> int:
-        """Bytes of query, key, value and output, each once."""
+        """Bytes of query, key, value and output, each once; with their gradients for the backward direction."""
         rows = self.batch * self.heads * self.q_len + self.batch * self.kv_heads * self.kv_len
-        return rows * (self.head_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
+        once = rows * (self.head_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
+        return once if self.direction == "forward" else 2 * once
 
-    def reshaped(self, **shape: int) -> Problem:
+    def reshaped(self, **shape: int | str) -> Problem:
         """The same family with another shape."""
         return replace(self, **shape)  # type: ignore[arg-type]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from elsa_tune.problem import Problem
 
 UNIT = 2.0**-24
 """Unit round-off of float32."""
+
+CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
+"""Unit round-off of what each precision class rounds weights and outputs to."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -27,6 +30,10 @@ class Inputs:
     value: Tensor
     scale: float | None = None
     natural: bool = True
+
+    def to(self, device: str) -> Inputs:
+        """The same case on another device."""
+        return replace(self, query=self.query.to(device), key=self.key.to(device), value=self.value.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ def attention_rows(problem: Problem, inputs: Inputs, rows: Rows) -> Tensor:
     for i, (b, h, kv, q) in enumerate(zip(rows.batch, rows.head, kv_head, rows.position, strict=True)):
         seen = min(int(q) + 1, problem.kv_len) if problem.mask == "causal" else problem.kv_len
         logits = inputs.key[b, kv, :seen].double() @ (inputs.query[b, h, q].double() * scale)
-        out[i] = torch.softmax(logits, 0) @ inputs.value[b, kv, :seen].double()
+        out[i] = (torch.softmax(logits, 0) @ inputs.value[b, kv, :seen].double()).cpu()
     return out
 
 
@@ -148,12 +155,13 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     Rounding the logits themselves may cost 2 max|ds| max|v| more, with |ds| <= u sqrt(head_dim) |q||k| scale, the
     statistical form of gamma_d (docs/how-it-works.md).
     """
-    difference = float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max())
+    difference = float((out[rows.batch, rows.head, rows.position].double().cpu() - truth).abs().max())
     if math.isnan(difference):
         return Error(math.inf, math.inf, False)
     largest = float(inputs.value.abs().max()) or 1.0
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
-    norms = float(inputs.query.norm(dim=-1).max() * inputs.key.norm(dim=-1).max()) * scale
-    unit = UNIT * (1 + math.log2(problem.kv_len)) * largest
-    from_logits = 2 * UNIT * math.sqrt(problem.head_dim) * norms * largest
+    norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
+    unit = CLASS_UNITS[problem.precision] * (1 + math.log2(problem.kv_len)) * largest
+    products = 2 * CLASS_UNITS["tf32"] if problem.precision == "tf32" else UNIT  # halves multiply exactly in float32
+    from_logits = 2 * products * math.sqrt(problem.head_dim) * norms * largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + from_logits)

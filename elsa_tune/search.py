@@ -57,7 +57,7 @@ class Search:
     ) -> None:
         if sampler not in SAMPLERS:
             raise ElsaTuneError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        self._space, self._axes = space, _distributions(space)
+        self.backend, self._space, self._axes = space.backend, space, _distributions(space)
         self._valid, self._name = valid, name
         self._seen: set[str] = set()
         self._first: list[Variant] = []

@@ -15,9 +15,20 @@ from filelock import FileLock
 from elsa_tune import backends, places
 from elsa_tune.backends import Built
 from elsa_tune.check import Verdict
-from elsa_tune.device import Device
+from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.measure import Contender, Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
+from elsa_tune.measure import (
+    Contender,
+    Worker,
+    WorkerFailed,
+    build,
+    check_family,
+    check_shape,
+    peak,
+    race,
+    ratio,
+    state,
+)
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -25,6 +36,7 @@ from elsa_tune.variant import Variant
 from elsa_tune.winners import Database
 
 TRIAL_ROUNDS, TRIAL_SECONDS = 5, 0.6
+BUILD_SECONDS = 120.0
 
 
 @contextmanager
@@ -45,52 +57,64 @@ class Trials:
     database: Database
     worker: Worker
     device: Device
-    recorded: Callable[[Problem, Measurement], None]
+    recorded: Callable[[Problem, Measurement], None] = lambda problem, measurement: None
+    builders: Worker | None = None  # compile apart from this process, where a compiler is a library that may crash
     limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
 
     def contender(self, variant: Variant, problem: Problem) -> Contender:
         """A built variant. Raises what building raises."""
-        return Contender(variant, backends.get(variant.backend).build(variant, problem))
+        return Contender(variant, backends.get(variant.backend).build(variant, problem, self.device), self.device)
 
     def incumbent(self, problem: Problem) -> tuple[Contender, float]:
         """The fastest of torch's own kernels and its seconds per call; the others are recorded against it."""
-        contenders = self.peers(problem)
+        contenders = [c for c in self.peers(problem) if self._runs(problem, c)]
         samples = self.worker.run(race, problem, contenders, TRIAL_ROUNDS, 0.2, timeout=900.0)
         medians = [statistics.median(s) for s in samples]
         best = medians.index(min(medians))
-        key = (str(problem), contenders[best].built.digest)
-        self._shapes[key] = self.worker.run(check_shape, problem, contenders[best], contenders[best], timeout=900.0)
         for contender, own in zip(contenders, samples, strict=True):
             stage = "final" if contender is contenders[best] else "trial"
             self._record_ratio(problem, contender, contenders[best], stage, own, samples[best])
         return contenders[best], medians[best]
+
+    def _runs(self, problem: Problem, peer: Contender) -> bool:
+        """Whether one of torch's kernels takes the problem here: on GPUs each has its own conditions."""
+        try:
+            self._shapes[str(problem), peer.built.digest] = self.worker.run(
+                check_shape, problem, peer, peer, timeout=900.0
+            )
+            return True
+        except WorkerFailed as error:
+            self._record_contender(problem, peer, error.status, reason=error.reason)
+            return False
 
     def peers(self, problem: Problem) -> list[Contender]:
         """torch's own kernels that can serve the problem."""
         return [self.contender(v, problem) for v in Space.load("sdpa").variants(problem, self.device)]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
-        """Compile side by side; what fails or leaves accumulators in memory is recorded and left out."""
+        """Compile side by side; what fails or has a flaw is recorded and left out."""
 
-        def attempt(variant: Variant) -> Built | ElsaTuneError:
+        def attempt(variant: Variant) -> Built | ElsaTuneError | WorkerFailed:
             try:
-                return backends.get(variant.backend).build(variant, problem)
-            except ElsaTuneError as error:
+                if self.builders:
+                    return self.builders.run(build, variant, problem, self.device, timeout=BUILD_SECONDS)
+                return backends.get(variant.backend).build(variant, problem, self.device)
+            except (ElsaTuneError, WorkerFailed) as error:
                 return error
 
-        with ThreadPoolExecutor(self.device.cores) as pool:
+        with ThreadPoolExecutor(host_cpu().cores) as pool:
             attempts = list(pool.map(attempt, variants))
         built = []
         for variant, result in zip(variants, attempts, strict=True):
             if not isinstance(result, Built):
                 self._record(problem, variant, "failed", reason=str(result))
-            elif result.spill:
+            elif result.flaw:
                 facts = {"digest": result.digest, "resources": dict(result.resources)}
-                self._record(problem, variant, "pruned", reason=result.spill, **facts)
+                self._record(problem, variant, "pruned", reason=result.flaw, **facts)
             else:
-                built.append(Contender(variant, result))
+                built.append(Contender(variant, result, self.device))
         return built
 
     def trial(self, problem: Problem, incumbent: Contender, seconds: float, candidate: Contender, best: float) -> None:
@@ -130,11 +154,20 @@ class Trials:
             self._families[key] = self.worker.run(check_family, problem, candidate, self.peers(problem), timeout=60.0)
         return self._families[key]
 
+    def find_limits(self) -> None:
+        """Measure the device's peaks and note its clocks; what cannot be measured is left out."""
+        try:
+            peaks = self.worker.run(peak, self.device, timeout=60.0)
+            self.limits = {f"peak_{name}": value for name, value in peaks.items()}
+            self.limits |= self.worker.run(state, self.device, timeout=60.0)
+        except WorkerFailed:
+            self.limits = {}
+
     def final(
         self, problem: Problem, incumbent: Contender, finalists: Sequence[Contender], rounds: int, seconds: float
     ) -> None:
         """Race usable finalists with many samples. Raises WorkerFailed if the race is lost."""
-        self.limits = {f"peak_{name}": value for name, value in self.worker.run(peak, timeout=60.0).items()}
+        self.find_limits()
         contenders = [incumbent, *finalists]
         limit = 120 + 10 * seconds
         samples = self.worker.run(race, problem, contenders, rounds, seconds, timeout=limit)

@@ -6,13 +6,14 @@ incumbent -> ask -> build -> check -> race -> record, again and again -> finals 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from elsa_tune import backends
 from elsa_tune import workload as workloads
-from elsa_tune.device import Device, detect
+from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
 from elsa_tune.measure import Contender, Worker, WorkerFailed
 from elsa_tune.measurement import Measurement
@@ -24,6 +25,9 @@ from elsa_tune.variant import Variant
 from elsa_tune.winners import Database, known_winners, layers, listeners
 
 BUDGET = 180.0
+ENOUGH = 0.95
+"""Share of the physical limit that ends a search: what is left is within the noise of the limit itself."""
+
 REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
 
@@ -75,10 +79,10 @@ class Task:
         self.trials += m.stage == "trial"
         self.finals += m.stage == "final"
         for search in self.searches:
-            try:
-                search.tell(parse(m.variant), m.ratio if m.status == "ok" else None)
-            except BadVariant:  # recorded by a version whose space had other values
-                continue
+            with suppress(BadVariant):  # recorded by a version whose space had other values
+                variant = parse(m.variant)
+                if variant.backend == search.backend:
+                    search.tell(variant, m.ratio if m.status == "ok" else None)
 
 
 @dataclass
@@ -137,14 +141,19 @@ def tune(
     if effort not in EFFORTS:
         raise ElsaTuneError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORTS)}")
     start, notes, outcomes = time.monotonic(), list[str](), list[Outcome]()
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload)]
-    wanted, devices = list(dict.fromkeys(given)), detect(device)
-    with Database.for_writing() as database, Worker() as worker:
+    devices = detect(device)
+    with Database.for_writing() as database:
         for number, here in enumerate(devices):
+            given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
+            wanted = list(dict.fromkeys(given))
             share = (budget - (time.monotonic() - start)) / (len(devices) - number)
             search = partial(_searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
             tasks = [Task(p, search(p)) for p in wanted]
-            _Run(database, worker, here, EFFORTS[effort], time.monotonic() + share, share, watch, notes, tasks).tune()
+            with ExitStack() as stack:
+                worker = stack.enter_context(Worker(memory=0 if here.is_gpu else None))
+                builders = stack.enter_context(Worker(count=host_cpu().cores)) if here.is_gpu else None
+                trials = Trials(database, worker, here, builders=builders)
+                _Run(trials, EFFORTS[effort], time.monotonic() + share, share, watch, notes, tasks).tune()
             outcomes += [outcome(database, p, here) for p in wanted]
     for changed in listeners:
         changed()
@@ -156,9 +165,23 @@ def outcome(database: Database, problem: Problem, device: Device) -> Outcome:
     winner = next(iter(database.winners(device=str(device), problem=str(problem))), None)
     if winner is None or not winner.seconds:
         return Outcome(problem, device, winner)
-    compute, read = (float(winner.provenance.get(name, 0)) for name in ("peak_gflops", "peak_gbytes"))
-    least = max(problem.flops / compute, problem.bytes / read) / 1e9 if compute and read else None
+    least = least_seconds(problem, winner.provenance)
     return Outcome(problem, device, winner, problem.flops / winner.seconds / 1e9, least and least / winner.seconds)
+
+
+def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:
+    """What operations and bytes allow at measured ``peak_*`` rates, or None where those are unknown.
+
+    float32 class products may be three TF32 products each.
+    """
+    rates = {name: float(peaks.get(f"peak_{name}", 0)) for name in ("gflops", "fp32", "tf32", "fp16", "bf16", "gbytes")}
+    multiply_adds = rates["gflops"] or rates["fp32"]
+    compute = {
+        "strict": multiply_adds,
+        "fp32": max(multiply_adds, rates["tf32"] / 3),
+        "tf32": max(multiply_adds, rates["tf32"]),
+    }.get(problem.precision, rates.get(problem.precision, 0.0))
+    return max(problem.flops / compute, problem.bytes / rates["gbytes"]) / 1e9 if compute and rates["gbytes"] else None
 
 
 def _searches(
@@ -169,8 +192,9 @@ def _searches(
     for name in backends.names():
         backend, space = backends.get(name), Space.load(name)
         try:
-            if backend.refusal(problem, device) or not backend.command(space.parse(space.start[0])):
+            if not backend.generated or backend.refusal(problem, device):
                 continue
+            backend.toolchain()
         except CompilerMissing as error:
             if str(error) not in notes:
                 notes.append(str(error))
@@ -178,7 +202,7 @@ def _searches(
         search = Search(
             space,
             partial(space.variants, problem, device),
-            partial(_digest, name, problem),
+            partial(_digest, name, problem, device),
             sampler,
             seed,
             exhaustive,
@@ -189,17 +213,15 @@ def _searches(
     return found
 
 
-def _digest(backend: str, problem: Problem, variant: Variant) -> str:
-    return backends.get(backend).digest(variant, problem)
+def _digest(backend: str, problem: Problem, device: Device, variant: Variant) -> str:
+    return backends.get(backend).digest(variant, problem, device)
 
 
 @dataclass
 class _Run:
     """One device's tasks until the deadline."""
 
-    database: Database
-    worker: Worker
-    device: Device
+    trials: Trials
     effort: Effort
     deadline: float
     budget: float
@@ -208,7 +230,8 @@ class _Run:
     tasks: list[Task]
 
     def __post_init__(self) -> None:
-        self.trials = Trials(self.database, self.worker, self.device, self.recorded)
+        self.database, self.device = self.trials.database, self.trials.device
+        self.trials.recorded = self.recorded
         self.of = {task.problem: task for task in self.tasks}
 
     def left(self) -> float:
@@ -228,6 +251,7 @@ class _Run:
             self.recall(task)
         for task in self.tasks:
             self.find_incumbent(task)
+        self.trials.find_limits()
         if all(task.settled for task in self.tasks):
             self.refine()
             return
@@ -262,8 +286,9 @@ class _Run:
         except BadVariant:
             return
         space = Space.load(variant.backend)
-        if task.searches and variant.backend != "sdpa" and not space.refusal(variant, task.problem, self.device):
-            task.searches[0].enqueue([variant])
+        for search in task.searches:
+            if variant.backend == search.backend and not space.refusal(variant, task.problem, self.device):
+                search.enqueue([variant])
 
     def find_incumbent(self, task: Task) -> None:
         if task.incumbent is not None:
@@ -299,7 +324,14 @@ class _Run:
         return ((winner.ratio_high or 0) - (winner.ratio_low or 0)) / winner.ratio
 
     def turn(self, task: Task) -> None:
-        """Ask for a few new variants, build them side by side, then check and time each alone."""
+        """Ask for a few new variants, build them side by side, then check and time each alone.
+
+        A problem whose best variant is ENOUGH of what the measured peaks allow is asked nothing more.
+        """
+        least = least_seconds(task.problem, self.trials.limits)
+        if least and task.trials and task.seconds and least * task.best / task.seconds > ENOUGH:
+            task.target = task.trials
+            return
         self.show(f"{task.problem}  building")
         asked = task.searches[task.trials % len(task.searches)].ask(max(2, self.device.cores))
         if not asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from elsa_tune import places
+from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem, BadWorkload
 from elsa_tune.problem import Problem
 from elsa_tune.space import read_toml
@@ -15,8 +16,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in (places.data("search_spaces") / "workloads").glob("*.toml"))
 
 
-def load(name: str) -> list[Problem]:
-    """The problems of a shipped workload, or of a TOML file of the same form. Raises BadWorkload."""
+def load(name: str, device: Device) -> list[Problem]:
+    """The problems of a shipped workload, or of a TOML file of the same form. Raises BadWorkload.
+
+    ``default`` is the workload of that name on a CPU and ``gpu`` on a GPU.
+    """
+    name = "gpu" if name == "default" and device.is_gpu else name
     path = places.data("search_spaces") / "workloads" / f"{name}.toml" if name in names() else Path(name)
     if not path.is_file():
         raise BadWorkload(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from elsa_tune import backends, space
 from elsa_tune.backends import cpp
+from elsa_tune.device import host_cpu
 from elsa_tune.measure import Contender
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -37,8 +38,6 @@ FAULTS = {
 
 def variant_of(problem: Problem) -> str:
     """A small variant that is valid on every x86 and Arm processor."""
-    from elsa_tune.device import host_cpu
-
     isa = host_cpu().isas[0]
     return f"cpp.serial.{isa}.l{cpp.ISAS[isa].lanes}.q2.k4.v4.n48"
 
@@ -50,10 +49,13 @@ def planted(fault: str, problem: Problem) -> Contender:
     text = cpp.source(variant, problem).text
     assert before in text, f"the template no longer has {before!r}"
     name = "planted-" + fault.replace(" ", "-").replace(".", "-").lower()
-    return Contender(variant, cpp.find(name) or cpp.build_text(text.replace(before, after), name, variant))
+    return Contender(variant, cpp.find(name) or cpp.build_text(text.replace(before, after), name, variant), host_cpu())
 
 
 def peers(problem: Problem) -> list[Contender]:
     """torch's own kernels."""
     sdpa = backends.get("sdpa")
-    return [Contender(v, sdpa.build(v, problem)) for v in map(Space.load("sdpa").parse, ("sdpa.flash", "sdpa.math"))]
+    return [
+        Contender(v, sdpa.build(v, problem), host_cpu())
+        for v in map(Space.load("sdpa").parse, ("sdpa.flash", "sdpa.math"))
+    ]

@@ -172,8 +172,8 @@ def test_spills_are_seen() -> None:
     variant, problem = space.parse("cpp.serial.avx2.l8.q6.k10.v10.n120"), Problem.parse("fp32.d64")
     if "avx2" not in HERE.isas:
         pytest.skip("this processor has no AVX2")
-    assert cpp.build(variant, problem).spill
-    assert not cpp.build(space.parse("cpp.serial.avx2.l8.q2.k5.v5.n120"), problem).spill
+    assert cpp.build(variant, problem).flaw
+    assert not cpp.build(space.parse("cpp.serial.avx2.l8.q2.k5.v5.n120"), problem).flaw
 
 
 def test_generated_code_has_no_warnings() -> None:
@@ -225,7 +225,7 @@ def test_the_compiler_from_pypi(monkeypatch: pytest.MonkeyPatch, home: object) -
         problem = Problem.parse("fp32.d64.causal@b1.h4.kv2.q64.k64")
         variant = space.parse(here("cpp.hybrid.{isa}.q2.k4.v4.n16.w2.s2"))
         built = cpp.build(variant, problem)
-        assert built.resources["hot_fmas"] > 0 and not built.spill
+        assert built.resources["hot_fmas"] > 0 and not built.flaw
         kernels.obeys(cpp.load(built, variant, problem), problem, peers(problem))
     finally:
         _compiler.find.cache_clear()
@@ -272,7 +272,7 @@ const float q[] = {literal(inputs.query)}, k[] = {literal(inputs.key)}, v[] = {l
 const double truth[] = {{{",".join(repr(float(t)) for t in truth.flatten())}}};
 float out[sizeof(truth) / 8];
 int main() {{
-  Call c{{q, k, v, out, 1, 4, 2, 37, 53, {{0, {37 * 40}, 40}}, {{0, {53 * 40}, 40}}, {{0, {53 * 24}, 24}}, {{0, {37 * 24}, 24}}, {40**-0.5!r}, 1, nullptr}};
+  Call c{{q, k, v, out, nullptr, 1, 4, 2, 37, 53, {{0, {37 * 40}, 40}}, {{0, {53 * 40}, 40}}, {{0, {53 * 24}, 24}}, {{0, {37 * 24}, 24}}, {40**-0.5!r}, 1, nullptr}};
   if (elsa_attention(&c)) return 2;
   double worst = 0;
   for (unsigned i = 0; i < sizeof(truth) / 8; ++i)

@@ -403,7 +403,7 @@ def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytes
 
     kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
     record(won("fp32.d16@b2.h4.q50.k50", device=kin))
-    monkeypatch.setattr(check, "check_family", lambda *_: check.Verdict(1.0, 1.0, "planted"))
+    monkeypatch.setattr(check, "check_family", lambda *_, **__: check.Verdict(1.0, 1.0, "planted"))
     with pytest.raises(KernelMissing, match="planted"):
         elsa_tune.load("fp32.d16@b2.h4.q50.k50")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from planted import FAULTS, peers, planted
 
+from elsa_tune.device import host_cpu
 from elsa_tune.measure import Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
 from elsa_tune.problem import Problem
 
@@ -79,7 +80,7 @@ def test_race_takes_turns_and_drops_the_hopeless(worker: Worker) -> None:
 
 
 def test_peaks_are_plausible(worker: Worker) -> None:
-    found = worker.run(peak, timeout=60.0)
+    found = worker.run(peak, host_cpu(), timeout=60.0)
     assert 1 < found["gflops"] < 1e5 and 0.1 < found["gbytes"] < 1e4
 
 

@@ -23,10 +23,19 @@ if TYPE_CHECKING:
 
 
 class Call(Protocol):
-    """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can."""
+    """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can.
+
+    ``lse`` [batch, heads, q_len], float32 and contiguous, receives the logarithm of each row's sum of exponentials.
+    """
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -39,18 +48,20 @@ class Kernel(Call, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What building left behind. ``path`` is None where nothing needs building; resources are the compiler's report."""
+    """What building left behind. ``path`` is None where nothing needs building; resources are the compiler's report, and
+    ``flaw`` is what in it speaks against ever using the kernel."""
 
     digest: str
     path: Path | None = None
     resources: Mapping[str, int] = field(default_factory=dict)
-    spill: str = ""
+    flaw: str = ""
 
 
 class Backend(Protocol):
     """The one protocol that tuning, checking and dispatch talk to."""
 
     laws: tuple[Law, ...]
+    generated: bool  # renders code; torch's own kernels are not
 
     def refusal(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot serve the problem on the device, or None."""
@@ -74,7 +85,7 @@ class Backend(Protocol):
         """A callable kernel."""
 
     def toolchain(self) -> dict[str, str]:
-        """Names and versions that decide what is built: provenance of every measurement."""
+        """Names and versions that decide what is built: provenance of every measurement. Raises CompilerMissing."""
 
 
 @cache

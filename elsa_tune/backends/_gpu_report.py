@@ -8,16 +8,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-MATRIX = re.compile(r"^(H|I|D|B|Q|O)?(G?MMA|GMMA)\b|^(H|I|D|B|Q|O|F8)?G?MMA\.|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)")
-"""Matrix instructions: mma and wgmma as SASS spells them, mfma and wmma as AMD does."""
+MATRIX = re.compile(
+    r"^(H|I|D|B|Q|O)?(G?MMA|GMMA)\b|^(H|I|D|B|Q|O|F8)?G?MMA\.|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)|^w?g?mma\\b|^wgmma|^tcgen05"
+)
+"""Matrix instructions as SASS, PTX and AMD assembly spell them."""
 
 _KINDS = {
     "matrix": MATRIX,
-    "fma": re.compile(r"^FFMA|^v_(pk_)?fma[ck]?_f32|^v_fmac_f32|^v_dual_fmac"),
-    "exp": re.compile(r"^MUFU|^v_(exp|log|rcp)_f32"),
-    "shared": re.compile(r"^(LDS|STS|LDSM)|^ds_"),
-    "memory": re.compile(r"^(LDG|STG|LDGSTS|UBLKCP|UTMALDG)|^(global|buffer|flat)_(load|store)"),
-    "local": re.compile(r"^(LDL|STL)|^scratch_"),
+    "fma": re.compile(r"^FFMA|^fma\.rn|^v_(pk_)?fma[ck]?_f32|^v_fmac_f32|^v_dual_fmac"),
+    "exp": re.compile(r"^MUFU|^ex2|^v_(exp|log|rcp)_f32"),
+    "shared": re.compile(r"^(LDS|STS|LDSM)|^ds_|^(ld|st)\.shared"),
+    "memory": re.compile(
+        r"^(LDG|STG|LDGSTS|UBLKCP|UTMALDG)|^(global|buffer|flat)_(load|store)|^(ld|st)\.global|^cp\.async"
+    ),
+    "local": re.compile(r"^(LDL|STL)|^scratch_|^(ld|st)\.local"),
 }
 
 
@@ -37,11 +41,10 @@ def _loops(lines: list[tuple[str, str]]) -> Iterator[list[str]]:
 
 
 def hottest_loop(lines: list[tuple[str, str]]) -> dict[str, int]:
-    """Instruction counts of the innermost loop with most arithmetic, or of everything where nothing loops."""
-    bodies = [count(body) for body in _loops(lines)]
-    inner = [b for b in bodies if b["fma"] + b["matrix"]] or [count([t.split()[0] for _, t in lines if t])]
-    densest = max(inner, key=lambda b: (b["fma"] + 8 * b["matrix"]) / b["all"])
-    return {f"loop_{kind}": n for kind, n in densest.items()}
+    """Instruction counts of the loop with most arithmetic, the shorter of two alike; of everything where nothing loops."""
+    bodies = [count(body) for body in _loops(lines)] or [count([text.split()[0] for _, text in lines if text])]
+    hottest = max(bodies, key=lambda b: (b["matrix"], b["fma"], -b["all"]))
+    return {f"loop_{kind}": n for kind, n in hottest.items()}
 
 
 def of_sass(sass: str) -> dict[str, int]:
@@ -58,19 +61,39 @@ def of_sass(sass: str) -> dict[str, int]:
     return {"matrix": everything["matrix"], "local": everything["local"], **hottest_loop(lines)}
 
 
-def of_cubin(cubin: bytes, tools: Path) -> dict[str, int]:
+def of_ptx(ptx: str) -> dict[str, int]:
+    """Counts from PTX, for targets whose machine code NVIDIA's current tools no longer read."""
+    lines = []
+    for line in ptx.splitlines():
+        label, instruction = re.match(r"\$?(L\w+):", line), re.match(r"\s+(?:@!?%p\d+\s+)?([a-z][^;]*);", line)
+        if label:
+            lines.append((f".{label[1]}", ""))
+        elif instruction:
+            lines.append(("", re.sub(r"^bra\S*\s+\$?", "BRA .", instruction[1])))
+    everything = count([text.split()[0] for _, text in lines if text])
+    return {"matrix": everything["matrix"], "local": everything["local"], **hottest_loop(lines)}
+
+
+def of_cubin(cubin: bytes, ptx: str, tools: Path) -> dict[str, int]:
     """Registers, stack, shared memory and instruction counts of a cubin, by NVIDIA's own tools in folder ``tools``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
 
-        def run(*command: str) -> str:
-            return subprocess.run([str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True, check=True).stdout
+        def run(*command: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name], capture_output=True, text=True, check=False
+            )
 
-        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run("cuobjdump", "-res-usage")))
+        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run("cuobjdump", "-res-usage").stdout))
         sass = run("nvdisasm", "-c")
-    used = {"registers": int(usage["REG"]), "stack": int(usage["STACK"]) + int(usage["LOCAL"]), "shared": int(usage["SHARED"])}
-    return {**used, **of_sass(sass)}
+    counts = of_ptx(ptx) if sass.returncode else of_sass(sass.stdout)
+    used = {
+        "registers": int(usage.get("REG", 0)),
+        "stack": int(usage.get("STACK", 0)) + int(usage.get("LOCAL", 0)),
+        "shared": int(usage.get("SHARED", 0)),
+    }
+    return {**used, **counts}
 
 
 def of_amdgcn(assembly: str) -> dict[str, int]:
@@ -103,7 +126,7 @@ def flaw(resources: Mapping[str, int], precision: str) -> str:
     """Why a kernel with these resources must not be used, or nothing."""
     if precision == "strict" and resources.get("matrix"):
         return f"strict means plain multiply-adds, and the assembly has {resources['matrix']} matrix instructions"
-    spilled = resources.get("spills") or resources.get("local")
+    spilled = resources.get("spills") or resources.get("local") or resources.get("stack")
     if spilled:
-        return f"{spilled} spills of {resources['registers']} registers, {resources['stack']} bytes of stack"
+        return f"{spilled} spills beside {resources['registers']} registers, {resources['stack']} bytes of stack"
     return ""

@@ -141,6 +141,7 @@ laws = (
     stack_is_bounded,
     exp_is_exact,
 )
+generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -273,8 +274,8 @@ class Pool:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=Pool.forked)
 
-# struct Call of templates/cpp/call.j2: four pointers that change with every call, then what a layout decides.
-_POINTERS = struct.Struct("<4q").pack
+# struct Call of templates/cpp/call.j2: five pointers that change with every call, then what a layout decides.
+_POINTERS = struct.Struct("<5q").pack
 _LAYOUT = struct.Struct("<17qdqq").pack
 
 
@@ -287,12 +288,18 @@ class CppKernel:
         self._function, self._problem = function, problem
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor:
         dims = (query.shape[3], key.shape[3], value.shape[3])
         if dims != (self._problem.head_dim, self._problem.head_dim, self._problem.value_dim):
             raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {self._problem.family}")
-        return self.bind(query.shape, value.shape)(query, key, value, scale, out)
+        return self.bind(query.shape, value.shape)(query, key, value, scale, out, lse)
 
     def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
         """A call for exactly these shapes. What a memory layout decides is computed when the layout changes."""
@@ -304,7 +311,12 @@ class CppKernel:
         known: tuple[object, bytes] = (None, b"")
 
         def call(
-            query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, out: Tensor | None = None
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            scale: float | None = None,
+            out: Tensor | None = None,
+            lse: Tensor | None = None,
         ) -> Tensor:
             nonlocal known
             layout = (query.stride(), key.stride(), value.stride(), scale, threads(), pool.usable)
@@ -315,7 +327,8 @@ class CppKernel:
                     made = new_output(query, value_dim)
                 q, k, v, o = query.stride(), key.stride(), value.stride(), made.stride()
                 if not q[3] == k[3] == v[3] == 1:
-                    return call(rows_contiguous(query), rows_contiguous(key), rows_contiguous(value), scale, out)
+                    q_rows, k_rows, v_rows = map(rows_contiguous, (query, key, value))
+                    return call(q_rows, k_rows, v_rows, scale, out, lse)
                 packed = _LAYOUT(
                     batch, heads, kv_heads, q_len, kv_len, *q[:3], *k[:3], *v[:3], *o[:3],
                     default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
@@ -323,7 +336,9 @@ class CppKernel:
                 decided = (layout, packed)
                 if out is None and value_dim == head_dim:
                     known = decided
-            if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), made.data_ptr()) + decided[1]):
+            sums = lse.data_ptr() if lse is not None else 0
+            pointers = _POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), made.data_ptr(), sums)
+            if function(pointers + decided[1]):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")
             return made
 

@@ -115,7 +115,9 @@ def registers_hold_states(
 
 def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
     threads = device.warp * warps
-    return f"{threads} threads for {block_m} x {block_n} scores" if block_m * block_n < threads and block_m > 1 else None
+    return (
+        f"{threads} threads for {block_m} x {block_n} scores" if block_m * block_n < threads and block_m > 1 else None
+    )
 
 
 def schedule_has_splits(schedule: str, splits: int) -> str | None:
@@ -127,7 +129,9 @@ def schedule_has_splits(schedule: str, splits: int) -> str | None:
 def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
     rows = problem.q_len * problem.group
     size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
-    return f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+    return (
+        f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+    )
 
 
 def pair_adds_apart(state: str, accumulate: str) -> str | None:
@@ -140,7 +144,11 @@ def fma_adds_apart(dot: str, accumulate: str) -> str | None:
 
 def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
     same = all(parts(d, "pad") == parts(d, "parts") for d in (problem.head_dim, problem.value_dim))
-    return f"{problem.head_dim} and {problem.value_dim} split into what padding makes" if dims == "parts" and same else None
+    return (
+        f"{problem.head_dim} and {problem.value_dim} split into what padding makes"
+        if dims == "parts" and same
+        else None
+    )
 
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
@@ -171,6 +179,7 @@ laws = (
     longest_is_causal,
     stages_need_a_pipeline,
 )
+generated = True
 
 
 def interpreting() -> bool:
@@ -304,8 +313,11 @@ def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict
 
     kernel, element = module.attend, _POINTERS[problem.dtype]
     splits = module.SPLITS.value
-    types: dict[str, str] = {name: element for name in ("query", "key", "value", "output", "lse")}
-    types |= {"partial": "*fp32" if splits > 1 else element, "arrivals": "*i32" if hasattr(module, "FINISH_M") else element}
+    types: dict[str, str] = dict.fromkeys(("query", "key", "value", "output", "lse"), element)
+    types |= {
+        "partial": "*fp32" if splits > 1 else element,
+        "arrivals": "*i32" if hasattr(module, "FINISH_M") else element,
+    }
     types |= {"c": "fp32", "sign": "fp32", "WITH_LSE": "constexpr"}
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
@@ -323,7 +335,8 @@ def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict
     arch: Any = device.capability if device.kind == "cuda" else device.arch
     compiled = triton.compile(made, target=GPUTarget(device.kind, arch, device.warp), options=dict(module.OPTIONS))
     if device.kind == "cuda":
-        report = _gpu_report.of_cubin(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        report = _gpu_report.of_cubin(compiled.asm["cubin"], compiled.asm["ptx"], tools)
     else:
         report = _gpu_report.of_amdgcn(compiled.asm["amdgcn"])
     return {**report, "shared": max(report["shared"], compiled.metadata.shared), "warps": module.OPTIONS["num_warps"]}

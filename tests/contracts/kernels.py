@@ -1,4 +1,4 @@
-"""What every kernel must do, whatever language rendered it: hostile inputs, strides, groups, repeatability."""
+"""What every kernel must do, whatever language rendered it: hostile inputs, strides, groups, repeatability, log-sum-exp."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def obeys(kernel: Kernel, problem: Problem, peers: list[Kernel]) -> None:
     strides(kernel, problem)
     same_bits_again(kernel, problem)
     inputs_untouched(kernel, problem)
+    log_sum_exp(kernel, problem)
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
@@ -59,3 +60,16 @@ def inputs_untouched(kernel: Kernel, problem: Problem) -> None:
     copies = [t.clone() for t in (x.query, x.key, x.value)]
     kernel(x.query, x.key, x.value)
     assert all(torch.equal(a, b) for a, b in zip(copies, (x.query, x.key, x.value), strict=True))
+
+
+def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
+    """The log-sum-exp beside an output that asking for it does not change."""
+    shaped, x = _inputs(problem, kv_len=97)
+    lse = torch.full(x.query.shape[:3], float("nan"))
+    with_it = kernel(x.query, x.key, x.value, lse=lse)
+    assert torch.equal(with_it, kernel(x.query, x.key, x.value))
+    keys = x.key.double().repeat_interleave(shaped.group, 1)
+    scores = x.query.double() @ keys.transpose(-1, -2) / shaped.head_dim**0.5
+    if shaped.mask == "causal":
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
+    assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=2e-6)

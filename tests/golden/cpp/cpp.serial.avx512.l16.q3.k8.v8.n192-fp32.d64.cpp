@@ -49,6 +49,7 @@ struct Call {
   const float* key;
   const float* value;
   float* output;
+  float* lse;  // [batch, heads, q_len]: log of each row's sum of exponentials; null if nobody asks
   int64_t batch, heads, kv_heads, q_len, kv_len;
   Strides q, k, v, o;
   double scale;
@@ -194,6 +195,7 @@ template <int QV>
 struct Rows {
   const float* query[QV * ROWS];
   float* output[QV * ROWS];
+  float* lse[QV * ROWS];  // null if nobody asks
 
   Rows(const Call& c, int64_t b, int64_t kv_head, int64_t first, float* sink) {
     const int64_t group = c.heads / c.kv_heads, rows = c.q_len * group;
@@ -202,6 +204,7 @@ struct Rows {
       const int64_t row = inside ? first + r : first;
       const int64_t position_of_row = row / group, head = kv_head * group + row % group;
       query[r] = c.query + b * c.q.batch + head * c.q.head + position_of_row * c.q.row;
+      lse[r] = inside && c.lse ? c.lse + (b * c.heads + head) * c.q_len + position_of_row : nullptr;
       output[r] = inside ? c.output + b * c.o.batch + head * c.o.head + position_of_row * c.o.row : sink;
     }
   }
@@ -225,8 +228,12 @@ struct Rows {
     }
   }
 
-  // output = W / S; a row that saw no key is 0.
+  // output = W / S; a row that saw no key is 0, and its log-sum-exp -inf.
   INLINE void store_output(const State<QV>& state) const {
+    for (int r = 0; r < QV * ROWS; ++r) {
+      const int lane = r % ROWS * CHUNK;
+      if (lse[r]) *lse[r] = (state.m[r / ROWS][lane] + __builtin_log2f(state.s[r / ROWS][lane])) / LOG2_E;
+    }
     for (int i = 0; i < QV; ++i) {
       float* const* row = output + i * ROWS;
       const vec inverse = state.s[i] == 0.0f ? vec{} : 1.0f / state.s[i];
