@@ -6,12 +6,13 @@ Wrong answers never reach the clock.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elsa_tune import reference
-from elsa_tune.backends import Kernel
+from elsa_tune.backends import Gradients, Kernel
 from elsa_tune.problem import Problem
 from elsa_tune.reference import CLASS_UNITS, Inputs
 
@@ -96,10 +97,37 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
     return "" if rows[0, 0, 7] and int(rows.sum()) == 1 else "a NaN in one query row is lost or spreads to other rows"
 
 
-def check_family(kernel: Kernel, problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Verdict:
+def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:
+    """The error of dQ, dK and dV for the first and the last KV head."""
+    assert inputs.forward is not None
+    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale)
+    heads = dict.fromkeys(((0, 0), (problem.batch - 1, problem.kv_heads - 1)))
+    return reference.gradient_error(problem, inputs, found, list(heads))
+
+
+def _check_gradients(kernel: Gradients, problem: Problem, generator: torch.Generator, device: str) -> Verdict:
+    """The natural cases of the family, with what their forward pass saved."""
+    worst = Verdict(0.0, 0.0)
+    for small, inputs in reference.hostile(problem, generator):
+        if not inputs.natural:
+            continue
+        case = reference.with_forward(small, inputs, generator).to(device)
+        before = [x.clone() for x in case.tensors]
+        verdict = judge(problem, inputs.name, gradient_error(kernel, small, case), "")
+        if not all(torch.equal(x, y) for x, y in zip(before, case.tensors, strict=True)):
+            verdict = Verdict(float("inf"), float("inf"), f"{inputs.name}: an input was overwritten")
+        if verdict.reason:
+            return verdict
+        worst = max(worst, verdict, key=lambda v: v.constant)
+    return worst
+
+
+def check_family(kernel: Any, problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Verdict:
     """Hostile inputs of the problem's family on torch's ``device``: the worst verdict on natural ones, or the first that
     fails."""
     generator = torch.Generator().manual_seed(seed)
+    if problem.direction == "backward":
+        return _check_gradients(kernel, problem, generator, device)
     worst = Verdict(0.0, 0.0)
     for small, inputs in reference.hostile(problem, generator):
         verdict = _case(kernel, small, inputs.to(device), peers)

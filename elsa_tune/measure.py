@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from elsa_tune import backends, clock
-from elsa_tune.backends import Built, Kernel
+from elsa_tune.backends import Built
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.problem import Problem
@@ -48,8 +48,8 @@ class Contender:
     built: Built
     device: Device
 
-    def load(self, problem: Problem) -> Kernel:
-        """Its kernel, in this process."""
+    def load(self, problem: Problem) -> Any:
+        """Its kernel, or gradients, in this process."""
         return backends.get(self.variant.backend).load(self.built, self.variant, problem)
 
 
@@ -172,10 +172,10 @@ def _bench(problem: Problem, device: Device) -> _Bench:
     gc.collect()
     generator = torch.Generator().manual_seed(0)
     first = reference.random_inputs(problem, generator).to(device.torch)
+    if problem.direction == "backward":
+        first = reference.with_forward(problem, first, generator)
     count = min(1024, math.ceil(1.25 * device.last_cache / problem.bytes))
-    copies = [
-        reference.Inputs("copy", first.query.clone(), first.key.clone(), first.value.clone()) for _ in range(count - 1)
-    ]
+    copies = [first.with_tensors(torch.clone) for _ in range(count - 1)]
     rows = reference.sample_rows(problem, generator)
     return _Bench(problem, [first, *copies], rows, reference.attention_rows(problem, first, rows), {})
 
@@ -201,6 +201,8 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
     bench = _bench(problem, candidate.device)
 
     def error_of(contender: Contender) -> tuple[reference.Error, str]:
+        if problem.direction == "backward":
+            return check.gradient_error(contender.load(problem), problem, bench.inputs[0]), ""
         out, stray = check.run(contender.load(problem), bench.inputs[0])
         return reference.measure_error(problem, bench.inputs[0], bench.rows, out, bench.truth), stray
 
@@ -222,8 +224,8 @@ def race(
     """
     bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
-    def calls(kernel: Kernel) -> list[Callable[[], object]]:
-        return [partial(kernel, x.query, x.key, x.value) for x in bench.inputs]
+    def calls(kernel: Callable[..., object]) -> list[Callable[[], object]]:
+        return [partial(kernel, *x.tensors) for x in bench.inputs]
 
     timers = [clock.timer(calls(c.load(problem)), c.device, problem.launch) for c in contenders]
     first = [timer(1) for timer in timers]

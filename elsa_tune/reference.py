@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """One case: tensors as [batch, heads, length, dim], the scale (None: 1/sqrt(head_dim)), and what it provokes."""
+    """One case: tensors as [batch, heads, length, dim], the scale (None: 1/sqrt(head_dim)), and what it provokes.
+
+    ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
+    """
 
     name: str
     query: Tensor
@@ -30,10 +33,21 @@ class Inputs:
     value: Tensor
     scale: float | None = None
     natural: bool = True
+    forward: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a kernel is called with: query, key, value; for gradients also output, log-sum-exp, and output's gradient."""
+        return (self.query, self.key, self.value, *(self.forward or ()))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same case with every tensor changed."""
+        query, key, value, *rest = map(change, self.tensors)
+        return replace(self, query=query, key=key, value=value, forward=(rest[0], rest[1], rest[2]) if rest else None)
 
     def to(self, device: str) -> Inputs:
         """The same case on another device."""
-        return replace(self, query=self.query.to(device), key=self.key.to(device), value=self.value.to(device))
+        return self.with_tensors(lambda x: x.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +127,7 @@ def hostile(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Prob
     yield small, Inputs("negative scale", made.query, made.key, made.value, scale=-0.3)
     yield small, Inputs("scale 0: equal logits", made.query, made.key, made.value, scale=0.0)
     signs = torch.tensor([1e3, -1e3]).repeat(small.kv_len)[: small.kv_len, None]
-    yield small, Inputs("cancelling values", made.query * 0, made.key, made.value + signs)
+    yield small, Inputs("cancelling values", made.query * 0, made.key, made.value + signs.to(made.value.dtype))
 
     def by_position(x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -165,3 +179,105 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     products = 2 * CLASS_UNITS["tf32"] if problem.precision == "tf32" else UNIT  # halves multiply exactly in float32
     from_logits = 2 * products * math.sqrt(problem.head_dim) * norms * largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + from_logits)
+
+
+def logsumexp(query: Tensor, key: Tensor, is_causal: bool, scale: float | None, rows: int = 256) -> Tensor:
+    """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
+    batch, heads, q_len, head_dim = query.shape
+    group, kv_len = heads // key.shape[1], key.shape[2]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
+    found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    for first in range(0, q_len, rows):
+        some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
+        scores = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
+        if is_causal:
+            position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
+            hidden = torch.arange(kv_len, device=query.device)[None, :] > position
+            scores = scores.masked_fill(hidden, float("-inf"))
+        found[:, :, first : first + rows] = torch.logsumexp(scores, -1)
+    return found
+
+
+# Gradients: from the output and log-sum-exp that the forward pass saved, as every kernel computes them.
+
+
+def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
+    wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
+    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem.mask == "causal", inputs.scale)
+    group, dtype = problem.group, inputs.query.dtype
+    output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
+    for b in range(problem.batch):
+        for h in range(problem.heads):
+            for first in range(0, problem.q_len, 256):
+                p, _ = _weights(problem, inputs, lse, b, h, torch.arange(first, min(first + 256, problem.q_len)), wide)
+                output[b, h, first : first + 256] = (p @ inputs.value[b, h // group].to(wide)).to(dtype)
+    grad = torch.randn(output.shape, generator=generator).to(output)
+    return replace(inputs, forward=(output, lse.float(), grad))
+
+
+def _weights(
+    problem: Problem, inputs: Inputs, lse: Tensor, b: int, h: int, rows: Tensor, wide: torch.dtype
+) -> tuple[Tensor, float]:
+    """P of some query rows of one head against all keys, [rows, kv_len], from the saved log-sum-exp; and the scale."""
+    scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
+    at = rows.to(inputs.query.device)
+    scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
+    p = torch.exp(scores - lse[b, h, at, None].to(wide))
+    if problem.mask == "causal":
+        p = p.masked_fill(torch.arange(problem.kv_len, device=p.device)[None, :] > at[:, None], 0.0)
+    return p, scale
+
+
+def gradient_truth(problem: Problem, inputs: Inputs, b: int, h: int) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 dQ of the first head, dK and dV of KV head ``h`` of batch entry ``b``, from what the forward pass saved."""
+    assert inputs.forward is not None
+    output, lse, grad = inputs.forward
+    key, value, wide = inputs.key[b, h].double(), inputs.value[b, h].double(), torch.float64
+    dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+    dq = torch.zeros(problem.q_len, problem.head_dim, dtype=wide, device=key.device)
+    for head in range(h * problem.group, (h + 1) * problem.group):
+        for first in range(0, problem.q_len, 256):
+            rows = torch.arange(first, min(first + 256, problem.q_len))
+            p, scale = _weights(problem, inputs, lse, b, head, rows, wide)
+            g = grad[b, head, first : first + 256].double()
+            delta = (g * output[b, head, first : first + 256].double()).sum(-1, keepdim=True)
+            ds = p * (g @ value.T - delta) * scale
+            dv += p.T @ g
+            dk += ds.T @ inputs.query[b, head, first : first + 256].double()
+            if head == h * problem.group:
+                dq[first : first + 256] = ds @ key
+    return dq, dk, dv
+
+
+def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], heads: list[tuple[int, int]]) -> Error:
+    """The largest error of dQ, dK, dV in some (batch, KV head) pairs, relative to the largest gradient of each kind, or to
+    what rounding dO V^T - D alone may leave of one that cancels.
+
+    Allowed is C u (1 + log2 n) of it, and what rounding the logits costs, as for outputs, with a factor 4 for the three
+    products that each gradient passes through.
+    """
+    unit = CLASS_UNITS[problem.precision] * (1 + math.log2(max(problem.kv_len, problem.q_len)))
+    products = 2 * CLASS_UNITS["tf32"] if problem.precision == "tf32" else UNIT
+    scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
+    norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
+    assert inputs.forward is not None
+
+    def norm(x: Tensor) -> float:
+        return float(x.float().norm(dim=-1).max())
+
+    terms = norm(inputs.forward[2]) * norm(inputs.value) * scale  # of dS, before they cancel
+    floors = (terms * float(inputs.key.abs().max()), terms * float(inputs.query.abs().max()), 0.0)
+    worst = 0.0
+    for b, h in heads:
+        truths = gradient_truth(problem, inputs, b, h)
+        places = ((b, h * problem.group), (b, h), (b, h))
+        for x, truth, place, floor in zip(found, truths, places, floors, strict=True):
+            difference = float((x[place].double() - truth).abs().max())
+            largest = max(float(truth.abs().max()), floor)
+            if math.isnan(difference):
+                return Error(math.inf, math.inf, False)
+            worst = max(worst, difference / largest if largest else (math.inf if difference > unit else 0.0))
+    allowed = 4 * (LARGEST_CONSTANT * unit + 2 * products * math.sqrt(problem.head_dim) * norms)
+    return Error(worst, worst / unit, worst <= allowed)

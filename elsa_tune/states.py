@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune import dispatch
-from elsa_tune.backends.sdpa import logsumexp
 from elsa_tune.errors import WrongArguments
+from elsa_tune.reference import logsumexp
 
 
 def attention_with_lse(

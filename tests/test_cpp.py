@@ -272,7 +272,8 @@ const float q[] = {literal(inputs.query)}, k[] = {literal(inputs.key)}, v[] = {l
 const double truth[] = {{{",".join(repr(float(t)) for t in truth.flatten())}}};
 float out[sizeof(truth) / 8];
 int main() {{
-  Call c{{q, k, v, out, nullptr, 1, 4, 2, 37, 53, {{0, {37 * 40}, 40}}, {{0, {53 * 40}, 40}}, {{0, {53 * 24}, 24}}, {{0, {37 * 24}, 24}}, {40**-0.5!r}, 1, nullptr}};
+  Call c{{q, k, v, out, nullptr,
+         1, 4, 2, 37, 53, {{0, {37 * 40}, 40}}, {{0, {53 * 40}, 40}}, {{0, {53 * 24}, 24}}, {{0, {37 * 24}, 24}}, {40**-0.5!r}, 1, nullptr}};
   if (elsa_attention(&c)) return 2;
   double worst = 0;
   for (unsigned i = 0; i < sizeof(truth) / 8; ++i)

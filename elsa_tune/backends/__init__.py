@@ -46,6 +46,22 @@ class Kernel(Call, Protocol):
         """A call for exactly these shapes, with everything that can be computed beforehand done."""
 
 
+class Gradients(Protocol):
+    """Computes dQ, dK, dV of a backward family from what the forward pass saved: output, log-sum-exp (float32), and the
+    gradient of the output."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        scale: float | None = None,
+    ) -> tuple[Tensor, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """What building left behind. ``path`` is None where nothing needs building; resources are the compiler's report, and
@@ -81,8 +97,8 @@ class Backend(Protocol):
     def find(self, digest: str) -> Built | None:
         """What was built before under a digest, or None. Never compiles. Raises KernelCacheUnsafe."""
 
-    def load(self, built: Built, variant: Variant, problem: Problem) -> Kernel:
-        """A callable kernel."""
+    def load(self, built: Built, variant: Variant, problem: Problem) -> Any:
+        """A Kernel, or for a backward problem Gradients."""
 
     def toolchain(self) -> dict[str, str]:
         """Names and versions that decide what is built: provenance of every measurement. Raises CompilerMissing."""

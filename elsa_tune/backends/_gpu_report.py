@@ -112,9 +112,9 @@ def of_amdgcn(assembly: str) -> dict[str, int]:
             lines.append(("", instruction[1].strip()))
     everything = count([text.split()[0] for _, text in lines if text])
     return {
-        "registers": note("vgpr_count") + note("agpr_count"),
+        "registers": note("vgpr_count"),  # AGPRs included
         "stack": note("private_segment_fixed_size"),
-        "spills": note("vgpr_spill_count") + note("sgpr_spill_count"),
+        "spills": note("vgpr_spill_count"),  # a scalar register is spilled into a lane of a vector one: no memory
         "shared": note("group_segment_fixed_size"),
         "matrix": everything["matrix"],
         "local": everything["local"],

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.backends import Built, Call, Kernel
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
+from elsa_tune.reference import logsumexp
 from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:
@@ -151,6 +152,30 @@ class FlexKernel:
         return self
 
 
+class AutogradKernel:
+    """Gradients by autograd through one of torch's kernels; the graph of each set of inputs is made once."""
+
+    def __init__(self, forward: Call) -> None:
+        self._forward, self._graphs = forward, dict[tuple[int, float | None], tuple[Tensor, tuple[Tensor, ...]]]()
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        scale: float | None = None,
+    ) -> tuple[Tensor, ...]:
+        name = (query.data_ptr(), scale)
+        if name not in self._graphs:
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
+        made, leaves = self._graphs[name]
+        return torch.autograd.grad(made, leaves, grad, retain_graph=True)
+
+
 @cache
 def _flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -165,28 +190,11 @@ def _causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
     return create_block_mask(lambda b, h, i, j: i >= j, None, None, q_len, kv_len, device=str(device))
 
 
-def logsumexp(query: Tensor, key: Tensor, is_causal: bool, scale: float | None, rows: int = 256) -> Tensor:
-    """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
-    batch, heads, q_len, head_dim = query.shape
-    group, kv_len = heads // key.shape[1], key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
-    for first in range(0, q_len, rows):
-        some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
-        scores = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        if is_causal:
-            position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-            hidden = torch.arange(kv_len, device=query.device)[None, :] > position
-            scores = scores.masked_fill(hidden, float("-inf"))
-        found[:, :, first : first + rows] = torch.logsumexp(scores, -1)
-    return found
-
-
-def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
-    """The chosen kernel."""
-    kernel, is_causal = str(variant.axes["kernel"]), problem.mask == "causal"
-    return FlexKernel(is_causal) if kernel == "flex" else SdpaKernel(BACKENDS[kernel], is_causal)
+def load(built: Built, variant: Variant, problem: Problem) -> Any:
+    """The chosen kernel, or the gradients through it."""
+    name, is_causal = str(variant.axes["kernel"]), problem.mask == "causal"
+    kernel: Kernel = FlexKernel(is_causal) if name == "flex" else SdpaKernel(BACKENDS[name], is_causal)
+    return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 
 def toolchain() -> dict[str, str]:

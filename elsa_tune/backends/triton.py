@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from elsa_tune import scan
-from elsa_tune.backends import Built, Call, Kernel, _gpu_report, _kernel_cache
+from elsa_tune.backends import Built, Call, Gradients, Kernel, _gpu_report, _kernel_cache
 from elsa_tune.backends._laws import scan_has_states
 from elsa_tune.backends._tensors import new_output, rows_contiguous
 from elsa_tune.device import Device
@@ -27,7 +26,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
 from elsa_tune.variant import Variant
 
-TEMPLATE = "triton/attention.py.j2"
+TEMPLATES = {"forward": "triton/attention.py.j2", "backward": "triton/backward.py.j2"}
 MODULE = "kernel.py"
 LARGEST_DIM = 256
 SCRATCH_BYTES = 256 << 20
@@ -182,21 +181,14 @@ laws = (
 generated = True
 
 
-def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, slowly: its debugging mode, in which this backend serves CPUs."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
 def refusal(problem: Problem, device: Device) -> str | None:
     """Triton serves float32, float16 and bfloat16, no mask or causal, dimensions up to 256, on GPUs."""
-    if device.kind not in ("cuda", "hip") and not interpreting():
+    if not device.is_gpu:
         return f"Triton runs on GPUs, not on {device}"
     if problem.precision not in DOTS:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    if problem.direction != "forward":
-        return "backward kernels are not rendered"
     if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
         return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
     return None
@@ -209,7 +201,7 @@ def source(variant: Variant, problem: Problem) -> Source:
     strategy = scan.get(str(axes["scan"]))
     dims = str(axes["dims"])
     return render(
-        TEMPLATE,
+        TEMPLATES[problem.direction],
         {
             **axes,
             "scan": strategy,
@@ -249,7 +241,7 @@ def digest(variant: Variant, problem: Problem, device: Device | None = None) -> 
 
 def _target(device: Device | None) -> str:
     """What is compiled for; the interpreter where no GPU is meant."""
-    return device.arch if device and device.kind in ("cuda", "hip") else "interpreter"
+    return device.arch if device and device.is_gpu else "interpreter"
 
 
 def find(digest: str) -> Built | None:
@@ -302,34 +294,48 @@ def _module(path: Path) -> ModuleType:
 
 # Compiling for a target that need not be here.
 
-_POINTERS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+KERNELS = {"forward": ("finish", "attend"), "backward": ("prepare", "grad_query", "grad_key_value")}
+"""The kernels of a module, the one that does most of the work last."""
+
+_FLOATS = {"partial", "sums", "deltas"}
+_SCALARS = {"c", "sign", "scale"}
+_COUNTS = {"pair", "kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"}
 
 
-def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
-    """What the compiler says of the module's main kernel on ``device``: registers, stack, shared memory, instructions."""
+def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> dict[str, str]:
+    """Triton's types of a kernel's arguments, as the launcher passes them for this problem."""
+    element, splits = f"*{problem.dtype}", getattr(module, "SPLITS", None)
+    alone = splits is not None and splits.value == 1  # nothing is left in memory, and the query stands in
+    types = {}
+    for name in names:
+        if name == "WITH_LSE":
+            types[name] = "constexpr"
+        elif name in _SCALARS:
+            types[name] = "fp32"
+        elif name in _COUNTS or name.startswith("stride_"):
+            types[name] = "i32"
+        elif name == "arrivals" and "last_block" in (module.__doc__ or ""):
+            types[name] = "*i32"
+        elif (name in _FLOATS and not alone) or (name == "lse" and problem.direction == "backward"):
+            types[name] = "*fp32"
+        else:
+            types[name] = element
+    return types
+
+
+def _compiled(kernel: Any, module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
+    """What the compiler says of one kernel on ``device``, which need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, element = module.attend, _POINTERS[problem.dtype]
-    splits = module.SPLITS.value
-    types: dict[str, str] = dict.fromkeys(("query", "key", "value", "output", "lse"), element)
-    types |= {
-        "partial": "*fp32" if splits > 1 else element,
-        "arrivals": "*i32" if hasattr(module, "FINISH_M") else element,
-    }
-    types |= {"c": "fp32", "sign": "fp32", "WITH_LSE": "constexpr"}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    signature = _signature(kernel.arg_names, problem, module)
     even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
-    aligned = [
-        i
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name.startswith("stride_") and even)
-    ]
+    aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or (name[:7] == "stride_" and even)]
     made = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={"WITH_LSE": False},
+        constexprs={name: False for name in signature if name == "WITH_LSE"},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     arch: Any = device.capability if device.kind == "cuda" else device.arch
@@ -339,7 +345,19 @@ def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict
         report = _gpu_report.of_cubin(compiled.asm["cubin"], compiled.asm["ptx"], tools)
     else:
         report = _gpu_report.of_amdgcn(compiled.asm["amdgcn"])
-    return {**report, "shared": max(report["shared"], compiled.metadata.shared), "warps": module.OPTIONS["num_warps"]}
+    return {**report, "shared": max(report["shared"], compiled.metadata.shared)}
+
+
+def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
+    """The most registers, stack and shared memory, all spills and matrix instructions, and the main kernel's hottest loop."""
+    reports = [
+        _compiled(getattr(module, name), module, problem, device)
+        for name in KERNELS[problem.direction]
+        if hasattr(module, name)
+    ]
+    summed = {name: sum(r.get(name, 0) for r in reports) for name in ("spills", "local", "matrix")}
+    largest = {name: max(r[name] for r in reports) for name in ("registers", "stack", "shared")}
+    return {**reports[-1], **summed, **largest, "warps": module.OPTIONS["num_warps"]}
 
 
 # Calling.
@@ -363,10 +381,10 @@ class TritonKernel:
         dims = (query.shape[3], key.shape[3], value.shape[3])
         if dims != (self._problem.head_dim, self._problem.head_dim, self._problem.value_dim):
             raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {self._problem.family}")
-        if out is None:
-            out = new_output(query, self._problem.value_dim)
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             query, key, value = map(rows_contiguous, (query, key, value))
+        if out is None:
+            out = new_output(query, self._problem.value_dim)
         made: Tensor = self._launch(query, key, value, scale, out, lse)
         return made
 
@@ -375,10 +393,32 @@ class TritonKernel:
         return self
 
 
-def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
+class TritonGradients:
+    """A backward family's module."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._launch = module.gradients
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        scale: float | None = None,
+    ) -> tuple[Tensor, ...]:
+        rows = [rows_contiguous(x) for x in (query, key, value, output)]
+        made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale)
+        return made
+
+
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The kernel of the problem's family."""
     assert built.path is not None
-    return TritonKernel(_module(built.path), problem)
+    module = _module(built.path)
+    return TritonKernel(module, problem) if problem.direction == "forward" else TritonGradients(module)
 
 
 def toolchain() -> dict[str, str]:

@@ -10,12 +10,12 @@ from elsa_tune.backends import Kernel
 from elsa_tune.problem import Problem
 
 
-def obeys(kernel: Kernel, problem: Problem, peers: list[Kernel]) -> None:
-    """The whole contract."""
+def obeys(kernel: Kernel, problem: Problem, peers: list[Kernel], keys: int = 1500) -> None:
+    """The whole contract; repeatability with so many keys."""
     verdict = check.check_family(kernel, problem, peers)
     assert not verdict.reason, verdict.reason
     strides(kernel, problem)
-    same_bits_again(kernel, problem)
+    same_bits_again(kernel, problem, keys)
     inputs_untouched(kernel, problem)
     log_sum_exp(kernel, problem)
 
@@ -31,7 +31,7 @@ def strides(kernel: Kernel, problem: Problem) -> None:
     expected = kernel(x.query, x.key, x.value)
 
     def padded(t: Tensor) -> Tensor:
-        big = torch.full((*t.shape[:2], t.shape[2] + 3, t.shape[3] + 5), float("nan"))
+        big = torch.full((*t.shape[:2], t.shape[2] + 3, t.shape[3] + 5), float("nan"), dtype=t.dtype)
         big[:, :, 1:-2, 2:-3] = t
         return big[:, :, 1:-2, 2:-3]
 
@@ -47,9 +47,9 @@ def strides(kernel: Kernel, problem: Problem) -> None:
     assert all(torch.equal(again[i], one[0]) for i in range(3))
 
 
-def same_bits_again(kernel: Kernel, problem: Problem) -> None:
+def same_bits_again(kernel: Kernel, problem: Problem, keys: int) -> None:
     """No result depends on which thread came first."""
-    _, x = _inputs(problem, kv_len=1500)
+    _, x = _inputs(problem, kv_len=keys)
     first = kernel(x.query, x.key, x.value)
     assert all(torch.equal(kernel(x.query, x.key, x.value), first) for _ in range(5))
 
@@ -72,4 +72,4 @@ def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
     scores = x.query.double() @ keys.transpose(-1, -2) / shaped.head_dim**0.5
     if shaped.mask == "causal":
         scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
-    assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=2e-6)
+    assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=4e-6)
