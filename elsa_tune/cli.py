@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 from click_default_group import DefaultGroup
@@ -46,7 +46,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, or a device's full spelling.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, hip, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
+)
 @click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to tune.")
 @click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Tune this instead; repeatable.")
 @click.option(
@@ -62,10 +67,11 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
+@click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_mistakes_are_messages
 def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, effort: str, seed: int, sampler: str,
-         exhaustive: bool, as_json: bool) -> None:  # fmt: skip
+         exhaustive: bool, offline: bool, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
@@ -75,6 +81,8 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     from elsa_tune.device import detect
 
     console = report.console(stderr=as_json)
+    if offline:
+        _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
         count = len(problems) or len(workloads.load(workload, here))
         kinds = f"{here.memory >> 30} GiB" if here.is_gpu else ", ".join(here.isas)
@@ -83,8 +91,8 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     try:
         with report.LiveProgress(console) as watch:
             result = tuning.tune(
-                problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed, sampler=sampler, exhaustive=exhaustive,
-                watch=watch,
+                problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
+                sampler=sampler, exhaustive=exhaustive, watch=watch,
             )  # fmt: skip
     except KeyboardInterrupt:
         console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
@@ -94,6 +102,24 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     else:
         report.print_report(console, result)
     sys.exit(0 if result.complete else EXIT_INCOMPLETE)
+
+
+def _rank(
+    console: Any, device: str, workload: str, problems: tuple[str, ...], budget: float, seed: int, as_json: bool
+) -> NoReturn:
+    """Rank for a target that is not here, print the shortlists, and exit: 0 if every problem has candidates."""
+    from elsa_tune import offline, report
+
+    console.print(f"ranking for {device} for up to {budget:.0f} s; nothing is measured", highlight=False)
+    with console.status("compiling") as status:
+        found = offline.rank(
+            device, problems or None, workload=workload, budget=budget, seed=seed, watch=status.update
+        )  # fmt: skip
+    if as_json:
+        click.echo(report.rankings_json(found))
+    else:
+        report.print_rankings(console, found, offline.target(device))
+    sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
 
 
 @main.command()
@@ -133,7 +159,8 @@ def show(variant: str, problem: str) -> None:
         click.echo(f"{chosen} is torch's own kernel; nothing is generated")
         return
     click.echo(source.text)
-    click.echo(f"// {shlex.join(backend.command(chosen))} kernel.{source.suffix} -o kernel.so")
+    if command := backend.command(chosen):
+        click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")
 
 
 @main.command()

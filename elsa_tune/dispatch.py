@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune import backends, check, winners
-from elsa_tune.backends import Built, Call, Kernel
+from elsa_tune.backends import Built, Call, Gradients, Kernel
 from elsa_tune.choose import Choice, choose
 from elsa_tune.device import Device, detect, of_tensor
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
+from elsa_tune.gradients import differentiable
 from elsa_tune.measurement import Winner
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source
@@ -52,7 +53,7 @@ def attention(
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
     value_dim], no mask or causal: float32 on a CPU where no gradient is needed, float32, float16 and bfloat16 on a GPU,
-    served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned, goes to torch. The
+    gradients included, served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned, goes to torch. The
     output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that
     torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a mask on
     another device.
@@ -71,14 +72,13 @@ def attention(
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
-        if (
-            serve is not _torch_serves
-            and not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-            and not _dispatch_modes()
-            and not _autocast(query.device.type)
-        ):
+        if serve is not _torch_serves and not _dispatch_modes() and not _autocast(query.device.type):
             try:
-                return serve(query, key, value, scale)
+                if not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+                    return serve(query, key, value, scale)
+                gradients = _gradients_for(entry, query, key, value, is_causal, enable_gqa)
+                if gradients is not None:
+                    return differentiable(query, key, value, scale, serve, gradients)
             except (
                 RuntimeError,
                 MemoryError,
@@ -159,31 +159,52 @@ def _torch_serves(
 
 _Key = tuple[object, ...]
 _serving: dict[_Key, Call] = {}
+_gradients: dict[_Key, Gradients | None] = {}
 _lock = threading.RLock()
 
 
 def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
     """Decide who serves a shape, and remember it."""
-    problem = problem_of(query, key, value, is_causal, enable_gqa)
-    serve: Call = _torch_serves
-    if problem is not None:
-        try:
-            shapes = (query.shape, value.shape)
+    shapes, shelf = (query.shape, value.shape), _shelf
 
-            shelf = _shelf
+    def ready(kernel: Kernel) -> None:
+        if shelf is _shelf:  # nothing was tuned meanwhile
+            _serving[entry] = kernel.bind(*shapes)
 
-            def ready(kernel: Kernel) -> None:
-                if shelf is _shelf:  # nothing was tuned meanwhile
-                    _serving[entry] = kernel.bind(*shapes)
-
-            device = of_tensor(query.device.type, query.device.index)
-            kernel = shelf.kernel(problem, device, ready) if device else None
-            serve = kernel.bind(*shapes) if kernel else _torch_serves
-        except Exception as error:  # dispatch never raises because of databases, compilers or caches
-            _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
+    kernel = _ready_kernel(problem_of(query, key, value, is_causal, enable_gqa), query, ready)
     if len(_serving) >= _MOST_SHAPES:
         _serving.clear()
-    return _serving.setdefault(entry, serve)
+    return _serving.setdefault(entry, kernel.bind(*shapes) if kernel else _torch_serves)
+
+
+def _gradients_for(
+    entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool
+) -> Gradients | None:
+    """The kernel for a shape's gradients, if one is faster than torch's, decided once."""
+    if entry not in _gradients:
+        shelf = _shelf
+
+        def ready(kernel: Gradients) -> None:
+            if shelf is _shelf:
+                _gradients[entry] = kernel
+
+        problem = problem_of(query, key, value, is_causal, enable_gqa)
+        backward = problem.reshaped(direction="backward") if problem else None
+        found = _ready_kernel(backward, query, ready)
+        if len(_gradients) >= _MOST_SHAPES:
+            _gradients.clear()
+        _gradients.setdefault(entry, found)
+    return _gradients[entry]
+
+
+def _ready_kernel(problem: Problem | None, query: Tensor, ready: Callable[[Any], object]) -> Any:
+    """A kernel that serves the problem now, or None; then ``ready`` is called if one is built later. Never raises."""
+    try:
+        device = of_tensor(query.device.type, query.device.index)
+        return _shelf.kernel(problem, device, ready) if problem and device else None
+    except Exception as error:  # dispatch never raises because of databases, compilers or caches
+        _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
+        return None
 
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -222,7 +243,7 @@ class _Shelf:
         self.troubles: dict[str, str] = {}
         self._layers: list[winners.Layer] | None = None
         self._families: dict[tuple[object, ...], tuple[list[Winner], set[tuple[str, str]]]] = {}
-        self._kernels: dict[tuple[str, str], Kernel] = {}
+        self._kernels: dict[tuple[str, str], Any] = {}  # (family, variant) -> Kernel or Gradients
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
         self._building: SimpleQueue[Callable[[], object]] | None = None
 
@@ -240,7 +261,7 @@ class _Shelf:
             return self.choice(problem.reshaped(precision="fp32"), device)
         return chosen
 
-    def kernel(self, problem: Problem, device: Device, ready: Callable[[Kernel], object]) -> Kernel | None:
+    def kernel(self, problem: Problem, device: Device, ready: Callable[[Any], object]) -> Any:
         """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
         chosen = self.choice(problem, device)
         if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
@@ -265,7 +286,7 @@ class _Shelf:
                 self._later(attempt)
         return loaded
 
-    def build(self, problem: Problem, device: Device, chosen: Choice) -> Kernel:
+    def build(self, problem: Problem, device: Device, chosen: Choice) -> Any:
         """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""
         assert chosen.variant is not None
         with _lock:
@@ -291,7 +312,7 @@ class _Shelf:
             return None
         return backends.get(variant.backend).find(winner.measurement.digest)
 
-    def _load(self, variant: Variant, problem: Problem, built: Built) -> Kernel:
+    def _load(self, variant: Variant, problem: Problem, built: Built) -> Any:
         kernel = backends.get(variant.backend).load(built, variant, problem)
         with _lock:
             return self._kernels.setdefault((problem.family, str(variant)), kernel)
@@ -319,6 +340,7 @@ def refresh() -> None:
     with _lock:
         _shelf = _Shelf()
         _serving.clear()
+        _gradients.clear()
 
 
 winners.listeners.append(refresh)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STATUSES = ("ok", "wrong", "failed", "timeout", "pruned")
+STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
 
 
@@ -19,7 +19,7 @@ class Measurement:
     ``samples`` and ``incumbent_samples`` are seconds per call, taken in turns in one run; ``ratio`` is the median of
     incumbent / variant with a bootstrap 95 % interval [ratio_low, ratio_high]: above 1 the variant is faster.
     ``error`` is relative to max|v| and ``constant`` is C of the bound, both against float64. ``stage`` says whether few
-    samples were taken (trial) or many, among finalists (final). ``created`` is seconds since 1970.
+    samples were taken (trial) or many, among finalists (final). Status candidate: compiled, never measured. ``created`` is seconds since 1970.
     """
 
     device: str

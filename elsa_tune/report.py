@@ -17,6 +17,7 @@ from rich.text import Text
 from elsa_tune.choose import Choice
 from elsa_tune.doctor import Finding
 from elsa_tune.measurement import Measurement
+from elsa_tune.offline import Ranking, Target, occupancy
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import Outcome, Progress, Report, Task
 
@@ -148,6 +149,46 @@ def report_json(report: Report) -> str:
     ]
     content = {"complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines}
     return json.dumps(content, indent=2)
+
+
+def print_rankings(console: Console, rankings: Iterable[Ranking], goal: Target) -> None:
+    """Shortlists for a device that is not here. The order is predicted; nothing was measured."""
+    for ranking in rankings:
+        best = ranking.best
+        table = _table("variant", "registers", "shared KiB", "blocks", "against the first")
+        for c in best:
+            r = c.built.resources
+            table.add_row(
+                str(c.variant), str(r["registers"]), f"{r['shared'] / 1024:.0f}",
+                str(occupancy(r, goal)), f"{best[0].predicted / c.predicted:.2f}",
+            )  # fmt: skip
+        console.print(
+            f"{ranking.problem} on {goal.device.arch}: {len(ranking.candidates)} compiled, {ranking.refused} refused",
+            table,
+            highlight=False,
+        )
+    console.print(
+        "Predicted from compiler reports, not measured. Recorded as candidates: elsa-tune tries them first on such a device.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def rankings_json(rankings: Iterable[Ranking]) -> str:
+    """The shortlists for programs; ``predicted_seconds`` orders them and is no measurement."""
+    lines = [
+        {
+            "problem": str(ranking.problem),
+            "compiled": len(ranking.candidates),
+            "refused": ranking.refused,
+            "candidates": [
+                {"variant": str(c.variant), "predicted_seconds": c.predicted, "resources": dict(c.built.resources)}
+                for c in ranking.best
+            ],
+        }
+        for ranking in rankings
+    ]
+    return json.dumps({"measured": False, "rankings": lines}, indent=2)
 
 
 def print_winners(console: Console, winners: Iterable[Measurement]) -> None:

@@ -278,6 +278,9 @@ class _Run:
         task.target = self.target(task)
         for winner in known_winners(self.device, layers(), family=task.problem.family):
             self.suggest(task, winner.variant)
+        for m in self.database.measurements(status="candidate", family=task.problem.family):
+            if self.device.kinship(Device.parse(m.device)) not in (None, "family"):  # ranked for this architecture
+                self.suggest(task, m.variant)
 
     def suggest(self, task: Task, spelling: str) -> None:
         """Enqueue a variant known from elsewhere, if this space still has it and the laws allow it here."""

@@ -367,7 +367,7 @@ def peak(seconds: float) -> dict[str, float]:
         ctypes.c_int64,
         ctypes.c_void_p,
     ]
-    size = max(4 * host_cpu().last_cache, 128 << 20) // 4  # floats: far more than the caches hold
+    size = min(max(4 * host_cpu().last_cache, 128 << 20), 768 << 20) // 4  # floats: more than the caches hold
     memory, rates = torch.zeros(size), (ctypes.c_double * 2)()
     function(torch.get_num_threads(), openmp()[1], seconds, memory.data_ptr(), size, rates)
     return {"gflops": rates[0], "gbytes": rates[1]}

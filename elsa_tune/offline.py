@@ -1,0 +1,249 @@
+"""Ranks variants for a GPU that is not here: compiler reports, occupancy and instruction mix in place of a clock.
+
+What it predicts is never a measurement: it orders candidates, which the first minutes on the real device try first.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+from elsa_tune import backends, places
+from elsa_tune import workload as workloads
+from elsa_tune.backends import Built
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.errors import BadDevice
+from elsa_tune.measure import Worker, WorkerFailed, build
+from elsa_tune.measurement import Measurement
+from elsa_tune.problem import DTYPE_BYTES, Problem
+from elsa_tune.search import Search
+from elsa_tune.space import Space, read_toml
+from elsa_tune.trial import BUILD_SECONDS
+from elsa_tune.variant import Variant
+from elsa_tune.winners import Database
+
+SHORTLIST = 5
+"""Candidates recorded for each problem."""
+
+ROUND = 6
+"""Variants compiled for a problem before the next problem has its turn."""
+
+LAUNCH = 3e-6
+"""Seconds between the starts of two dependent kernels."""
+
+_SECOND = 1.0
+"""What predictions are compared with: a search wants ratios, and only their order matters."""
+
+_LATENCY = 700
+"""Clocks from asking memory for a leaf to having it."""
+
+_REGISTERS = 65536
+_SCHEDULERS = 4
+_BLOCKS = 32
+"""Of a multiprocessor: registers, warps that issue in one clock, blocks that it holds."""
+
+_PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
+"""Clocks of the matrix unit relative to one float16 product."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A typical GPU of an architecture; units are those of search_spaces/targets.toml."""
+
+    device: Device
+    ghz: float
+    fma: int
+    matrix: int
+    exp: int
+    shared: int
+    threads: int
+    gbytes: float
+
+
+@cache
+def targets() -> Mapping[str, Target]:
+    """Every target that can be ranked for, by its name (``sm_80``, ``gfx942``)."""
+    found = {}
+    for arch, facts in read_toml(places.data("search_spaces") / "targets.toml").items():
+        device = Device(
+            kind="hip" if arch.startswith("gfx") else "cuda",
+            model=re.sub(r"[^a-z0-9]+", "_", facts["name"].lower()),
+            arch=arch,
+            cores=facts["cores"],
+            gib=facts["gib"],
+            name=facts["name"],
+            memory=facts["gib"] << 30,
+            caches=(facts["cache"] << 20,),
+        )
+        rates = {name: facts[name] for name in ("ghz", "fma", "matrix", "exp", "threads", "gbytes")}
+        found[arch] = Target(device=device, shared=facts["shared"] << 10, **rates)
+    return found
+
+
+def target(text: str) -> Target:
+    """The target called ``text``. Raises BadDevice."""
+    if text not in targets():
+        raise BadDevice(f"device {text!r} cannot be ranked for offline; use one of {', '.join(targets())}")
+    return targets()[text]
+
+
+def occupancy(resources: Mapping[str, int], goal: Target) -> int:
+    """Blocks that one multiprocessor holds at a time; 0 if not even one fits."""
+    threads = resources["warps"] * goal.device.warp
+    registers = -(-max(resources["registers"], 16) // 8) * 8 * threads
+    limits = [_REGISTERS * goal.device.warp // 32 // registers, goal.threads // threads, _BLOCKS]
+    if resources["shared"]:
+        limits.append(goal.shared // (resources["shared"] + 1024))
+    return min(limits)
+
+
+def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], goal: Target) -> float | None:
+    """Predicted seconds of a call, for ordering only; None if the kernel cannot be resident.
+
+    The clocks of one turn of the hottest loop are those of its scarcest unit: issue slots, multiply-adds, special
+    functions, shared memory, or the matrix unit; where too few warps are resident to hide memory's latency, that. Tiles
+    come in waves of as many as fit. Memory traffic is a limit of its own.
+    """
+    resident = occupancy(resources, goal)
+    if not resident:
+        return None
+    axes = {name: int(value) for name, value in variant.axes.items() if isinstance(value, int)}
+    warps, step = resources["warps"], axes["block_n"] * axes["workers"]
+    backward = problem.direction == "backward"
+    rows = problem.q_len * (1 if backward else problem.group)
+    pairs = problem.batch * (problem.heads if backward else problem.kv_heads)
+    tiles = pairs * -(-rows // axes["block_m"]) * axes["splits"]
+    seen = problem.seen_pairs / problem.q_len / axes["splits"]
+    turns = max(1.0, seen / step)
+    threads = warps * goal.device.warp
+    products = axes["block_m"] * step * (problem.head_dim + problem.value_dim) * (2.5 if backward else 1.0)
+    dot = str(variant.axes["dot"])
+    on_matrix = resources["loop_matrix"] and goal.matrix
+    clocks = max(
+        resources["loop_all"] * warps / _SCHEDULERS,
+        resources["loop_fma"] * threads / goal.fma,
+        resources["loop_exp"] * threads / goal.exp,
+        resources["loop_shared"] * warps * 2,
+        products * _PRODUCTS.get(dot, 8.0) / goal.matrix if on_matrix else 0,
+    )
+    latency = _LATENCY / max(1, axes["stages"])
+    waves = -(-tiles // (goal.device.cores * resident))
+    busy = waves * turns * max(resident * clocks, clocks + latency) / (goal.ghz * 1e9)
+    width = DTYPE_BYTES[problem.dtype]
+    again = tiles * turns * step * (problem.head_dim + problem.value_dim) * width  # read by tiles, mostly from cache
+    states = 8 * pairs * rows * (problem.value_dim + 2) * axes["splits"] if axes["splits"] > 1 else 0
+    moved = max((problem.bytes + states) / goal.gbytes, again / (4 * goal.gbytes)) / 1e9
+    return max(busy, moved) + LAUNCH * (2 if variant.axes["schedule"] == "two_kernels" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A variant that was compiled but not measured."""
+
+    problem: Problem
+    variant: Variant
+    built: Built
+    predicted: float
+
+
+@dataclass
+class Ranking:
+    """One problem being ranked: what was compiled, and how many variants failed to or have a flaw."""
+
+    problem: Problem
+    search: Search
+    candidates: list[Candidate] = field(default_factory=list)
+    refused: int = 0
+    exhausted: bool = False
+
+    @property
+    def best(self) -> list[Candidate]:
+        """The shortlist, fastest predicted first."""
+        return sorted(self.candidates, key=lambda c: (c.predicted, str(c.variant)))[:SHORTLIST]
+
+
+def rank(
+    device: str,
+    problems: Sequence[Problem | str] | None = None,
+    *,
+    workload: str = "default",
+    budget: float = 180.0,
+    seed: int = 0,
+    watch: Callable[[str], None] = lambda doing: None,
+) -> list[Ranking]:
+    """Compile variants for a target that is not here, and record the most promising as candidates, unmeasured.
+
+    ``device`` is a target such as ``sm_80`` or ``gfx942``; the rest is as for ``tune``. Raises BadDevice, BadProblem,
+    BadWorkload, DatabaseUnusable, CompilerMissing.
+    """
+    goal = target(device)
+    here, backend, space = goal.device, backends.get("triton"), Space.load("triton")
+    backend.toolchain()
+    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
+    deadline = time.monotonic() + budget
+    rankings = [
+        Ranking(problem, _search(space, problem, here, seed))
+        for problem in dict.fromkeys(given)
+        if backend.refusal(problem, here) is None
+    ]
+    with Database.for_writing() as database, Worker(count=host_cpu().cores) as builders:
+        while time.monotonic() < deadline and not all(r.exhausted for r in rankings):
+            for ranking in rankings:
+                watch(f"{ranking.problem}: {len(ranking.candidates)} compiled, {ranking.refused} refused")
+                _compile(ranking, goal, builders)
+                if time.monotonic() > deadline:
+                    break
+        for ranking in rankings:
+            _record(database, ranking, here)
+    return rankings
+
+
+def _search(space: Space, problem: Problem, device: Device, seed: int) -> Search:
+    """The search that tunes real devices, asked here for what the model likes."""
+    name = partial(backends.get(space.backend).digest, problem=problem, device=device)
+    search = Search(space, partial(space.variants, problem, device), name, seed=seed)
+    starts = map(space.parse, space.start)
+    search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)
+    return search
+
+
+def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
+    """Ask for a few variants, compile them side by side, and tell the search what the model says of them."""
+
+    def attempt(variant: Variant) -> Built | None:
+        try:
+            return builders.run(build, variant, ranking.problem, goal.device, timeout=BUILD_SECONDS)
+        except WorkerFailed:
+            return None
+
+    asked = ranking.search.ask(ROUND)
+    ranking.exhausted = not asked
+    with ThreadPoolExecutor(host_cpu().cores) as pool:
+        for variant, built in zip(asked, list(pool.map(attempt, asked)), strict=True):
+            seconds = predict(variant, ranking.problem, built.resources, goal) if built and not built.flaw else None
+            ranking.search.tell(variant, _SECOND / seconds if seconds else None)
+            if built is None or seconds is None:
+                ranking.refused += 1
+            else:
+                ranking.candidates.append(Candidate(ranking.problem, variant, built, seconds))
+
+
+def _record(database: Database, ranking: Ranking, device: Device) -> None:
+    for place, candidate in enumerate(ranking.best, 1):
+        database.record(
+            Measurement(
+                device=str(device),
+                problem=str(ranking.problem),
+                variant=str(candidate.variant),
+                status="candidate",
+                reason=f"not measured; place {place} of {len(ranking.candidates)} compiled for {device.arch}",
+                digest=candidate.built.digest,
+                resources=dict(candidate.built.resources),
+                provenance=backends.get("triton").toolchain(),
+                created=time.time(),
+            )
+        )
