@@ -22,7 +22,8 @@ NEAR = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The answer and how it was reached: ``rung`` is exact, neighbour, another device's rung, head_dim, or sdpa."""
+    """The answer and how it was reached: ``rung`` is exact, versions (the same device, other software), neighbour, another
+    device's rung, head_dim, or sdpa."""
 
     problem: Problem
     rung: str
@@ -77,6 +78,9 @@ def _answers(
         near = _nearest(problem, [w for w in family if w.rung == device_rung])
         for winner in near:
             others = [w.problem for w in near if w is not winner]
+            if device_rung == "versions" and winner.problem == spelled:  # the same GPU after an update of its software
+                yield "versions", winner, _refusal(winner, problem, device)
+                continue
             doubt = _doubt(winner, problem, device) or next(
                 (f"slower than SDPA at {other}" for other in others if (other, winner.variant) in slower), ""
             )

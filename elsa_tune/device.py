@@ -166,12 +166,13 @@ def host_cpu() -> Device:
 def gpus() -> tuple[Device, ...]:
     """The GPUs that torch can use here, equal ones once; none where torch, the driver or the GPU is missing or broken."""
     try:
-        return tuple(dict.fromkeys(_gpus()))
+        return tuple(dict.fromkeys(find_gpus()))
     except Exception:  # whatever a broken driver raises: doctor says more
         return ()
 
 
-def _gpus() -> Iterator[Device]:
+def find_gpus() -> Iterator[Device]:
+    """Each GPU that torch can use. Raises whatever a broken driver makes torch raise."""
     import torch
 
     if not torch.cuda.is_available():

@@ -391,14 +391,17 @@ class LoadedKernel:
 
 
 def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
-    """The best known kernel for a problem, built now if it must be. Raises BadProblem, BadDevice, KernelMissing."""
+    """The best known kernel for a problem, built now if it must be. Raises BadProblem, BadDevice, KernelMissing.
+
+    ``device`` auto is the CPU, or the first GPU for what only GPUs serve.
+    """
     wanted = Problem.parse(problem) if isinstance(problem, str) else problem
-    here = detect(device)[0]
+    found = detect(device)
+    here = next((d for d in found if wanted.dtype == "fp32" or d.is_gpu), found[0])
     chosen = _shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
-        space = Space.load("sdpa")
-        variant = chosen.variant or space.parse(space.start[0])
+        variant = chosen.variant or next(Space.load("sdpa").variants(wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:
         assert chosen.variant is not None

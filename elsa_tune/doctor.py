@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from elsa_tune import places, winners
-from elsa_tune.backends import _compiler, _kernel_cache, cpp
+from elsa_tune import device, places, winners
+from elsa_tune.backends import _compiler, _kernel_cache, cpp, triton
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
 
@@ -32,6 +32,8 @@ def examine() -> Iterator[Finding]:
     yield _isa(here)
     yield _compilers()
     yield _openmp()
+    yield from _gpus()
+    yield _triton()
     yield from _layers(here)
     yield _kernels()
     yield Finding(
@@ -78,6 +80,29 @@ def _openmp() -> Finding:
         remedy = "install a torch built with OpenMP; until then kernels run on one thread"
         return Finding("OpenMP runtime", False, "torch loaded none with GOMP_parallel", remedy)
     return Finding("OpenMP runtime", True, f"{file}, {torch.get_num_threads()} threads, shared with torch")
+
+
+def _gpus() -> Iterator[Finding]:
+    """Every GPU that torch can use, or why there is none: a CPU-only torch, no GPU, a broken driver."""
+    try:
+        found = list(device.find_gpus())
+    except Exception as error:
+        yield Finding(
+            "GPU", False, f"{type(error).__name__}: {error}", "mend the driver; CPUs and torch serve until then"
+        )
+        return
+    for gpu in found:
+        state = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
+        yield Finding("GPU", True, state)
+    if not found:
+        yield Finding("GPU", True, "torch can use none here")
+
+
+def _triton() -> Finding:
+    try:
+        return Finding("Triton", True, triton.version())
+    except CompilerMissing as error:
+        return Finding("Triton", not device.gpus(), "not installed", str(error) if device.gpus() else "")
 
 
 def _layers(here: Device) -> Iterator[Finding]:

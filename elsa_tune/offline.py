@@ -15,6 +15,7 @@ from functools import cache, partial
 from elsa_tune import backends, places
 from elsa_tune import workload as workloads
 from elsa_tune.backends import Built
+from elsa_tune.backends._gpu_report import spills
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice
 from elsa_tune.measure import Worker, WorkerFailed, build
@@ -105,8 +106,8 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     """Predicted seconds of a call, for ordering only; None if the kernel cannot be resident.
 
     The clocks of one turn of the hottest loop are those of its scarcest unit: issue slots, multiply-adds, special
-    functions, shared memory, or the matrix unit; where too few warps are resident to hide memory's latency, that. Tiles
-    come in waves of as many as fit. Memory traffic is a limit of its own.
+    functions, shared memory, or the matrix unit; where too few blocks are resident to hide memory's latency, that.
+    Memory traffic is a limit of its own.
     """
     resident = occupancy(resources, goal)
     if not resident:
@@ -131,8 +132,8 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
         products * _PRODUCTS.get(dot, 8.0) / goal.matrix if on_matrix else 0,
     )
     latency = _LATENCY / max(1, axes["stages"])
-    waves = -(-tiles // (goal.device.cores * resident))
-    busy = waves * turns * max(resident * clocks, clocks + latency) / (goal.ghz * 1e9)
+    queue = -(-tiles // goal.device.cores)  # tiles that one multiprocessor computes, ``resident`` of them at a time
+    busy = turns * max(queue * clocks, -(-queue // resident) * (clocks + latency)) / (goal.ghz * 1e9)
     width = DTYPE_BYTES[problem.dtype]
     again = tiles * turns * step * (problem.head_dim + problem.value_dim) * width  # read by tiles, mostly from cache
     states = 8 * pairs * rows * (problem.value_dim + 2) * axes["splits"] if axes["splits"] > 1 else 0
@@ -224,7 +225,8 @@ def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
     ranking.exhausted = not asked
     with ThreadPoolExecutor(host_cpu().cores) as pool:
         for variant, built in zip(asked, list(pool.map(attempt, asked)), strict=True):
-            seconds = predict(variant, ranking.problem, built.resources, goal) if built and not built.flaw else None
+            sound = built and not built.flaw and not spills(built.resources)  # unmeasured, nothing excuses a spill
+            seconds = predict(variant, ranking.problem, built.resources, goal) if built and sound else None
             ranking.search.tell(variant, _SECOND / seconds if seconds else None)
             if built is None or seconds is None:
                 ranking.refused += 1

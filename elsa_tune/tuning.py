@@ -25,6 +25,9 @@ from elsa_tune.variant import Variant
 from elsa_tune.winners import Database, known_winners, layers, listeners
 
 BUDGET = 180.0
+GPU_TRIALS = 4
+"""Trials on a GPU for each that a CPU would be given."""
+
 ENOUGH = 0.95
 """Share of the physical limit that ends a search: what is left is within the noise of the limit itself."""
 
@@ -309,7 +312,11 @@ class _Run:
         if not task.searches:
             return 0
         affordable = int(self.effort.seconds / (1.0 + 8 * task.seconds))
-        return max(self.effort.fewest, min(self.effort.trials, affordable))
+        if self.device.is_gpu:  # a trial takes a fraction of a second, and the space has more corners
+            affordable, most = GPU_TRIALS * affordable, GPU_TRIALS * self.effort.trials
+        else:
+            most = self.effort.trials
+        return max(self.effort.fewest, min(most, affordable))
 
     def final_seconds(self, task: Task) -> float:
         """What a final of four contenders takes, checks included: many rounds if a call is fast, a few if it is slow."""

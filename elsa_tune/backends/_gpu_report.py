@@ -13,6 +13,12 @@ MATRIX = re.compile(
 )
 """Matrix instructions as SASS, PTX and AMD assembly spell them."""
 
+LARGEST_STACK = 128
+"""Bytes of a thread's stack above which too much was spilled."""
+
+SPILL_SHARE = 0.02
+"""Share of the hottest loop that may be spills."""
+
 _KINDS = {
     "matrix": MATRIX,
     "fma": re.compile(r"^FFMA|^fma\.rn|^v_(pk_)?fma[ck]?_f32|^v_fmac_f32|^v_dual_fmac"),
@@ -122,11 +128,17 @@ def of_amdgcn(assembly: str) -> dict[str, int]:
     }  # fmt: skip
 
 
+def spills(resources: Mapping[str, int]) -> int:
+    """How often the kernel goes to memory for want of registers; its bytes of stack where that is all a tool says."""
+    return resources.get("spills") or resources.get("local") or resources.get("stack") or 0
+
+
 def flaw(resources: Mapping[str, int], precision: str) -> str:
-    """Why a kernel with these resources must not be used, or nothing."""
+    """Why a kernel with these resources must not be timed, or nothing. A few spills outside the hottest loop are left to
+    the clock."""
     if precision == "strict" and resources.get("matrix"):
         return f"strict means plain multiply-adds, and the assembly has {resources['matrix']} matrix instructions"
-    spilled = resources.get("spills") or resources.get("local") or resources.get("stack")
-    if spilled:
-        return f"{spilled} spills beside {resources['registers']} registers, {resources['stack']} bytes of stack"
+    in_loop, stack = resources.get("loop_local", 0), resources.get("stack", 0)
+    if stack > LARGEST_STACK or in_loop > SPILL_SHARE * resources.get("loop_all", 0):
+        return f"{spills(resources)} spills beside {resources['registers']} registers, {in_loop} of them in the hottest loop"
     return ""

@@ -160,7 +160,17 @@ def stages_need_a_pipeline(stages: int, device: Device) -> str | None:
     return None
 
 
+def gradients_fold(
+    scan: str, dot: str, state: str, accumulate: str, edges: str, order: str, programs: int, problem: Problem
+) -> str | None:
+    plain = (scan, state, edges, order, programs) == ("serial", "triple", "peeled", "tiles", 0)
+    if problem.direction == "backward" and not (plain and (accumulate == "running") == (dot != "fma")):
+        return "gradients are folded over tiles in one order, masks always on"
+    return None
+
+
 laws = (
+    gradients_fold,
     dot_suits_class,
     dot_is_there,
     tile_fits_dot,

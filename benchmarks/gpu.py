@@ -1,0 +1,176 @@
+"""Side by side on a GPU, in one interleaved run: elsa-tune, torch's flash, memory-efficient, cuDNN and math kernels, and
+compiled FlexAttention.
+
+Runs from a checkout with PYTHONPATH alone:  PYTHONPATH=. python benchmarks/gpu.py --minutes 8
+Problems that are not tuned yet are tuned first. Every kernel is checked against float64 before it is timed, on inputs that
+outgrow the last-level cache. Prints losses like wins; writes benchmarks/results/<device>.json and cache/<device>.jsonl.
+For compute-sanitizer:  compute-sanitizer python benchmarks/gpu.py --check   (small problems, this process, nothing timed)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elsa_tune import backends, check, measure, places, tuning, winners
+from elsa_tune.device import Device, detect
+from elsa_tune.measure import Contender, Worker, WorkerFailed
+from elsa_tune.problem import Problem
+from elsa_tune.space import Space, parse
+from elsa_tune.winners import Database
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 12
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ARITHMETIC = {
+    "sdpa.flash": "half products, float32 sums",
+    "sdpa.cudnn": "half products, float32 sums",
+    "sdpa.efficient": "float32: three TF32 products from sm_80 on; halves: half products",
+    "sdpa.flex": "float32: torch's matmul setting; halves: half products",
+    "sdpa.math": "cuBLAS products in torch's matmul setting",
+}
+"""What each of torch's kernels computes with, so that a ratio compares like with like."""
+
+
+def problems() -> list[str]:
+    """Every family at every length that fits, the ones that matter most first."""
+    found = []
+    for n in LENGTHS:
+        heads = max(1, min(16, 65536 // n))
+        shape = f"b1.h{heads}.q{n}.k{n}"
+        found += [f"fp32.d64@{shape}", f"fp16.d64@{shape}", f"bf16.d128.causal@{shape}"]
+        if n <= 16384:
+            found += [
+                f"fp32.strict.d64@{shape}",
+                f"fp32.d128@{shape}",
+                f"fp16.d128@{shape}",
+                f"fp32.d64.causal@{shape}",
+            ]
+        if n in (2048, 8192):
+            found += [f"fp32.d64.backward@{shape}", f"fp16.d64.backward@{shape}", f"bf16.d128.causal.backward@{shape}"]
+    for n in (4096, 32768):
+        found += [f"{t}.d128@b1.h32.kv8.q1.k{n}{launch}" for t in ("bf16", "fp32") for launch in ("", ".graph")]
+    order = {n: i for i, n in enumerate((4096, 16384, 1024, 8192, 2048, 32768, 65536))}
+    return sorted(found, key=lambda text: order.get(Problem.parse(text).kv_len, 9))
+
+
+def contender(spelling: str, problem: Problem, device: Device) -> Contender:
+    variant = parse(spelling)
+    return Contender(variant, backends.get(variant.backend).build(variant, problem, device), device)
+
+
+def side_by_side(problem: Problem, device: Device, worker: Worker, database: Database) -> dict[str, Any]:
+    """One race of the tuned winner and everyone of torch's who takes the problem."""
+    here = {"device": str(device), "problem": str(problem)}
+    final = [m for m in database.measurements(stage="final", status="ok", **here) if not m.variant.startswith("sdpa.")]
+    tuned = max(final, key=lambda m: m.ratio or 0, default=None)
+    served = next(iter(database.winners(**here)), None)
+    racing, absent = [], {}
+    spellings = [str(v) for v in Space.load("sdpa").variants(problem, device)] + ([tuned.variant] if tuned else [])
+    for spelling in spellings:
+        one = contender(spelling, problem, device)
+        try:
+            verdict = worker.run(measure.check_shape, problem, one, one, timeout=300.0)
+            if verdict.reason:
+                absent[spelling] = f"wrong: {verdict.reason}"
+            else:
+                racing.append((one, verdict.error))
+        except WorkerFailed as error:
+            absent[spelling] = error.reason[:200]
+    if not racing:
+        return {"problem": str(problem), "absent": absent}
+    samples = worker.run(measure.race, problem, [c for c, _ in racing], ROUNDS, 1.5, timeout=300.0)
+    rows = {}
+    for (one, error), own in zip(racing, samples, strict=True):
+        seconds = statistics.median(own)
+        rows[str(one.variant)] = {
+            "milliseconds": 1e3 * seconds, "gflops": problem.flops / seconds / 1e9, "error": error,
+            "arithmetic": ARITHMETIC.get(str(one.variant), problem.precision), "samples": list(own),
+        }  # fmt: skip
+    found: dict[str, Any] = {
+        "problem": str(problem),
+        "served_by": served and served.variant,
+        "rows": rows,
+        "absent": absent,
+    }
+    if tuned and tuned.variant in rows:
+        own = rows[tuned.variant]["samples"]
+        for name, row in rows.items():
+            if name != tuned.variant and len(row["samples"]) > 2 and len(own) > 2:
+                ratio = measure.ratio(row["samples"], own[: len(row["samples"])])
+                row["tuned_is_faster_by"] = [ratio.median, ratio.low, ratio.high]
+        found["tuned"] = tuned.variant
+    return found
+
+
+def show(line: dict[str, Any]) -> None:
+    print(f"{line['problem']}  served by {line.get('served_by')}", flush=True)
+    for name, row in sorted(line.get("rows", {}).items(), key=lambda item: item[1]["milliseconds"]):
+        versus = row.get("tuned_is_faster_by")
+        text = f"tuned is {versus[0]:.2f} [{versus[1]:.2f}, {versus[2]:.2f}] times as fast" if versus else ""
+        print(f"  {row['milliseconds']:9.3f} ms {row['gflops'] / 1e3:8.1f} TFLOP/s  {row['error']:.1e}  {name}  {text}")
+    for name, why in line["absent"].items():
+        print(f"  absent: {name}: {why}")
+
+
+def check_here(device: Device) -> None:
+    """Every starting variant of every family, small problems, in this process: for compute-sanitizer."""
+    space = Space.load("triton")
+    for family in ("fp32.d64", "fp32.strict.d40.causal", "fp16.d80.causal", "bf16.d128", "fp16.d64.causal.backward"):
+        problem = Problem.parse(f"{family}@b2.h4.kv2.q300.k300")
+        for variant in map(space.parse, space.start):
+            if space.refusal(variant, problem, device) is None:
+                built = backends.get("triton").build(variant, problem, device)
+                kernel = backends.get("triton").load(built, variant, problem)
+                verdict = check.check_family(kernel, problem, [], device=device.torch)
+                print(f"{family} {variant}: {verdict.reason or f'error {verdict.error:.1e}'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--problem", action="append", help="only these problems; repeatable; nothing is written")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; half of it tunes")
+    parser.add_argument("--out", type=Path, help="folder for both files instead of the checkout's")
+    parser.add_argument("--check", action="store_true", help="only check kernels, in this process")
+    options = parser.parse_args()
+    start, device = time.monotonic(), detect(options.device)[0]
+    print(f"{device} ({device.name}), torch {torch.__version__}", flush=True)
+    if options.check:
+        check_here(device)
+        return
+    chosen = options.problem or problems()
+    report = tuning.tune(chosen, device=str(device), budget=30 * options.minutes)
+    print(f"tuned {len(chosen)} problems in {report.seconds:.0f} s; {'; '.join(report.notes)}", flush=True)
+    lines = []
+    with Database.for_reading(places.database()) as database, Worker(memory=0 if device.is_gpu else None) as worker:
+        peaks = {**worker.run(measure.peak, device, timeout=120.0), **worker.run(measure.state, device, timeout=60.0)}
+        print(json.dumps(peaks), flush=True)
+        for text in chosen:
+            if time.monotonic() - start > 60 * options.minutes - 10:
+                lines.append({"problem": text, "absent": {"everyone": "not measured: out of time"}})
+                continue
+            lines.append(side_by_side(Problem.parse(text), device, worker, database))
+            show(lines[-1])
+        shipped = [m for m in database.winners(device=str(device)) if (m.ratio_low or 0) > 1 and m.error is not None]
+    if options.problem and not options.out:
+        return
+    name = str(device).replace(":", "-", 1)
+    results, cache = (options.out, options.out) if options.out else (ROOT / "benchmarks" / "results", ROOT / "cache")
+    content = {
+        "device": str(device), "name": device.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "toolchain": backends.get("triton").toolchain() if device.is_gpu else {}, "peaks": peaks, "lines": lines,
+    }  # fmt: skip
+    (results / f"{name}.json").write_text(json.dumps(content, indent=1))
+    winners.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")
+    print(f"written: {name}.json, {name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()
