@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import space
+from elsa_tune import backends, space
 from elsa_tune.backends import cpp
 from elsa_tune.problem import Problem
 
@@ -15,6 +15,10 @@ CASES = [
     ("cpp.serial.avx512.l16.q3.k8.v8.n192", "fp32.d64"),
     ("cpp.hybrid.avx2.l8.q2.k5.v5.n120.w4.s4.packed.p8", "fp32.d80.causal"),
     ("cpp.blelloch.neon.l4.c4.q4.k2.v4.n32.s8", "fp32.d128"),
+    ("triton.serial.half.m128.n64.warps8.stages3", "fp16.d64"),
+    ("triton.hybrid.ieee.m32.n32.warps4.stages1.w2.s4.last_block.pair.apart.parts.longest", "fp32.strict.d80.causal"),
+    ("triton.blelloch.fma.m1.n32.warps4.stages2.s16.two_kernels.apart.persistent2", "bf16.d128"),
+    ("triton.serial.half.m32.n32.warps4.stages2", "bf16.d96.v64.causal.backward"),
 ]
 
 
@@ -23,8 +27,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize(("variant", "family"), CASES)
 def test_golden(variant: str, family: str) -> None:
-    text = cpp.source(space.parse(variant), Problem.parse(family)).text
-    path = GOLDEN / "cpp" / f"{variant}-{family}.cpp"
+    backend = variant.partition(".")[0]
+    source = backends.get(backend).source(space.parse(variant), Problem.parse(family))
+    assert source is not None
+    text, path = source.text, GOLDEN / backend / f"{variant}-{family}.{source.suffix}"
     if os.environ.get("ACCEPT_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -37,6 +43,6 @@ def test_digest_ignores_comments_and_sees_code() -> None:
     problem, other = Problem.parse("fp32.d64"), Problem.parse("fp32.d64@b2.h8.q5.k9")
     variant = space.parse(CASES[0][0])
     assert cpp.digest(variant, problem) == cpp.digest(variant, other), "a shape must not recompile"
-    digests = {cpp.digest(space.parse(v), Problem.parse(f)) for v, f in CASES}
+    digests = {backends.get(v.partition(".")[0]).digest(space.parse(v), Problem.parse(f)) for v, f in CASES}
     assert len(digests) == len(CASES)
     assert cpp.digest(variant, problem) != cpp.digest(variant, Problem.parse("fp32.d80"))

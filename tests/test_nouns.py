@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elsa_tune import backends, space, workload
-from elsa_tune.backends import cpp
+from elsa_tune.backends import cpp, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
 from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
@@ -156,9 +156,18 @@ def test_axes_and_templates_agree_both_ways() -> None:
     assert used - axes == family | derived
 
 
+def test_triton_axes_and_templates_agree_both_ways() -> None:
+    axes = {axis.name for axis in Space.load("triton").axes}
+    family = {"head_dim", "value_dim", "mask", "family", "variant"}
+    derived = {"block_scan", "grid_scan", "head_parts", "value_parts", "finish_m", "scratch_bytes"}
+    used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}
+    assert used["forward"] == axes - {"dims"} | family | derived, "dims decides head_parts and value_parts"
+    assert used["backward"] <= axes | family | derived
+
+
 def test_workloads() -> None:
     assert "default" in workload.names()
-    found = workload.load("default")
+    found = workload.load("default", host_cpu())
     assert {p.head_dim for p in found} == {64, 80, 128} and {197, 577, 128, 512, 16384} <= {p.q_len for p in found}
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
 
@@ -168,9 +177,9 @@ def test_bad_workload(content: str, tmp_path: object) -> None:
     path = tmp_path / "w.toml"  # type: ignore[operator]
     path.write_text(content)
     with pytest.raises(BadWorkload):
-        workload.load(str(path))
+        workload.load(str(path), host_cpu())
 
 
 def test_missing_workload() -> None:
     with pytest.raises(BadWorkload, match="default"):
-        workload.load("no-such-workload")
+        workload.load("no-such-workload", host_cpu())

@@ -37,19 +37,32 @@ def count(instructions: list[str]) -> dict[str, int]:
     return {**found, "all": len(instructions)}
 
 
-def _loops(lines: list[tuple[str, str]]) -> Iterator[list[str]]:
-    """Bodies of backward branches, as mnemonics. ``lines`` are (label, "") or ("", instruction)."""
+def _loops(lines: list[tuple[str, str]]) -> Iterator[tuple[int, int]]:
+    """Where backward branches jump from and to. ``lines`` are (label, "") or ("", instruction)."""
     at = {label: i for i, (label, _) in enumerate(lines) if label}
     for i, (_, instruction) in enumerate(lines):
         target = re.search(r"(?:BRA\S*|s_c?branch\S*)\s+.*?`?\(?(\.L\w+|\.LBB\w+)", instruction)
         if target and at.get(target[1], i) < i:
-            yield [text.split()[0] for _, text in lines[at[target[1]] : i] if text]
+            yield at[target[1]], i
 
 
 def hottest_loop(lines: list[tuple[str, str]]) -> dict[str, int]:
-    """Instruction counts of the loop with most arithmetic, the shorter of two alike; of everything where nothing loops."""
-    bodies = [count(body) for body in _loops(lines)] or [count([text.split()[0] for _, text in lines if text])]
-    hottest = max(bodies, key=lambda b: (b["matrix"], b["fma"], -b["all"]))
+    """Instruction counts of the innermost loop with most arithmetic, the shorter of two alike; of everything where nothing
+    loops."""
+
+    def counted(first: int, last: int) -> dict[str, int]:
+        return count([text.split()[0] for _, text in lines[first : last + 1] if text])
+
+    loops = {place: counted(*place) for place in _loops(lines)}
+    busy = {place: found for place, found in loops.items() if found["fma"] + found["matrix"]}
+    innermost = [
+        found
+        for (first, last), found in busy.items()
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in busy)
+    ]
+    hottest = max(
+        innermost or [counted(0, len(lines))], key=lambda found: (found["matrix"], found["fma"], -found["all"])
+    )
     return {f"loop_{kind}": n for kind, n in hottest.items()}
 
 

@@ -75,6 +75,8 @@ def dot_suits_class(dot: str, problem: Problem) -> str | None:
 
 
 def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
+    if dot.startswith("bf16x") and tuple(map(int, version().split(".")[:2])) < (3, 6):
+        return f"{dot} needs Triton 3.6, not {version()}"
     if device.kind == "cuda" and device.capability < 80 and dot not in ("ieee", "fma", "half"):
         return f"{dot} needs the matrix units of sm_80 and later, not {device.arch}"
     if device.kind == "hip" and dot in ("tf32", "tf32x3"):

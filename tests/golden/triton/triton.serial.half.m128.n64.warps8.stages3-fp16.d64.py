@@ -1,0 +1,146 @@
+"""elsa-tune: triton.serial.half.m128.n64.warps8.stages3 for fp16.d64.
+
+Exact softmax attention as a scan over states (m, S, W): one state, folded left to right.
+    leaf   64 keys x 128 query rows -> scores, exp2, one state
+    fold   a program folds its leaves, state in registers
+    block  1 state of one program
+    grid   1 split of the key axis
+A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K and V
+read them together. Regenerate this text: elsa-tune show triton.serial.half.m128.n64.warps8.stages3 fp16.d64
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_DIM = tl.constexpr(64)
+VALUE_DIM = tl.constexpr(64)
+BLOCK_M = tl.constexpr(128)  # query rows of a tile
+BLOCK_N = tl.constexpr(64)  # keys of a leaf
+STEP = tl.constexpr(64)  # keys of one turn of the loop: a leaf for each state
+SPLITS = tl.constexpr(1)
+NONE = tl.constexpr(float("-inf"))  # the maximum over no keys
+LN_2 = tl.constexpr(0.6931471805599453)
+
+@triton.jit
+def attend_tile(
+    pair, slot, tile, split, slots,
+    query, key, value, output, lse, partial, arrivals, c, sign,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = rows < group * q_len
+    positions = rows // group
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    heads = kv_head * group + rows % group
+    query_rows = query + batch * stride_qb + heads * stride_qh + positions.to(tl.int64) * stride_qm
+    keys_of_head = key + batch * stride_kb + kv_head * stride_kh
+    values_of_head = value + batch * stride_vb + kv_head * stride_vh
+    step_k, step_v = kv_head * 0 + stride_kn, kv_head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
+    q0 = tl.load(query_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
+    q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
+
+    seen, unmasked = kv_len, kv_len
+    low, high = 0, seen
+
+    x0_m = tl.full([BLOCK_M], NONE, tl.float32)
+    x0_s = tl.zeros([BLOCK_M], tl.float32)
+    x0_w0 = tl.zeros([BLOCK_M, 64], tl.float32)
+    whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
+    for start in tl.range(low, whole, STEP):
+        keys = tl.arange(0, BLOCK_N)
+        key_rows = keys_of_head + start * step_k + keys * stride_kn
+        value_rows = values_of_head + start * step_v + keys * stride_vn
+        k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :])
+        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
+        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -m[:, None] + tl.zeros_like(scores))
+        p = tl.exp2(p)
+        keep = tl.exp2(x0_m - m)
+        x0_m = m
+        x0_s = x0_s * keep + tl.sum(p, 1)
+        v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
+        x0_w0 = x0_w0 * keep[:, None]
+        x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
+    for start in tl.range(whole, high, STEP):
+        keys = tl.arange(0, BLOCK_N)
+        key_rows = keys_of_head + start * step_k + keys * stride_kn
+        value_rows = values_of_head + start * step_v + keys * stride_vn
+        inside = start + keys < high
+        k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
+        scores = tl.where(inside[None, :], scores, NONE)
+        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+        origin = tl.where(m == NONE, 0.0, m)
+        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
+        p = tl.exp2(p)
+        keep = tl.exp2(x0_m - origin)
+        x0_m = m
+        x0_s = x0_s * keep + tl.sum(p, 1)
+        v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+        x0_w0 = x0_w0 * keep[:, None]
+        x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
+
+    divisor = tl.where(x0_s == 0.0, 1.0, x0_s)
+    x0_w0 = x0_w0 / divisor[:, None]
+    total = (x0_m + tl.log2(x0_s)) * LN_2
+
+    output_rows = output + batch * stride_ob + heads * stride_oh + positions.to(tl.int64) * stride_om
+    tl.store(output_rows[:, None] + tl.arange(0, 64)[None, :], x0_w0.to(output.dtype.element_ty), mask=valid[:, None])
+    if WITH_LSE:
+        tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
+
+@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"])
+def attend(
+    query, key, value, output, lse, partial, arrivals, c, sign,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """One program for each tile and split; the order is tiles."""
+    tiles = tl.cdiv(group * q_len, BLOCK_M)
+    index = tl.program_id(0)
+    split, tile, slot = index % SPLITS, index // SPLITS % tiles, index // SPLITS // tiles
+    attend_tile(
+        first_pair + slot, slot, tile, split, slots,
+        query, key, value, output, lse, partial, arrivals, c, sign,
+        stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+        stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+        kv_heads, group, q_len, kv_len, WITH_LSE,
+    )  # fmt: skip
+
+LOG2_E = 1.4426950408889634
+SCRATCH_BYTES = 268435456  # at most this much memory for the states of splits
+OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+
+def attention(query, key, value, scale=None, out=None, lse=None):
+    """Attention of [batch, heads, length, dim] tensors whose rows are contiguous.
+
+    Writes into ``out`` [batch, heads, q_len, 64] and, if given, ``lse`` [batch, heads, q_len], float32 and
+    contiguous: the logarithm of each row's sum of exponentials. Returns the output.
+    """
+    batch, heads, q_len, _ = query.shape
+    _, kv_heads, kv_len, _ = key.shape
+    if out is None:
+        out = query.new_empty((batch, heads, q_len, 64))
+    scale = 1 / math.sqrt(64) if scale is None else scale
+    c, sign = (abs(scale) * LOG2_E, math.copysign(1.0, scale)) if scale else (1.0, 0.0)
+    group, pairs = heads // kv_heads, batch * kv_heads
+    tiles = -(-group * q_len // 128)
+    q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
+    slots, partial = pairs, query
+    for first in range(0, pairs, slots):
+        now = min(slots, pairs - first)
+        arrivals = query
+        programs = now * tiles * 1
+        attend[(programs,)](
+            query, key, value, out, query if lse is None else lse, partial, arrivals, c, sign,
+            q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
+            kv_heads, group, q_len, kv_len, first, now, lse is not None, **OPTIONS,
+        )  # fmt: skip
+    return out
