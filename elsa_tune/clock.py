@@ -40,6 +40,10 @@ class _Called:
 
 
 class _Events(_Called):
+    def __init__(self, calls: Sequence[Call]) -> None:
+        super().__init__(calls)
+        calls[0]()  # warm up: libraries and compilers do things once
+
     def __call__(self, repeats: int) -> float:
         return _between_events(lambda: _repeat(lambda: self._next()(), repeats)) / repeats
 
@@ -50,7 +54,7 @@ class _Graph:
         self._calls, self._graph = calls, cuda.CUDAGraph()
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):  # warm up: libraries and compilers do things once that a capture forbids
+        with cuda.stream(side):  # warm up: what is done once may be forbidden in a capture
             for call in calls[:2]:
                 call()
         cuda.current_stream().wait_stream(side)
@@ -103,6 +107,16 @@ def gpu_state(device: Device) -> dict[str, float]:
         return {}
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own setting lets float32 matrix products on a GPU use TF32. Read, never written."""
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to say where its older and newer settings were mixed
+        return False
+
+
 def gpu_peak(device: Device, seconds: float) -> dict[str, float]:
     """Measured limits of a GPU: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
 
@@ -121,9 +135,9 @@ def gpu_peak(device: Device, seconds: float) -> dict[str, float]:
         return torch.randn(n, n, device=device.torch).to(dtype)
 
     x = square(torch.float32)
-    if not torch.backends.cuda.matmul.allow_tf32:
+    if not tf32_allowed():
         found["fp32"] = rate(lambda: x @ x, 2.0 * n**3)
-    if torch.backends.cudnn.allow_tf32 and device.capability >= 80:
+    if device.capability >= 80 and torch.backends.cudnn.allow_tf32:
         image, weight = x.view(1, n, 64, 64), x.view(n, n, 1, 1)
         found["tf32"] = rate(lambda: torch.nn.functional.conv2d(image, weight), 2.0 * n**3)
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):

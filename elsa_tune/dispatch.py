@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune import backends, check, winners
 from elsa_tune.backends import Built, Call, Gradients, Kernel
 from elsa_tune.choose import Choice, choose
+from elsa_tune.clock import tf32_allowed
 from elsa_tune.device import Device, detect, of_tensor
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.gradients import differentiable
@@ -110,7 +111,7 @@ def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
     """What decides on a GPU who serves, beside shapes: dtype, GPU, whether a graph is being captured, torch's setting."""
     if not (query.device == key.device == value.device and query.is_cuda):
         return query.dtype, query.device, key.device, value.device
-    return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), torch.backends.cuda.matmul.allow_tf32
+    return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
 
 
 def _torch_attention(
@@ -227,7 +228,7 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
         return None
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         return None
-    rough = query.is_cuda and query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    rough = query.is_cuda and query.dtype == torch.float32 and tf32_allowed()
     captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
     return Problem(
         dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",

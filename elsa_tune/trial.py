@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from filelock import FileLock
 
 from elsa_tune import backends, places
-from elsa_tune.backends import Built
+from elsa_tune.backends import Built, sdpa
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
@@ -59,6 +59,7 @@ class Trials:
     device: Device
     recorded: Callable[[Problem, Measurement], None] = lambda problem, measurement: None
     builders: Worker | None = None  # compile apart from this process, where a compiler is a library that may crash
+    thorough: bool = False  # race also those of torch's kernels that take long to start
     limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Trials:
 
     def incumbent(self, problem: Problem) -> tuple[Contender, float]:
         """The fastest of torch's own kernels and its seconds per call; the others are recorded against it."""
-        contenders = [c for c in self.peers(problem) if self._runs(problem, c)]
+        contenders = [c for c in self.peers(problem, self.thorough) if self._runs(problem, c)]
         samples = self.worker.run(race, problem, contenders, TRIAL_ROUNDS, 0.2, timeout=900.0)
         medians = [statistics.median(s) for s in samples]
         best = medians.index(min(medians))
@@ -89,9 +90,10 @@ class Trials:
             self._record_contender(problem, peer, error.status, reason=error.reason)
             return False
 
-    def peers(self, problem: Problem) -> list[Contender]:
-        """torch's own kernels that can serve the problem."""
-        return [self.contender(v, problem) for v in Space.load("sdpa").variants(problem, self.device)]
+    def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
+        """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
+        every = Space.load("sdpa").variants(problem, self.device)
+        return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
         """Compile side by side; what fails or has a flaw is recorded and left out."""

@@ -155,7 +155,7 @@ def tune(
             with ExitStack() as stack:
                 worker = stack.enter_context(Worker(memory=0 if here.is_gpu else None))
                 builders = stack.enter_context(Worker(count=host_cpu().cores)) if here.is_gpu else None
-                trials = Trials(database, worker, here, builders=builders)
+                trials = Trials(database, worker, here, builders=builders, thorough=effort == "full")
                 _Run(trials, EFFORTS[effort], time.monotonic() + share, share, watch, notes, tasks).tune()
             outcomes += [outcome(database, p, here) for p in wanted]
     for changed in listeners:

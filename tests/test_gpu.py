@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +196,20 @@ def test_every_target_compiles_and_no_default_spills(target: str, builders: Work
     with ThreadPoolExecutor(host_cpu().cores) as pool:
         chosen = dict(zip(PROBLEMS, pool.map(first, posed), strict=True))
     assert {text for text, variant in chosen.items() if variant is None} == {p for t, p in UNSERVED if t == target}
+
+
+@pytest.mark.parametrize("target", offline.targets())
+def test_a_sampled_space_compiles(target: str, builders: Worker) -> None:
+    """Whatever the laws let through compiles; the compiler's report says whether it is any good."""
+    goal, rng = offline.target(target), random.Random(target)
+    jobs = [
+        (variant, problem)
+        for problem in map(Problem.parse, rng.sample(PROBLEMS, 2))
+        for variant in itertools.islice(SPACE.variants(problem, goal.device, rng=rng), 1)
+    ]
+    for variant, problem in jobs:
+        built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
+        assert built.resources["registers"] > 0, (str(variant), str(problem))
 
 
 def test_strict_is_proven_by_the_assembly(builders: Worker) -> None:
@@ -413,6 +432,7 @@ def test_tuning_a_gpu_from_end_to_end(home: Path, monkeypatch: pytest.MonkeyPatc
     assert {"ok", "pruned", "failed"} <= status and "wrong" in status
     assert any(m.variant == "sdpa.cudnn" and m.status == "failed" and "No available kernel" in m.reason for m in rows)
     assert {m.incumbent for m in rows if m.status == "ok"} == {"sdpa.flash"}, "the fastest of torch's kernels"
+    assert any(m.variant == "sdpa.flex" for m in rows), "there was time for it"
     assert any(m.provenance.get("celsius") == 40.0 and m.provenance.get("peak_fp16") == 1e6 for m in rows)
     best = max(m.ratio or 0 for m in rows if m.status == "ok")
     won = report.outcomes[0].winner
@@ -549,3 +569,17 @@ def test_reports_of_a_sampled_space_are_kept(builders: Worker, request: pytest.F
     assert stored["reports"].keys() == found.keys()
     if stored["triton"] == triton.version():
         assert stored["reports"] == found
+
+
+def test_the_gpu_script_runs_from_a_checkout(tmp_path: Path) -> None:
+    """On whatever device there is: it tunes, races everyone, and writes both files."""
+    root = Path(__file__).resolve().parent.parent
+    problem = "fp32.d16@b2.h4.q96.k96"
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--problem", problem, "--minutes", "0.3"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "ELSA_TUNE_HOME": str(tmp_path / "home")}
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=root, env=environment, check=True, timeout=300)
+    (results,) = tmp_path.glob("cpu-*.json")
+    line = json.loads(results.read_text())["lines"][0]
+    assert line["problem"] == problem and {"sdpa.flash", "sdpa.math"} <= set(line["rows"]) and line["served_by"]
+    assert all(row["milliseconds"] > 0 and row["error"] < 1e-5 for row in line["rows"].values())
+    assert list(tmp_path.glob("cpu-*.jsonl"))

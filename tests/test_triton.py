@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from contracts import kernels
 
 from elsa_tune import check, scan, space
@@ -73,3 +74,16 @@ def test_gradients(spelling: str, problem: str) -> None:
     variant = space.parse(spelling)
     verdict = check.check_family(triton.load(triton.build(variant, family), variant, family), family, [])
     assert not verdict.reason and 0 < verdict.constant < 4, verdict
+
+
+def test_offsets_outgrow_32_bits() -> None:
+    """Keys whose distance in memory is more than 2^31 elements; only the touched pages of it exist."""
+    problem, variant = Problem.parse("fp16.d16"), space.parse("triton.serial.half.m16.n16.warps4.stages1")
+    kernel = triton.load(triton.build(variant, problem), variant, problem)
+    memory, generator = torch.empty(2**31 + 2**21, dtype=torch.float16), torch.Generator().manual_seed(0)
+    key, value = (memory.as_strided((1, 1, 3, 16), (0, 0, 2**30, 1), start) for start in (0, 64))
+    query = torch.randn(1, 1, 5, 16, generator=generator).half()
+    for x in (key, value):
+        x.copy_(torch.randn(1, 1, 3, 16, generator=generator))
+    expected = kernel(query, key.clone(), value.clone())
+    assert torch.equal(kernel(query, key, value), expected)

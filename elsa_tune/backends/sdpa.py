@@ -28,6 +28,9 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 
+SLOW_TO_START = ("flex",)
+"""Compiled for every shape, for many seconds: raced where there is time."""
+
 
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
     if not device.is_gpu:

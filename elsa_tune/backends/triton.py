@@ -8,12 +8,14 @@ import importlib.util
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elsa_tune import scan
@@ -293,8 +295,9 @@ def _first_line(error: BaseException) -> str:
     return lines[-1] if lines else ""
 
 
+@cache
 def _module(path: Path) -> ModuleType:
-    """The generated module, imported under the name of its folder."""
+    """The generated module, imported once under the name of its folder."""
     name = f"elsa_tune_kernel_{re.sub(r'[^a-z0-9]', '_', path.parent.name)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -375,6 +378,12 @@ def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict
 # Calling.
 
 
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU: make it the tensor's."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)
+
+
 class TritonKernel:
     """A family's module: call it with any shape."""
 
@@ -397,7 +406,8 @@ class TritonKernel:
             query, key, value = map(rows_contiguous, (query, key, value))
         if out is None:
             out = new_output(query, self._problem.value_dim)
-        made: Tensor = self._launch(query, key, value, scale, out, lse)
+        with _on(query):
+            made: Tensor = self._launch(query, key, value, scale, out, lse)
         return made
 
     def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
@@ -422,7 +432,8 @@ class TritonGradients:
         scale: float | None = None,
     ) -> tuple[Tensor, ...]:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
-        made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale)
+        with _on(query):
+            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale)
         return made
 
 

@@ -206,7 +206,7 @@ def finish_rows(
     if WITH_LSE:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "first_pair", "slots"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "first_pair", "slots"])
 def finish(
     partial, output, lse, stride_ob, stride_oh, stride_om,
     kv_heads, group, q_len, first_pair, slots, WITH_LSE: tl.constexpr,
@@ -251,8 +251,8 @@ def attend_tile(
     whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
     for start in tl.range(low, whole, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :])
         scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
         m = tl.maximum(x0_m, tl.max(scores, 1) * c)
@@ -265,8 +265,8 @@ def attend_tile(
         x0_w0 = x0_w0 * keep[:, None] + tl.sum(p.to(v.dtype).to(tl.float32)[:, :, None] * v.to(tl.float32)[None, :, :], 1)
     for start in tl.range(whole, high, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         inside = start + keys < high
         k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
@@ -288,7 +288,7 @@ def attend_tile(
     partial_rows = partial + 2 * size + state_rows * VALUE_DIM
     tl.store(partial_rows[:, None] + tl.arange(0, 128)[None, :], x0_w0, mask=valid[:, None])
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
 def attend(
     query, key, value, output, lse, partial, arrivals, c, sign,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,

@@ -124,8 +124,8 @@ def attend_tile(
     whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
     for start in tl.range(low, whole, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :])
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
         k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :])
@@ -152,8 +152,8 @@ def attend_tile(
         x0_w0 = leaf_w0
         x0_w1 = leaf_w1
         keys = tl.arange(0, BLOCK_N) + 32
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :])
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
         k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :])
@@ -181,8 +181,8 @@ def attend_tile(
         x1_w1 = leaf_w1
     for start in tl.range(whole, high, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         inside = start + keys < high
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
@@ -212,8 +212,8 @@ def attend_tile(
         x0_w0 = leaf_w0
         x0_w1 = leaf_w1
         keys = tl.arange(0, BLOCK_N) + 32
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         inside = start + keys < high
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
@@ -268,7 +268,7 @@ def attend_tile(
                 stride_ob, stride_oh, stride_om, kv_heads, group, q_len, WITH_LSE,
             )  # fmt: skip
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
 def attend(
     query, key, value, output, lse, partial, arrivals, c, sign,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,

@@ -54,8 +54,8 @@ def attend_tile(
     whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
     for start in tl.range(low, whole, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :])
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
         m = tl.maximum(x0_m, tl.max(scores, 1) * c)
@@ -69,8 +69,8 @@ def attend_tile(
         x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
     for start in tl.range(whole, high, STEP):
         keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         inside = start + keys < high
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
@@ -95,7 +95,7 @@ def attend_tile(
     if WITH_LSE:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
 def attend(
     query, key, value, output, lse, partial, arrivals, c, sign,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,

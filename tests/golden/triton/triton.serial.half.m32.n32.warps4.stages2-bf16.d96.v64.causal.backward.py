@@ -21,7 +21,7 @@ BLOCK_N = tl.constexpr(32)  # keys of a tile
 NONE = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len"])
 def prepare(
     output, grad, lse, sums, deltas,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, kv_heads, group, q_len,
@@ -42,7 +42,7 @@ def prepare(
     tl.store(sums + pair * q_len + rows, tl.where(total == NONE, -NONE, total * LOG2_E), mask=valid)
     tl.store(deltas + pair * q_len + rows, delta, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len"])
 def grad_query(
     query, key, value, grad, sums, deltas, out, c, sign, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -69,8 +69,8 @@ def grad_query(
     for start in tl.range(0, high, BLOCK_N):
         keys = tl.arange(0, BLOCK_N)
         inside = start + keys < kv_len
-        key_rows = keys_of_head + start * step_k + keys * stride_kn
-        value_rows = values_of_head + start * step_v + keys * stride_vn
+        key_rows = keys_of_head + start * step_k + keys * step_k
+        value_rows = values_of_head + start * step_v + keys * step_v
         k0 = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
         v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
         seen = inside[None, :] & valid[:, None] & (start + keys[None, :] <= rows[:, None])
@@ -84,7 +84,7 @@ def grad_query(
     out_rows = out + batch * stride_ob + head * stride_oh + rows.to(tl.int64) * stride_om
     tl.store(out_rows[:, None] + tl.arange(0, 128)[None, :], (dq0 * scale).to(out.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len"])
 def grad_key_value(
     query, key, value, grad, sums, deltas, out_k, out_v, c, sign, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
