@@ -110,10 +110,13 @@ def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) 
 def registers_hold_states(
     dot: str, block_m: int, block_n: int, warps: int, workers: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
-    columns = sum(p.size for p in parts(problem.value_dim, dims))
-    floats = block_m * (workers * columns + (block_n if dot != "fma" else 0))
+    head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
+    if problem.direction == "backward":
+        floats = max(block_m * head, block_n * (head + value)) + 2 * block_m * block_n
+    else:
+        floats = block_m * (workers * value + (block_n if dot != "fma" else 0))
     each = floats // (device.warp * warps)
-    return f"states and scores take {each} registers of each thread" if each > 208 else None
+    return f"sums and scores take {each} registers of each thread" if each > 208 else None
 
 
 def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
@@ -284,15 +287,18 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         try:
             report = compile_report(_module(folder / MODULE), problem, device)
         except Exception as error:  # whatever the compiler raises is its answer
-            raise BuildFailed(f"{variant} for {device.arch}: {type(error).__name__}: {_first_line(error)}") from error
+            raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error
         return {**report, "strict": int(problem.precision == "strict")}
 
     return _built(name, *_kernel_cache.add(name, MODULE, fill))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+def _reason(error: BaseException) -> str:
+    """The last line that says something, of the error that started it all."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 @cache

@@ -241,9 +241,9 @@ def attend_tile(
     q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
 
     seen, unmasked = kv_len, kv_len
-    share = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
-    low = tl.minimum(split * share, seen)
-    high = tl.minimum(low + share, seen)
+    each = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
+    low = tl.minimum(split * each, seen)
+    high = tl.minimum(low + each, seen)
 
     x0_m = tl.full([BLOCK_M], NONE, tl.float32)
     x0_s = tl.zeros([BLOCK_M], tl.float32)

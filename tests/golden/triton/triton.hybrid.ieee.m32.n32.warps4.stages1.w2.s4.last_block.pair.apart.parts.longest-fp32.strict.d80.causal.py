@@ -111,9 +111,9 @@ def attend_tile(
 
     seen = tl.minimum(kv_len, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, q_len - 1) + 1)  # by some row
     unmasked = tl.minimum(kv_len, tile * BLOCK_M // group + 1)  # seen by every row
-    share = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
-    low = tl.minimum(split * share, seen)
-    high = tl.minimum(low + share, seen)
+    each = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
+    low = tl.minimum(split * each, seen)
+    high = tl.minimum(low + each, seen)
 
     x0_m = tl.full([BLOCK_M], NONE, tl.float32)
     x0_w0 = tl.zeros([BLOCK_M, 64], tl.float32)
