@@ -1,16 +1,13 @@
-"""GPUs without a GPU: devices and laws, compilers for every target, tuning and dispatch on a device that is not here."""
+"""GPUs without a GPU: devices, offline ranking, timing, tuning and dispatch on a device that is not here."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import random
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +18,8 @@ from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import clock, device, dispatch, doctor, measure, offline, places, tuning, workload
-from elsa_tune.backends import Built, _gpu_report, triton
+from elsa_tune import clock, device, dispatch, doctor, offline, places, tuning, workload
+from elsa_tune.backends import Built, triton
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice
@@ -35,7 +32,6 @@ from elsa_tune.winners import Database
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
 SPACE = Space.load("triton")
-RECORDED = Path(__file__).parent / "recorded" / "gpu_resources.json"
 
 
 # Devices.
@@ -116,155 +112,6 @@ def test_torchs_kernels_on_a_gpu() -> None:
     assert names("fp32.strict.d64@b1.h8.q512.k512") == ["math"]
 
 
-# Laws and compilers.
-
-
-@pytest.mark.parametrize(
-    "variant, problem, target, reason",
-    [
-        ("triton.serial.tf32x3.m64.n32.warps4.stages2", "fp32.strict.d64", "sm_90", "class strict allows ieee, fma"),
-        ("triton.serial.tf32.m64.n32.warps4.stages2", "fp32.d64", "sm_90", "class fp32 allows"),
-        ("triton.serial.tf32x3.m64.n32.warps4.stages2", "fp32.d64", "sm_75", "needs the matrix units of sm_80"),
-        ("triton.serial.tf32x3.m64.n32.warps4.stages2", "fp32.d64", "gfx942", "not offered for gfx942"),
-        ("triton.serial.half.m64.n32.warps4.stages2", "bf16.d64", "sm_75", "no bfloat16 products"),
-        ("triton.serial.ieee.m8.n32.warps4.stages1", "fp32.d64", "sm_80", "at least 16 rows"),
-        ("triton.serial.fma.m64.n64.warps4.stages1.apart", "fp32.d64", "sm_80", "terms in each thread"),
-        ("triton.serial.ieee.m128.n128.warps1.stages1", "fp32.d128", "sm_80", "registers of each thread"),
-        ("triton.blelloch.half.m64.n32.warps4.stages2.s4", "fp16.d64", "sm_80", "somebody must merge"),
-        ("triton.serial.half.m64.n32.warps4.stages2.two_kernels", "fp16.d64", "sm_80", "nothing to merge"),
-        ("triton.serial.half.m64.n32.warps4.stages2.pair", "fp16.d64", "sm_80", "takes a leaf in whole"),
-        ("triton.serial.half.m64.n32.warps4.stages2.parts", "fp16.d64", "sm_80", "what padding makes"),
-        ("triton.serial.half.m64.n32.warps4.stages2.longest", "fp16.d64", "sm_80", "equally long"),
-        ("triton.serial.ieee.m32.n32.warps4.stages4", "fp32.d64", "sm_75", "no asynchronous copies"),
-        ("triton.serial.half.m64.n32.warps4.stages2.masked", "fp16.d64.backward", "sm_80", "folded over tiles in one"),
-        ("triton.hybrid.half.m64.n32.warps4.stages2.w2", "fp16.d64", "sm_80", "both levels"),
-    ],
-)
-def test_laws_say_why(variant: str, problem: str, target: str, reason: str) -> None:
-    posed = Problem.parse(f"{problem}@b1.h8.q4096.k4096")
-    refused = SPACE.refusal(SPACE.parse(variant), posed, offline.target(target).device)
-    assert refused is not None and reason in refused
-
-
-def test_few_rows_and_keys_and_much_scratch_are_refused() -> None:
-    def refusal(variant: str, problem: str) -> str:
-        return SPACE.refusal(SPACE.parse(variant), Problem.parse(problem), H200) or ""
-
-    assert "empty" in refusal("triton.serial.half.m64.n32.warps4.stages2", "fp16.d64@b1.h8.q1.k4096")
-    many = "triton.blelloch.half.m16.n64.warps4.stages2.s32.two_kernels"
-    assert "fewer than states" in refusal(many, "fp16.d64@b1.h8.q1.k512")
-    assert "MiB, more than 256" in refusal(many, "fp16.d64@b1.h8.q65536.k65536")
-
-
-PROBLEMS = (
-    "fp16.d64@b1.h16.q4096.k4096",
-    "fp32.strict.d64@b1.h8.q4096.k4096",
-    "fp32.d128@b1.h32.kv8.q1.k32768",
-    "bf16.d128.causal.backward@b1.h16.q4096.k4096",
-)
-UNSERVED = {
-    ("sm_70", "bf16.d128.causal.backward@b1.h16.q4096.k4096"),
-    ("sm_75", "bf16.d128.causal.backward@b1.h16.q4096.k4096"),
-    ("gfx1100", "bf16.d128.causal.backward@b1.h16.q4096.k4096"),
-}
-"""Where no starting variant compiles without spills: torch serves."""
-
-
-@pytest.fixture(scope="module")
-def builders() -> Iterator[Worker]:
-    with Worker(count=host_cpu().cores) as found:
-        yield found
-
-
-@pytest.mark.parametrize("target", offline.targets())
-def test_every_target_compiles_and_no_default_spills(target: str, builders: Worker) -> None:
-    goal = offline.target(target)
-
-    def first(problem: Problem) -> Variant | None:
-        """The default for a target: the first of the space's starting variants that compiles without a spill."""
-        for variant in (v for v in map(SPACE.parse, SPACE.start) if SPACE.refusal(v, problem, goal.device) is None):
-            built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
-            assert built.resources["registers"] > 0 and built.resources["loop_all"] > 0
-            if problem.precision == "strict" and not built.flaw:
-                assert built.resources["matrix"] == 0
-            if not built.flaw and not _gpu_report.spills(built.resources):
-                assert offline.occupancy(built.resources, goal) >= 1
-                return variant
-        return None
-
-    posed = [Problem.parse(text) for text in PROBLEMS]
-    with ThreadPoolExecutor(host_cpu().cores) as pool:
-        chosen = dict(zip(PROBLEMS, pool.map(first, posed), strict=True))
-    assert {text for text, variant in chosen.items() if variant is None} == {p for t, p in UNSERVED if t == target}
-
-
-@pytest.mark.parametrize("target", offline.targets())
-def test_a_sampled_space_compiles(target: str, builders: Worker) -> None:
-    """Whatever the laws let through compiles; the compiler's report says whether it is any good."""
-    goal, rng = offline.target(target), random.Random(target)
-    jobs = [
-        (variant, problem)
-        for problem in map(Problem.parse, rng.sample(PROBLEMS, 2))
-        for variant in itertools.islice(SPACE.variants(problem, goal.device, rng=rng), 1)
-    ]
-    for variant, problem in jobs:
-        built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
-        assert built.resources["registers"] > 0, (str(variant), str(problem))
-
-
-def test_strict_is_proven_by_the_assembly(builders: Worker) -> None:
-    """The same float32 product that is plain on NVIDIA becomes mfma on AMD, and is then refused."""
-    variant = SPACE.parse("triton.serial.ieee.m32.n32.warps4.stages1")
-    problem = Problem.parse("fp32.strict.d64@b1.h8.q1024.k1024")
-    plain = builders.run(measure.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
-    matrix = builders.run(measure.build, variant, problem, offline.target("gfx942").device, timeout=240.0)
-    assert not plain.flaw and plain.resources["matrix"] == 0 and plain.resources["loop_fma"] > 500
-    assert "strict means plain multiply-adds" in matrix.flaw and matrix.resources["matrix"] > 0
-
-
-def test_a_compiler_that_crashes_takes_nobody_with_it(builders: Worker) -> None:
-    """Triton aborts its process for a target that never was; the next build finds another process."""
-    variant, problem = SPACE.parse("triton.serial.ieee.m32.n32.warps4.stages1"), Problem.parse("fp32.d64@b1.h8.q64.k64")
-    with pytest.raises(WorkerFailed):
-        builders.run(measure.build, variant, problem, Device("cuda", "nobody", "sm_42", 1), timeout=240.0)
-    built = builders.run(measure.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
-    assert built.resources["registers"] > 0
-
-
-def test_instructions_are_counted() -> None:
-    sass = """
-.L_x_1:
-        /*0000*/                   FFMA R0, R1, R2, R0 ;
-        /*0010*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
-        /*0020*/              @!P0 MUFU.EX2 R3, R3 ;
-        /*0030*/                   LDS.128 R8, [R20] ;
-        /*0040*/              @P1  BRA `(.L_x_1) ;
-        /*0050*/                   STL [R1], R2 ;
-"""
-    found = _gpu_report.of_sass(sass)
-    assert (found["matrix"], found["local"], found["loop_fma"], found["loop_exp"], found["loop_shared"]) == (
-        1,
-        1,
-        1,
-        1,
-        1,
-    )
-    assert found["loop_all"] == 5 or found["loop_all"] == 4
-    ptx = "$L__BB0_1:\n\tfma.rn.f32 \t%f1, %f2, %f3, %f1;\n\twgmma.mma_async.sync x;\n\t@%p1 bra \t$L__BB0_1;\n"
-    assert _gpu_report.of_ptx(ptx)["matrix"] == 1 and _gpu_report.of_ptx(ptx)["loop_fma"] == 1
-    for name in (
-        "HMMA.16816.F32",
-        "HGMMA.64x64x16.F32",
-        "IMMA.8816",
-        "UTCHMMA",
-        "v_mfma_f32_32x32x2_f32",
-        "v_wmma_f32",
-    ):
-        assert _gpu_report.MATRIX.match(name), name
-    for name in ("FFMA", "IMAD.MOV", "v_fma_f32", "HFMA2", "v_mul_f32"):
-        assert not _gpu_report.MATRIX.match(name), name
-
-
 # Ranking without the device.
 
 
@@ -312,7 +159,7 @@ def test_the_model_knows_what_must_be_slower() -> None:
 # Timing.
 
 
-def test_a_lost_gpu_context_costs_one_process(builders: Worker) -> None:
+def test_a_lost_gpu_context_costs_one_process() -> None:
     with Worker() as worker:
         before = worker.run(_process, timeout=30.0)
         with pytest.raises(WorkerFailed, match="illegal memory access"):
@@ -545,30 +392,6 @@ def test_scratch_grows_linearly_and_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     module = triton._module(triton.build(variant, problem).path)  # type: ignore[arg-type]
     monkeypatch.setattr(module, "SCRATCH_BYTES", 4 * 4 * 64 * 18)
     assert torch.equal(module.attention(x, x, x), outputs[-1]) and sizes == [4 * 64 * 18], "one head at a time"
-
-
-def test_reports_of_a_sampled_space_are_kept(builders: Worker, request: pytest.FixtureRequest) -> None:
-    """What the compiler said of a few variants, for targets old and new; a newer Triton may say something else."""
-    import os
-
-    cases = [
-        ("triton.serial.ieee.m32.n32.warps8.stages1", "fp32.strict.d64@b1.h8.q4096.k4096", t)
-        for t in ("sm_70", "sm_90")
-    ] + [("triton.serial.half.m64.n64.warps4.stages3", "fp16.d64@b1.h16.q4096.k4096", t) for t in ("sm_80", "gfx942")]
-    found = {
-        f"{v} {p} {t}": dict(
-            builders.run(
-                measure.build, SPACE.parse(v), Problem.parse(p), offline.target(t).device, timeout=240.0
-            ).resources
-        )
-        for v, p, t in cases
-    }
-    if os.environ.get("ACCEPT_GOLDEN"):
-        RECORDED.write_text(json.dumps({"triton": triton.version(), "reports": found}, indent=1, sort_keys=True) + "\n")
-    stored = json.loads(RECORDED.read_text())
-    assert stored["reports"].keys() == found.keys()
-    if stored["triton"] == triton.version():
-        assert stored["reports"] == found
 
 
 def test_the_gpu_script_runs_from_a_checkout(tmp_path: Path) -> None:

@@ -1,9 +1,19 @@
-"""Tensor layouts that every backend meets: outputs like the query, rows that must be contiguous."""
+"""What every backend does with tensors: check dimensions, lay outputs out like the query, make rows contiguous."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from elsa_tune.errors import WrongArguments
+from elsa_tune.problem import Problem
+
+
+def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise WrongArguments unless the last dimensions are the family's."""
+    dims = (query.shape[3], key.shape[3], value.shape[3])
+    if dims != (problem.head_dim, problem.head_dim, problem.value_dim):
+        raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {problem.family}")
 
 
 def new_output(query: Tensor, value_dim: int) -> Tensor:

@@ -19,9 +19,8 @@ from torch import Tensor
 from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, _compiler, _kernel_cache
 from elsa_tune.backends._laws import scan_has_states
-from elsa_tune.backends._tensors import new_output, rows_contiguous
+from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.errors import WrongArguments
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
 from elsa_tune.variant import Variant
@@ -296,9 +295,7 @@ class CppKernel:
         out: Tensor | None = None,
         lse: Tensor | None = None,
     ) -> Tensor:
-        dims = (query.shape[3], key.shape[3], value.shape[3])
-        if dims != (self._problem.head_dim, self._problem.head_dim, self._problem.value_dim):
-            raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {self._problem.family}")
+        check_dims(self._problem, query, key, value)
         return self.bind(query.shape, value.shape)(query, key, value, scale, out, lse)
 
     def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:

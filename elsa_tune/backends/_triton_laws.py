@@ -1,0 +1,188 @@
+"""What can be combined with what in Triton kernels, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from elsa_tune.backends._laws import scan_has_states
+from elsa_tune.device import Device
+from elsa_tune.errors import CompilerMissing
+from elsa_tune.problem import Problem
+
+SCRATCH_BYTES = 256 << 20
+"""At most this much memory for the states of splits."""
+
+
+def version() -> str:
+    """Triton's. Raises CompilerMissing."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise CompilerMissing("Triton is not installed; pip install 'elsa-tune[triton]'") from None
+
+
+DOTS = {
+    "strict": ("ieee", "fma"),
+    "fp32": ("ieee", "fma", "tf32x3", "bf16x6"),
+    "tf32": ("ieee", "fma", "tf32x3", "bf16x6", "bf16x3", "tf32"),
+    "fp16": ("half", "fma"),
+    "bf16": ("half", "fma"),
+}
+"""The arithmetic of products that each precision class allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some columns of a dimension of ``total``: ``size`` of them, a power of two, from ``start``."""
+
+    start: int
+    size: int
+    total: int
+
+
+def parts(dim: int, how: str) -> tuple[Part, ...]:
+    """A dimension as one padded power of two, or as powers of two of at least 16 that fill it with the least padding."""
+    if how == "pad":
+        return (Part(0, max(16, 1 << (dim - 1).bit_length()), dim),)
+    found, start = list[Part](), 0
+    while start < dim:
+        left = dim - start
+        below, above = 1 << (left.bit_length() - 1), max(16, 1 << (left - 1).bit_length())
+        size = above if below < 16 or above - left < 16 else below
+        found.append(Part(start, size, dim))
+        start += size
+    return tuple(found)
+
+
+# Laws: each says in one sentence why a combination cannot work or cannot win.
+
+
+def dot_suits_class(dot: str, problem: Problem) -> str | None:
+    allowed = DOTS.get(problem.precision, ())
+    return None if dot in allowed else f"class {problem.precision} allows {', '.join(allowed)}, not {dot}"
+
+
+def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
+    if dot.startswith("bf16x"):
+        try:
+            if tuple(map(int, version().split(".")[:2])) < (3, 6):
+                return f"{dot} needs Triton 3.6, not {version()}"
+        except CompilerMissing as error:
+            return str(error)
+    if device.kind == "cuda" and device.capability < 80 and dot not in ("ieee", "fma", "half"):
+        return f"{dot} needs the matrix units of sm_80 and later, not {device.arch}"
+    if device.kind == "hip" and dot in ("tf32", "tf32x3"):
+        return f"{dot} is not offered for {device.arch}"
+    if problem.dtype == "bf16" and device.kind == "cuda" and device.capability < 80 and dot == "half":
+        return f"{device.arch} has no bfloat16 products"
+    return None
+
+
+def tile_fits_dot(dot: str, block_m: int) -> str | None:
+    return f"a matrix product has at least 16 rows, not {block_m}" if dot != "fma" and block_m < 16 else None
+
+
+def product_is_small(dot: str, block_m: int, block_n: int, warps: int, problem: Problem) -> str | None:
+    each = block_m * block_n * parts(max(problem.head_dim, problem.value_dim), "pad")[0].size // (32 * warps)
+    return f"a reduced product keeps {each} terms in each thread" if dot == "fma" and each > 128 else None
+
+
+def rows_fill_tile(block_m: int, problem: Problem) -> str | None:
+    rows = problem.q_len * problem.group
+    return f"{rows} query rows leave most of a tile of {block_m} empty" if block_m > max(16, 2 * rows - 1) else None
+
+
+def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) -> str | None:
+    leaves = -(-problem.kv_len // block_n)
+    return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
+
+
+def registers_hold_states(
+    dot: str, block_m: int, block_n: int, warps: int, workers: int, dims: str, problem: Problem, device: Device
+) -> str | None:
+    head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
+    if problem.direction == "backward":
+        floats = max(block_m * head, block_n * (head + value)) + 2 * block_m * block_n
+    else:
+        floats = block_m * (workers * value + (block_n if dot != "fma" else 0))
+    each = floats // (device.warp * warps)
+    return f"sums and scores take {each} registers of each thread" if each > 208 else None
+
+
+def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
+    threads = device.warp * warps
+    return (
+        f"{threads} threads for {block_m} x {block_n} scores" if block_m * block_n < threads and block_m > 1 else None
+    )
+
+
+def schedule_has_splits(schedule: str, splits: int) -> str | None:
+    if schedule == "fold" and splits > 1:
+        return f"{splits} splits leave states that somebody must merge"
+    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
+
+
+def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
+    rows = problem.q_len * problem.group
+    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
+    return (
+        f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+    )
+
+
+def pair_adds_apart(state: str, accumulate: str) -> str | None:
+    return "a normalised output takes a leaf in whole" if state == "pair" and accumulate == "running" else None
+
+
+def fma_adds_apart(dot: str, accumulate: str) -> str | None:
+    return "a reduced product is summed apart anyway" if dot == "fma" and accumulate == "running" else None
+
+
+def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
+    same = all(parts(d, "pad") == parts(d, "parts") for d in (problem.head_dim, problem.value_dim))
+    return (
+        f"{problem.head_dim} and {problem.value_dim} split into what padding makes"
+        if dims == "parts" and same
+        else None
+    )
+
+
+def longest_is_causal(order: str, problem: Problem) -> str | None:
+    return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None
+
+
+def stages_need_a_pipeline(stages: int, device: Device) -> str | None:
+    if device.kind == "cuda" and device.capability < 80 and stages > 2:
+        return f"{device.arch} has no asynchronous copies to keep {stages} leaves in flight"
+    return None
+
+
+def gradients_fold(
+    scan: str, dot: str, state: str, accumulate: str, edges: str, order: str, programs: int, problem: Problem
+) -> str | None:
+    plain = (scan, state, edges, order, programs) == ("serial", "triple", "peeled", "tiles", 0)
+    if problem.direction == "backward" and not (plain and (accumulate == "running") == (dot != "fma")):
+        return "gradients are folded over tiles in one order, masks always on"
+    return None
+
+
+laws = (
+    gradients_fold,
+    dot_suits_class,
+    dot_is_there,
+    tile_fits_dot,
+    product_is_small,
+    rows_fill_tile,
+    keys_fill_leaves,
+    registers_hold_states,
+    threads_have_work,
+    scan_has_states,
+    schedule_has_splits,
+    scratch_is_bounded,
+    pair_adds_apart,
+    fma_adds_apart,
+    parts_differ_from_padding,
+    longest_is_causal,
+    stages_need_a_pipeline,
+)
