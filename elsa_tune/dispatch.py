@@ -54,10 +54,10 @@ def attention(
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
     value_dim], no mask or causal: float32 on a CPU where no gradient is needed, float32, float16 and bfloat16 on a GPU,
-    gradients included, served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned, goes to torch. The
-    output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that
-    torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a mask on
-    another device.
+    gradients included, served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned,
+    goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
+    mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
+    mask on another device.
     """
     if (
         attn_mask is None
@@ -66,10 +66,7 @@ def attention(
         and not _is_compiling()
         and (query.dtype is key.dtype is value.dtype)
     ):
-        if query.dtype is _FLOAT32 and query.is_cpu and key.is_cpu and value.is_cpu:
-            entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa)
-        else:
-            entry = (query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value))
+        entry = _entry(query, key, value, is_causal, enable_gqa)
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
@@ -96,7 +93,7 @@ def serve_with_lse(
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast(query.device.type):
         return None
-    entry: _Key = (query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value))
+    entry = _entry(query, key, value, is_causal, enable_gqa)
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, is_causal, enable_gqa)
     if serve is _torch_serves:
         return None
@@ -107,10 +104,17 @@ def serve_with_lse(
         return None
 
 
+def _entry(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> _Key:
+    """Where the tables keep what was decided for such tensors."""
+    if query.dtype is key.dtype is value.dtype is _FLOAT32 and query.is_cpu and key.is_cpu and value.is_cpu:
+        return query.shape, key.shape, value.shape, is_causal, enable_gqa
+    return query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value)
+
+
 def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
     """What decides on a GPU who serves, beside shapes: dtype, GPU, whether a graph is being captured, torch's setting."""
     if not (query.device == key.device == value.device and query.is_cuda):
-        return query.dtype, query.device, key.device, value.device
+        return query.dtype, key.dtype, value.dtype, query.device, key.device, value.device
     return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
 
 

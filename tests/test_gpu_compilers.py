@@ -155,9 +155,19 @@ def test_instructions_are_counted() -> None:
         1,
         1,
     )
-    assert found["loop_all"] == 5 or found["loop_all"] == 4
+    assert found["loop_all"] == 5
     ptx = "$L__BB0_1:\n\tfma.rn.f32 \t%f1, %f2, %f3, %f1;\n\twgmma.mma_async.sync x;\n\t@%p1 bra \t$L__BB0_1;\n"
     assert _gpu_report.of_ptx(ptx)["matrix"] == 1 and _gpu_report.of_ptx(ptx)["loop_fma"] == 1
+    for name in (
+        "mma.sync.aligned.m16n8k16",
+        "wmma.mma.sync",
+        "wgmma.mma_async.sync",
+        "tcgen05.mma.cta_group",
+        "UTCQMMA",
+    ):
+        assert _gpu_report.MATRIX.match(name), name
+    for name in ("fma.rn.f32", "tcgen05.ld.sync", "FFMA2"):
+        assert not _gpu_report.MATRIX.match(name), name
     for name in (
         "HMMA.16816.F32",
         "HGMMA.64x64x16.F32",

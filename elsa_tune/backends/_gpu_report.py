@@ -8,9 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-MATRIX = re.compile(
-    r"^(H|I|D|B|Q|O)?(G?MMA|GMMA)\b|^(H|I|D|B|Q|O|F8)?G?MMA\.|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)|^w?g?mma\\b|^wgmma|^tcgen05"
-)
+MATRIX = re.compile(r"^[A-Z]{0,2}G?MMA\b|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)|^(mma|wmma|wgmma)\.|^tcgen05\.mma")
 """Matrix instructions as SASS, PTX and AMD assembly spell them."""
 
 LARGEST_STACK = 128

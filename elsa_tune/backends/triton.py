@@ -165,7 +165,7 @@ def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> di
             types[name] = "fp32"
         elif name in _COUNTS or name.startswith("stride_"):
             types[name] = "i32"
-        elif name == "arrivals" and "last_block" in (module.__doc__ or ""):
+        elif name == "arrivals" and hasattr(module, "finish_rows") and not hasattr(module, "finish"):  # last_block
             types[name] = "*i32"
         elif (name in _FLOATS and not alone) or (name == "lse" and problem.direction == "backward"):
             types[name] = "*fp32"
