@@ -36,7 +36,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _FLOAT32 = torch.float32
 _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
+_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters and tracers want to see torch's own call
 
 
@@ -64,13 +64,12 @@ def attention(
         and not dropout_p
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         and not _is_compiling()
-        and (query.dtype is key.dtype is value.dtype)
     ):
         entry = _entry(query, key, value, is_causal, enable_gqa)
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
-        if serve is not _torch_serves and not _dispatch_modes() and not _autocast(query.device.type):
+        if serve is not _torch_serves and not _dispatch_modes() and not _autocast():
             try:
                 if not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
                     return serve(query, key, value, scale)
@@ -91,7 +90,7 @@ def serve_with_lse(
     """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast(query.device.type):
+    if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast():
         return None
     entry = _entry(query, key, value, is_causal, enable_gqa)
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, is_causal, enable_gqa)
@@ -113,7 +112,7 @@ def _entry(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gq
 
 def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
     """What decides on a GPU who serves, beside shapes: dtype, GPU, whether a graph is being captured, torch's setting."""
-    if not (query.device == key.device == value.device and query.is_cuda):
+    if not (query.is_cuda and query.device == key.device == value.device and query.dtype is key.dtype is value.dtype):
         return query.dtype, key.dtype, value.dtype, query.device, key.device, value.device
     return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
 
