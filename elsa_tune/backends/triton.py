@@ -148,6 +148,9 @@ def _module(path: Path) -> ModuleType:
 KERNELS = {"forward": ("finish", "attend"), "backward": ("prepare", "grad_query", "grad_key_value")}
 """The kernels of a module, the one that does most of the work last."""
 
+SIDE_KERNELS = ("finish", "prepare")
+"""Those launched with a module's SIDE_OPTIONS."""
+
 _FLOATS = {"partial", "sums", "deltas"}
 _SCALARS = {"c", "sign", "scale"}
 _COUNTS = {"pair", "kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"}
@@ -174,12 +177,13 @@ def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> di
     return types
 
 
-def _compiled(kernel: Any, module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
-    """What the compiler says of one kernel on ``device``, which need not be here."""
+def _compiled(name: str, module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
+    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel, options = getattr(module, name), module.SIDE_OPTIONS if name in SIDE_KERNELS else module.OPTIONS
     signature = _signature(kernel.arg_names, problem, module)
     even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
     aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or (name[:7] == "stride_" and even)]
@@ -190,7 +194,7 @@ def _compiled(kernel: Any, module: ModuleType, problem: Problem, device: Device)
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     arch: Any = device.capability if device.kind == "cuda" else device.arch
-    compiled = triton.compile(made, target=GPUTarget(device.kind, arch, device.warp), options=dict(module.OPTIONS))
+    compiled = triton.compile(made, target=GPUTarget(device.kind, arch, device.warp), options=dict(options))
     if device.kind == "cuda":
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         report = _gpu_report.of_cubin(compiled.asm["cubin"], compiled.asm["ptx"], tools)
@@ -201,11 +205,7 @@ def _compiled(kernel: Any, module: ModuleType, problem: Problem, device: Device)
 
 def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
     """The most registers, stack and shared memory, all spills and matrix instructions, and the main kernel's hottest loop."""
-    reports = [
-        _compiled(getattr(module, name), module, problem, device)
-        for name in KERNELS[problem.direction]
-        if hasattr(module, name)
-    ]
+    reports = [_compiled(name, module, problem, device) for name in KERNELS[problem.direction] if hasattr(module, name)]
     summed = {name: sum(r.get(name, 0) for r in reports) for name in ("spills", "local", "matrix")}
     largest = {name: max(r[name] for r in reports) for name in ("registers", "stack", "shared")}
     return {**reports[-1], **summed, **largest, "warps": module.OPTIONS["num_warps"]}

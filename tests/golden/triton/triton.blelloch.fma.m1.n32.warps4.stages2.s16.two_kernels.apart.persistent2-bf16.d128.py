@@ -312,6 +312,7 @@ def attend(
 LOG2_E = 1.4426950408889634
 SCRATCH_BYTES = 268435456  # at most this much memory for the states of splits
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+SIDE_OPTIONS = {"num_warps": 4}  # of the second kernel
 
 def attention(query, key, value, scale=None, out=None, lse=None):
     """Attention of [batch, heads, length, dim] tensors whose rows are contiguous.
@@ -343,7 +344,7 @@ def attention(query, key, value, scale=None, out=None, lse=None):
         )  # fmt: skip
         finish[(now * -(-group * q_len // 1),)](
             partial, out, query if lse is None else lse, o[0], o[1], o[2],
-            kv_heads, group, q_len, first, now, lse is not None, num_warps=4,
+            kv_heads, group, q_len, first, now, lse is not None, **SIDE_OPTIONS,
         )  # fmt: skip
     return out
 

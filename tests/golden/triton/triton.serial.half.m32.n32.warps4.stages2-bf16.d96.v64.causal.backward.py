@@ -135,6 +135,7 @@ def grad_key_value(
     tl.store(out_v_rows[:, None] + tl.arange(0, 64)[None, :], dv0.to(out_v.dtype.element_ty), mask=inside[:, None])
 
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+SIDE_OPTIONS = {"num_warps": 4}  # of the kernel that prepares
 
 def gradients(query, key, value, output, lse, grad, scale=None):
     """dQ, dK, dV of attention(query, key, value) [batch, heads, length, dim], all with contiguous rows.
@@ -151,7 +152,7 @@ def gradients(query, key, value, output, lse, grad, scale=None):
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     q, k, v, o, g = (x.stride()[:3] for x in (query, key, value, output, grad))
     tiles = batch * heads * -(-q_len // 32)
-    prepare[(tiles,)](output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len, num_warps=4)
+    prepare[(tiles,)](output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len, **SIDE_OPTIONS)
     grad_query[(tiles,)](
         query, key, value, grad, sums, deltas, dq, c, sign, scale * sign * sign,
         *q, *k, *v, *g, *dq.stride()[:3], kv_heads, group, q_len, kv_len, **OPTIONS,
