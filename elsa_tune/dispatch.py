@@ -62,8 +62,8 @@ def attention(
     if (
         attn_mask is None
         and not dropout_p
+        and not _is_compiling()  # before what older compilers do not understand
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        and not _is_compiling()
     ):
         entry = _entry(query, key, value, is_causal, enable_gqa)
         serve = _serving.get(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,11 @@ class Source:
     digest: str
 
 
+_C = re.compile(r"//.*|^[ \t]+", re.M)
 _COMMENTS = {
-    "cpp": re.compile(r"//.*|^[ \t]+", re.M),
+    "cpp": _C,
+    "cu": _C,
+    "cl": _C,
     "py": re.compile(r'^\s*""".*?"""$|#[^\n]*', re.M | re.S),
 }
 """What may change without changing what is computed, by language."""
@@ -46,6 +49,11 @@ def doublings(first: int, last: int) -> list[int]:
     return [first << k for k in range((last // first).bit_length())]
 
 
+def bits(cells: Iterable[int], back: int = 0) -> int:
+    """A mask with a bit for each cell, moved back."""
+    return sum(1 << (cell - back) for cell in cells)
+
+
 @cache
 def _environment() -> jinja2.Environment:
     import jinja2  # only rendering needs it: dispatch starts without
@@ -58,7 +66,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals.update(powers=powers, halvings=halvings, doublings=doublings)
+    environment.globals.update(powers=powers, halvings=halvings, doublings=doublings, bits=bits)
     return environment
 
 

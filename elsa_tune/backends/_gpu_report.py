@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 MATRIX = re.compile(r"^[A-Z]{0,2}G?MMA\b|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)|^(mma|wmma|wgmma)\.|^tcgen05\.mma")
@@ -111,6 +115,24 @@ def of_cubin(cubin: bytes, ptx: str, tools: Path) -> dict[str, int]:
         "shared": int(usage.get("SHARED", 0)),
     }
     return {**used, **counts}
+
+
+@cache
+def disassemblers() -> tuple[str, ...]:
+    """NVIDIA's disassemblers that are here: an old one for sm_50 to sm_72 (`make` puts it there), the system's, Triton's."""
+    triton = importlib.util.find_spec("triton")
+    bundled = [Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"] if triton and triton.origin else []
+    places = [Path(sys.prefix) / "share" / "nvdisasm-12.8" / "nvdisasm", Path(shutil.which("nvdisasm") or "-"), *bundled]
+    return tuple(str(place) for place in places if place.is_file())
+
+
+def of_kernels(cubin: Path) -> dict[str, int]:
+    """Instruction counts of a cubin by the first disassembler that reads it; nothing where none does."""
+    for tool in disassemblers():
+        sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
+        if not sass.returncode:
+            return of_sass(sass.stdout)
+    return {}
 
 
 def of_amdgcn(assembly: str) -> dict[str, int]:

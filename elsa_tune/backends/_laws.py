@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from elsa_tune.problem import Problem
+
+SCRATCH_BYTES = 256 << 20
+"""At most this much of a GPU's memory for the states of splits."""
+
 
 def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
     """Nothing is called a scan that is a fold, and no scan a fold."""
@@ -12,3 +17,21 @@ def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
     if scan != "serial" and workers * splits == 1:
         return f"with one state nothing is merged, and {scan} would be a fold under another name"
     return None
+
+
+def schedule_has_splits(schedule: str, splits: int) -> str | None:
+    if schedule == "fold" and splits > 1:
+        return f"{splits} splits leave states that somebody must merge"
+    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
+
+
+def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
+    rows = problem.q_len * problem.group
+    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
+    return (
+        f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+    )
+
+
+def longest_is_causal(order: str, problem: Problem) -> str | None:
+    return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None

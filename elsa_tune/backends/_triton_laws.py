@@ -5,13 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 
-from elsa_tune.backends._laws import scan_has_states
+from elsa_tune.backends._laws import longest_is_causal, scan_has_states, schedule_has_splits, scratch_is_bounded
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.problem import Problem
-
-SCRATCH_BYTES = 256 << 20
-"""At most this much memory for the states of splits."""
 
 
 def version() -> str:
@@ -117,20 +114,6 @@ def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) ->
     )
 
 
-def schedule_has_splits(schedule: str, splits: int) -> str | None:
-    if schedule == "fold" and splits > 1:
-        return f"{splits} splits leave states that somebody must merge"
-    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
-
-
-def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
-    rows = problem.q_len * problem.group
-    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
-    return (
-        f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
-    )
-
-
 def pair_adds_apart(state: str, accumulate: str) -> str | None:
     return "a normalised output takes a leaf in whole" if state == "pair" and accumulate == "running" else None
 
@@ -146,10 +129,6 @@ def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
         if dims == "parts" and same
         else None
     )
-
-
-def longest_is_causal(order: str, problem: Problem) -> str | None:
-    return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None
 
 
 def stages_need_a_pipeline(stages: int, device: Device) -> str | None:

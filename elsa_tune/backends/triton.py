@@ -18,8 +18,9 @@ from torch import Tensor
 
 from elsa_tune import scan
 from elsa_tune.backends import Built, Call, Gradients, Kernel, _gpu_report, _kernel_cache
+from elsa_tune.backends._laws import SCRATCH_BYTES
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
-from elsa_tune.backends._triton_laws import DOTS, SCRATCH_BYTES, laws, parts, version
+from elsa_tune.backends._triton_laws import DOTS, laws, parts, version
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed
 from elsa_tune.problem import Problem

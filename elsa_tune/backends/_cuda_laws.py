@@ -1,0 +1,297 @@
+"""What a block of the CUDA C backend holds, and the laws of its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elsa_tune.backends._laws import longest_is_causal, scan_has_states, schedule_has_splits, scratch_is_bounded
+from elsa_tune.device import Device
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Value
+
+MOST_REGISTERS = 255
+"""Of a thread, on every GPU since Kepler."""
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What follows from a variant's axes and a family's dimensions: threads, tiles, slices and floats of shared memory."""
+
+    threads: int
+    lanes: int
+    rows: int
+    keys: int
+    workers: int
+    slice: int
+    stages: int
+    vector: int
+    layout: str
+    head_dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, axes: Mapping[str, Value], problem: Problem) -> Tiling:
+        """The tiling of a variant for the problem's family."""
+        names = ("threads", "lanes", "rows", "keys", "workers", "slice", "stages", "vector")
+        return cls(
+            **{name: int(axes[name]) for name in names},
+            layout=str(axes["layout"]), head_dim=problem.head_dim, value_dim=problem.value_dim,
+        )  # fmt: skip
+
+    @property
+    def team(self) -> int:
+        """Threads of a worker."""
+        return self.threads // self.workers
+
+    @property
+    def team_rows(self) -> int:
+        """Threads of a worker that differ in their query rows."""
+        return self.team // self.lanes
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a tile."""
+        return self.team_rows * self.rows
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a leaf."""
+        return self.lanes * self.keys
+
+    @property
+    def _row(self) -> int:
+        """What a row in shared memory is a multiple of."""
+        return 8 * self.vector if self.layout == "swizzled" else self.vector
+
+    @property
+    def _padding(self) -> int:
+        return self.vector if self.layout == "padded" else 0
+
+    @property
+    def head_slice(self) -> int:
+        """Columns of K in shared memory at a time."""
+        whole = _padded(self.head_dim, self._row)
+        return min(self.slice, whole) if self.slice else whole
+
+    @property
+    def value_slice(self) -> int:
+        """Columns of V in shared memory at a time: every lane has the same number of vectors."""
+        whole = _padded(self.value_dim, math.lcm(self.lanes * self.vector, self._row))
+        return min(self.slice, whole) if self.slice else whole
+
+    @property
+    def head_slices(self) -> int:
+        """Slices of a row of K."""
+        return -(-self.head_dim // self.head_slice)
+
+    @property
+    def value_slices(self) -> int:
+        """Slices of a row of V."""
+        return -(-self.value_dim // self.value_slice)
+
+    @property
+    def head_columns(self) -> int:
+        """Columns of K, padded."""
+        return self.head_slice * self.head_slices
+
+    @property
+    def value_columns(self) -> int:
+        """Columns of V, padded."""
+        return self.value_slice * self.value_slices
+
+    @property
+    def groups(self) -> int:
+        """Vectors of value columns that a thread has of a slice."""
+        return self.value_slice // (self.lanes * self.vector)
+
+    @property
+    def columns(self) -> int:
+        """Value columns of a thread."""
+        return self.groups * self.vector * self.value_slices
+
+    @property
+    def copies(self) -> int:
+        """Vectors of a slice that a thread carries."""
+        return -(-self.block_n * max(self.head_slice, self.value_slice) // (self.vector * self.team))
+
+    @property
+    def query_stride(self) -> int:
+        """Floats from one query row to the next in shared memory."""
+        return self.head_columns + self._padding
+
+    @property
+    def slice_stride(self) -> int:
+        """Floats from one row of a slice to the next."""
+        return max(self.head_slice, self.value_slice) + self._padding
+
+    @property
+    def p_stride(self) -> int:
+        """Floats from one row of weights to the next."""
+        return _padded(self.block_n, self._row) + self._padding
+
+    @property
+    def stage_floats(self) -> int:
+        """Floats of a slice."""
+        return _padded(self.block_n * self.slice_stride, 4)
+
+    @property
+    def p_floats(self) -> int:
+        """Floats of a worker's weights, or of what its lanes exchange."""
+        return _padded(max(self.block_m * self.p_stride, self.rows * self.team), 4)
+
+    @property
+    def state_floats(self) -> int:
+        """Floats of a worker's state."""
+        return self.rows * (self.columns + 2) * self.team
+
+    @property
+    def shared_floats(self) -> int:
+        """Floats of shared memory of a block."""
+        folding = self.block_m * self.query_stride + self.workers * (self.stages * self.stage_floats + self.p_floats)
+        return max(folding, self.workers * self.state_floats if self.workers > 1 else 0)
+
+    @property
+    def floats_of_a_thread(self) -> int:
+        """Floats that must stay in a thread's registers: scores, state, operands, what it carries."""
+        states = self.rows * (self.columns + self.keys + 3)
+        return states + self.vector * (self.rows + 1)
+
+
+def shared_bytes(device: Device) -> int:
+    """Bytes of shared memory that a block may take on the device."""
+    if device.kind != "cuda":
+        return (64 if device.kind == "hip" else 32) << 10
+    limits = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+    return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
+
+
+# Laws: each says in one sentence why a combination cannot work or cannot win.
+
+
+def dialect_is_the_devices(dialect: str, device: Device) -> str | None:
+    return None if dialect == device.kind else f"{device} is spoken to in {device.kind}, not {dialect}"
+
+
+def team_is_whole(threads: int, lanes: int, workers: int, device: Device) -> str | None:
+    if threads // workers < lanes:
+        return f"{workers} workers of {threads} threads are fewer than {lanes} lanes each"
+    if device.kind != "opencl" and (threads % device.warp or lanes > device.warp):
+        return f"{threads} threads in rows of {lanes} do not fill warps of {device.warp}"
+    return None
+
+
+def lanes_can_exchange(exchange: str, lanes: int, device: Device) -> str | None:
+    if exchange == "shuffle" and device.kind == "opencl":
+        width = int(device.arch.partition("shuffle")[2] or 0)
+        if width < lanes:
+            return f"{device} has no shuffles among {lanes} work-items"
+    if exchange == "shared" and device.kind != "opencl" and device.capability not in (50, 52, 53):
+        return f"shuffles on {device.arch} are faster than shared memory"
+    return None
+
+
+def copies_are_there(copies: str, stages: int, device: Device, problem: Problem) -> str | None:
+    if copies == "held":
+        return f"registers hold one slice on its way, not {stages - 1}" if stages > 2 else None
+    if device.kind != "cuda" or device.capability < 80:
+        return f"{device.arch} has no asynchronous copies"
+    if problem.dtype != "fp32":
+        return f"an asynchronous copy cannot make floats of {problem.dtype}"
+    return "an asynchronous copy needs a second place to go to" if stages == 1 else None
+
+
+def leaf_holds_vectors(lanes: int, keys: int, vector: int, layout: str) -> str | None:
+    row = 8 * vector if layout == "swizzled" else vector
+    return f"{lanes * keys} weights of a row are no multiple of {row}" if lanes * keys % row else None
+
+
+def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Problem) -> str | None:
+    if not slice:
+        return None
+    step = math.lcm(lanes * vector, 8 * vector if layout == "swizzled" else vector)
+    if slice % step:
+        return f"slices of {slice} columns are no multiple of {step}"
+    if slice >= max(problem.head_dim, problem.value_dim):
+        return f"one slice of {slice} columns is the whole row"
+    return None
+
+
+def columns_fill_lanes(lanes: int, vector: int, slice: int, layout: str, problem: Problem) -> str | None:
+    each = lanes * vector
+    padded = _padded(problem.value_dim, each)
+    return f"{problem.value_dim} value columns leave most of {padded} empty" if padded >= 2 * max(problem.value_dim, 16) else None
+
+
+def rows_fill_tile(threads: int, lanes: int, rows: int, workers: int, problem: Problem) -> str | None:
+    block_m, there = threads // workers // lanes * rows, problem.q_len * problem.group
+    return f"{there} query rows leave most of a tile of {block_m} empty" if block_m > max(16, 2 * there - 1) else None
+
+
+def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: Problem) -> str | None:
+    leaves = -(-problem.kv_len // (lanes * keys))
+    return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
+
+
+def _tiling(threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, vector: int, layout: str, problem: Problem) -> Tiling:  # fmt: skip
+    return Tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem.head_dim, problem.value_dim)
+
+
+def registers_hold_tile(
+    threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, copies: str, vector: int,
+    layout: str, accumulate: str, blocks: int, registers: int, problem: Problem,
+) -> str | None:  # fmt: skip
+    tiling = _tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem)
+    floats = tiling.floats_of_a_thread
+    if copies == "held":
+        floats += tiling.copies * vector
+    if accumulate == "apart":
+        floats += rows * tiling.groups * vector
+    most = registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * threads))
+    return f"a thread keeps {floats} floats, and has {most} registers" if floats + 24 > most else None
+
+
+def shared_memory_holds_tile(
+    threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, vector: int, layout: str,
+    blocks: int, problem: Problem, device: Device,
+) -> str | None:  # fmt: skip
+    tiling = _tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem)
+    size, most = 4 * tiling.shared_floats, shared_bytes(device)
+    if size > most:
+        return f"a block takes {size >> 10} KiB of shared memory; {device.arch} gives {most >> 10}"
+    if device.kind == "cuda" and device.capability < 70:
+        most = 96 << 10 if device.capability in (52, 61) else 64 << 10  # of a multiprocessor, not of a block
+    return f"{blocks} blocks of {size >> 10} KiB do not fit {most >> 10}" if blocks * size > most else None
+
+
+def one_cap_on_registers(blocks: int, registers: int, device: Device) -> str | None:
+    if blocks and registers:
+        return "launch bounds cap registers already"
+    if device.kind != "cuda" and (registers or (blocks and device.kind == "opencl")):
+        return f"{device.kind} compilers take no such cap"
+    return None
+
+
+laws = (
+    dialect_is_the_devices,
+    team_is_whole,
+    lanes_can_exchange,
+    copies_are_there,
+    leaf_holds_vectors,
+    slices_divide,
+    columns_fill_lanes,
+    rows_fill_tile,
+    keys_fill_leaves,
+    one_cap_on_registers,
+    registers_hold_tile,
+    shared_memory_holds_tile,
+    scan_has_states,
+    schedule_has_splits,
+    scratch_is_bounded,
+    longest_is_causal,
+)

@@ -1,0 +1,161 @@
+"""Starting kernels: NVIDIA's driver through its own Python, AMD's through its library, OpenCL through pyopencl."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from elsa_tune.errors import KernelMissing
+
+C_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One start of a kernel: its name, blocks, threads of a block, bytes of shared memory, and its arguments: a letter each
+    (p pointer, q 64-bit and i 32-bit integer, f float) and values, tensors or None for pointers."""
+
+    name: str
+    blocks: int
+    threads: int
+    shared: int
+    types: str
+    arguments: tuple[Any, ...]
+
+
+class Runtime(Protocol):
+    """A loaded kernel's device."""
+
+    def run(self, launches: list[Launch]) -> None:
+        """Start them in order, on torch's current stream where there are streams."""
+
+    def floats(self, like: Tensor, count: int) -> Tensor:
+        """Memory for so many floats, where ``like`` lies."""
+
+    def counters(self, like: Tensor, count: int) -> Tensor:
+        """So many integers, zero."""
+
+
+class _TorchMemory:
+    """Scratch from torch's allocator, which knows streams and graphs."""
+
+    def floats(self, like: Tensor, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float32, device=like.device)
+
+    def counters(self, like: Tensor, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor begins; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+class GpuRuntime(_TorchMemory):
+    """A module of a GPU, launched on torch's current stream: nothing waits, and a graph can capture it."""
+
+    def __init__(self, driver: Driver, code: bytes) -> None:
+        self._driver, self._code = driver, code
+        self._functions: dict[tuple[int, str], Any] = {}  # a module belongs to one GPU's context
+
+    def run(self, launches: list[Launch]) -> None:
+        with torch.cuda.device(launches[0].arguments[0].device):
+            stream = torch.cuda.current_stream().cuda_stream
+            for launch in launches:
+                place = (torch.cuda.current_device(), launch.name)
+                if place not in self._functions:
+                    self._functions[place] = self._driver.function(self._code, launch.name, launch.shared)
+                self._driver.launch(self._functions[place], launch, stream)
+
+
+class Driver(Protocol):
+    """What loads machine code and starts it."""
+
+    def function(self, code: bytes, name: str, shared: int) -> Any:
+        """The kernel ``name`` of a module, allowed ``shared`` bytes of shared memory."""
+
+    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+        """Start it."""
+
+
+class CudaDriver:
+    """NVIDIA's driver API through cuda-bindings; cuda-core cannot raise a kernel's limit of shared memory."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self._api: Any = driver
+
+    def _checked(self, answer: tuple[Any, ...]) -> Any:
+        if answer[0] != self._api.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"CUDA error: {self._api.cuGetErrorString(answer[0])[1].decode()}")
+        return answer[1] if len(answer) > 1 else None
+
+    def function(self, code: bytes, name: str, shared: int) -> Any:
+        module = self._checked(self._api.cuModuleLoadData(code))
+        function = self._checked(self._api.cuModuleGetFunction(module, name.encode()))
+        limit = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if shared > 48 << 10:
+            self._checked(self._api.cuFuncSetAttribute(function, limit, shared))
+        return function
+
+    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+        values = tuple(address(x) if t == "p" else x for t, x in zip(launch.types, launch.arguments, strict=True))
+        kinds = tuple(C_TYPES[t] for t in launch.types)
+        self._checked(
+            self._api.cuLaunchKernel(
+                function, launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared, stream, (values, kinds), 0
+            )
+        )
+
+
+class HipDriver:
+    """AMD's driver API through the library that ROCm's torch has loaded."""
+
+    def __init__(self) -> None:
+        inside = Path(torch.__file__).parent / "lib" / "libamdhip64.so"
+        self._api = ctypes.CDLL(str(inside) if inside.is_file() else "libamdhip64.so")
+
+    def _checked(self, name: str, *arguments: object) -> None:
+        if failed := getattr(self._api, name)(*arguments):
+            raise RuntimeError(f"HIP error: {name} answered {failed}")
+
+    def function(self, code: bytes, name: str, shared: int) -> Any:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._checked("hipModuleLoadData", ctypes.byref(module), code)
+        self._checked("hipModuleGetFunction", ctypes.byref(function), module, name.encode())
+        return function
+
+    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+        given = [
+            C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)
+        ]
+        pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
+        sizes = (ctypes.c_uint(n) for n in (launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared))
+        self._checked("hipModuleLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
+
+
+@cache
+def _driver(dialect: str) -> Driver:
+    if dialect == "hip":
+        return HipDriver()
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        raise KernelMissing("cuda-bindings is not installed, so no CUDA C kernel can start; pip install 'elsa-tune[cuda]'")
+    return CudaDriver()
+
+
+@cache
+def load(dialect: str, path: Path) -> Runtime:
+    """What starts the kernels built at ``path``, loaded once in a process."""
+    if dialect == "opencl":
+        from elsa_tune.backends import _opencl
+
+        return _opencl.OpenClRuntime(path.read_text())
+    return GpuRuntime(_driver(dialect), path.read_bytes())

@@ -1,0 +1,62 @@
+"""A runtime that runs CUDA C text on the CPU, for small shapes: see cuda.h."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elsa_tune.backends import _compiler, cuda
+from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch, address
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Variant
+
+HEADER = Path(__file__).parent / "cuda.h"
+
+
+class EmulatedRuntime:
+    """The kernels of one text. ``seed`` 0 runs threads and blocks in order; others shuffle them."""
+
+    def __init__(self, variant: Variant, text: str, folder: Path) -> None:
+        ahead, copy = int(variant.axes["stages"]) - 2, 4 * int(variant.axes["vector"])
+        entries = [name for name in ("attend", "finish") if f") {name}(" in text]
+        calls = "".join(
+            f'extern "C" const char* emulate_{name}(unsigned blocks, int threads, unsigned seed, void** arguments) {{\n'
+            f"  emulated::fault = nullptr;\n  emulated::launch({name}, blocks, threads, seed, arguments);\n"
+            f"  return emulated::fault;\n}}\n"
+            for name in entries
+        )
+        given = f"#define ASYNC_AHEAD {max(ahead, 0)}u\n#define COPY_BYTES {copy}\n"
+        (folder / "kernel.cpp").write_text(f'{given}#include "{HEADER}"\n{text}\n{calls}')
+        compiler = _compiler.find()
+        compiler.run(
+            ["-std=c++17", "-O1", "-shared", "-fPIC", "-mfma", "-ffp-contract=off", "-w", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.so")],
+            str(variant),
+        )
+        self._library, self.seed = ctypes.CDLL(str(folder / "kernel.so")), 0
+
+    def floats(self, like: Tensor, count: int) -> Tensor:
+        return torch.full((count,), float("nan"))
+
+    def counters(self, like: Tensor, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    def run(self, launches: list[Launch]) -> None:
+        for launch in launches:
+            given = [
+                C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)
+            ]
+            pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
+            function = getattr(self._library, f"emulate_{launch.name}")
+            function.restype = ctypes.c_char_p
+            if fault := function(launch.blocks, launch.threads, self.seed, pointers):
+                raise AssertionError(f"{launch.name}: {fault.decode()}")
+
+
+def kernel(variant: Variant, problem: Problem, folder: Path) -> tuple[cuda.CudaKernel, EmulatedRuntime]:
+    """The variant's CUDA text on this CPU, and what runs it."""
+    runtime = EmulatedRuntime(variant, cuda.source(variant, problem).text, folder)
+    return cuda.CudaKernel(runtime, variant, problem), runtime
