@@ -25,7 +25,8 @@ class Device:
 
     ``model`` is the maker's own numbering (``amd_f25m17``: family 25, model 17), which virtual machines pass on even
     where they hide features, or a GPU's name, with its MIG slice; ``arch`` is archspec's microarchitecture, ``sm_90`` or
-    ``gfx942``; ``cores`` are a GPU's multiprocessors or compute units. A GPU's identity includes its memory in GiB and the
+    ``gfx942``, or ``shuffle8`` for OpenCL work-items that exchange among 8 (0: not at all); ``cores`` are a GPU's
+    multiprocessors or compute units. A GPU's identity includes its memory in GiB and the
     versions of driver and toolkit. ``memory`` and ``caches`` are in bytes; ``index`` is torch's number of the GPU.
     """
 
@@ -197,6 +198,36 @@ def find_gpus() -> Iterator[Device]:
 
 
 @cache
+def opencl_devices() -> tuple[Device, ...]:
+    """The OpenCL devices here, equal ones once; none where pyopencl, a platform or a driver is missing or broken."""
+    try:
+        return tuple(dict.fromkeys(find_opencl_devices()))
+    except Exception:  # whatever a broken installation raises: doctor says more
+        return ()
+
+
+def find_opencl_devices() -> Iterator[Device]:
+    """Each OpenCL device, ``index`` counting over all platforms. Raises whatever a broken installation makes pyopencl raise."""
+    import pyopencl
+
+    found = [device for platform in pyopencl.get_platforms() for device in platform.get_devices()]
+    for index, facts in enumerate(found):
+        shuffles = "cl_khr_subgroup_shuffle" in facts.extensions
+        yield Device(
+            kind="opencl",
+            model=re.sub(r"[^a-z0-9]+", "_", facts.name.lower()).strip("_"),
+            arch=f"shuffle{facts.preferred_work_group_size_multiple if shuffles else 0}",
+            cores=facts.max_compute_units,
+            gib=round(facts.global_mem_size / 2**30),
+            versions=re.sub(r"[^a-z0-9.]+", "_", facts.driver_version.lower()).strip("_"),
+            name=facts.name,
+            memory=facts.global_mem_size,
+            caches=(facts.global_mem_cache_size or 32 << 20,),
+            index=index,
+        )
+
+
+@cache
 def _driver() -> str:
     """The GPU driver's version."""
     for place, pattern in (
@@ -209,12 +240,12 @@ def _driver() -> str:
 
 
 def detect(text: str = "auto") -> list[Device]:
-    """The devices that ``text`` means: ``auto`` for all on this machine, a kind (``cpu``, ``cuda``, ``hip``), a full
-    spelling, or a target such as ``sm_80``.
+    """The devices that ``text`` means: ``auto`` for all on this machine, a kind (``cpu``, ``cuda``, ``hip``, ``opencl``), a
+    full spelling, or a target such as ``sm_80``.
 
     Raises BadDevice when a spelled device is not here: kernels can only be timed on the device they are for.
     """
-    here = [host_cpu(), *gpus()]
+    here = [host_cpu(), *gpus(), *opencl_devices()]
     if text == "auto":
         return here
     chosen = [d for d in here if text in (d.kind, d.arch, str(d))]

@@ -25,6 +25,16 @@ def nothing_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(places, "data", lambda folder: tmp_path if folder == "cache" else visible(folder))
 
 
+@pytest.fixture(autouse=True)
+def no_opencl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCL devices are here only for tests that ask for them."""
+    if "opencl" not in request.keywords:
+        from elsa_tune import device
+
+        monkeypatch.setattr(device, "opencl_devices", lambda: ())
+        monkeypatch.setenv("OCL_ICD_VENDORS", "none")  # for processes that tests start
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home: no database, no kernels."""

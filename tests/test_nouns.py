@@ -18,6 +18,7 @@ from elsa_tune.render import undeclared
 from elsa_tune.space import Space
 
 AVX512 = Device("cpu", "amd_f26m2", "zen5", 2)
+H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 NEON = Device("cpu", "arm_0x41_0xd0c", "neoverse_n1", 4)
 
 sizes = st.integers(1, 1 << 20)
@@ -80,7 +81,8 @@ def test_variants_read_what_they_spell(name: str) -> None:
     search_space = Space.load(name)
     problem = Problem.parse("fp32.d64@b1.h8.q1024.k1024")
     for seed in range(20):
-        variant = next(search_space.variants(problem, AVX512, rng=random.Random(seed)))
+        device = H200 if name == "cuda" else AVX512
+        variant = next(search_space.variants(problem, device, rng=random.Random(seed)))
         assert space.parse(str(variant)) == variant
         assert search_space.refusal(variant, problem, AVX512) is None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 from elsa_tune.backends._laws import longest_is_causal, scan_has_states, schedule_has_splits, scratch_is_bounded
 from elsa_tune.device import Device
@@ -17,6 +20,10 @@ MOST_REGISTERS = 255
 
 def _padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+TILED = ("threads", "lanes", "rows", "keys", "workers", "slice", "stages", "vector", "layout")
+"""The axes that a tiling follows from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +45,8 @@ class Tiling:
     @classmethod
     def of(cls, axes: Mapping[str, Value], problem: Problem) -> Tiling:
         """The tiling of a variant for the problem's family."""
-        names = ("threads", "lanes", "rows", "keys", "workers", "slice", "stages", "vector")
-        return cls(
-            **{name: int(axes[name]) for name in names},
-            layout=str(axes["layout"]), head_dim=problem.head_dim, value_dim=problem.value_dim,
-        )  # fmt: skip
+        chosen: dict[str, Any] = {name: axes[name] for name in TILED}
+        return cls(**chosen, head_dim=problem.head_dim, value_dim=problem.value_dim)
 
     @property
     def team(self) -> int:
@@ -167,7 +171,21 @@ def shared_bytes(device: Device) -> int:
     """Bytes of shared memory that a block may take on the device."""
     if device.kind != "cuda":
         return (64 if device.kind == "hip" else 32) << 10
-    limits = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+    limits = {
+        70: 96,
+        72: 96,
+        75: 64,
+        80: 163,
+        86: 99,
+        87: 163,
+        89: 99,
+        90: 227,
+        100: 227,
+        103: 227,
+        110: 227,
+        120: 99,
+        121: 99,
+    }
     return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
 
 
@@ -225,7 +243,11 @@ def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Pro
 def columns_fill_lanes(lanes: int, vector: int, slice: int, layout: str, problem: Problem) -> str | None:
     each = lanes * vector
     padded = _padded(problem.value_dim, each)
-    return f"{problem.value_dim} value columns leave most of {padded} empty" if padded >= 2 * max(problem.value_dim, 16) else None
+    return (
+        f"{problem.value_dim} value columns leave most of {padded} empty"
+        if padded >= 2 * max(problem.value_dim, 16)
+        else None
+    )
 
 
 def rows_fill_tile(threads: int, lanes: int, rows: int, workers: int, problem: Problem) -> str | None:
@@ -238,32 +260,50 @@ def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: 
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
 
-def _tiling(threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, vector: int, layout: str, problem: Problem) -> Tiling:  # fmt: skip
-    return Tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem.head_dim, problem.value_dim)
+def _of_tiling(law: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A law over a tiling, made one over the axes it follows from: it is asked as soon as those are chosen."""
+    others = [name for name in inspect.signature(law).parameters if name != "tiling"]
+
+    @wraps(law)
+    def over_axes(**known: Any) -> str | None:
+        return law(Tiling.of(known, known["problem"]), **{name: known[name] for name in others})
+
+    names = dict.fromkeys([*TILED, "problem", *others])
+    over_axes.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    return over_axes
 
 
-def registers_hold_tile(
-    threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, copies: str, vector: int,
-    layout: str, accumulate: str, blocks: int, registers: int, problem: Problem,
-) -> str | None:  # fmt: skip
-    tiling = _tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem)
+@_of_tiling
+def registers_hold_tile(tiling: Tiling) -> str | None:
+    return _beyond(tiling.floats_of_a_thread, min(MOST_REGISTERS, 65536 // tiling.threads))
+
+
+@_of_tiling
+def registers_hold_the_rest(tiling: Tiling, copies: str, accumulate: str, blocks: int, registers: int) -> str | None:
     floats = tiling.floats_of_a_thread
     if copies == "held":
-        floats += tiling.copies * vector
+        floats += tiling.copies * tiling.vector
     if accumulate == "apart":
-        floats += rows * tiling.groups * vector
-    most = registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * threads))
-    return f"a thread keeps {floats} floats, and has {most} registers" if floats + 24 > most else None
+        floats += tiling.rows * tiling.groups * tiling.vector
+    return _beyond(floats, registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * tiling.threads)))
 
 
-def shared_memory_holds_tile(
-    threads: int, lanes: int, rows: int, keys: int, workers: int, slice: int, stages: int, vector: int, layout: str,
-    blocks: int, problem: Problem, device: Device,
-) -> str | None:  # fmt: skip
-    tiling = _tiling(threads, lanes, rows, keys, workers, slice, stages, vector, layout, problem)
+def _beyond(floats: int, registers: int) -> str | None:
+    """Beside its floats a thread needs some two dozen registers for addresses and counters."""
+    return f"a thread keeps {floats} floats, and has {registers} registers" if floats + 24 > registers else None
+
+
+@_of_tiling
+def shared_memory_holds_tile(tiling: Tiling, device: Device) -> str | None:
     size, most = 4 * tiling.shared_floats, shared_bytes(device)
-    if size > most:
-        return f"a block takes {size >> 10} KiB of shared memory; {device.arch} gives {most >> 10}"
+    return f"a block takes {size >> 10} KiB of shared memory; {device.arch} gives {most >> 10}" if size > most else None
+
+
+@_of_tiling
+def blocks_fit_together(tiling: Tiling, blocks: int, device: Device) -> str | None:
+    size, most = 4 * tiling.shared_floats, shared_bytes(device)
     if device.kind == "cuda" and device.capability < 70:
         most = 96 << 10 if device.capability in (52, 61) else 64 << 10  # of a multiprocessor, not of a block
     return f"{blocks} blocks of {size >> 10} KiB do not fit {most >> 10}" if blocks * size > most else None
@@ -289,7 +329,9 @@ laws = (
     keys_fill_leaves,
     one_cap_on_registers,
     registers_hold_tile,
+    registers_hold_the_rest,
     shared_memory_holds_tile,
+    blocks_fit_together,
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,

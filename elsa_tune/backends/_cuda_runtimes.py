@@ -12,7 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from elsa_tune.device import Device
 from elsa_tune.errors import KernelMissing
+
+DEVICE_FILE = "device"
+"""Beside an OpenCL kernel: the device it was built for."""
 
 C_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -134,9 +138,7 @@ class HipDriver:
         return function
 
     def launch(self, function: Any, launch: Launch, stream: int) -> None:
-        given = [
-            C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)
-        ]
+        given = [C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)]
         pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
         sizes = (ctypes.c_uint(n) for n in (launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared))
         self._checked("hipModuleLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
@@ -147,7 +149,9 @@ def _driver(dialect: str) -> Driver:
     if dialect == "hip":
         return HipDriver()
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        raise KernelMissing("cuda-bindings is not installed, so no CUDA C kernel can start; pip install 'elsa-tune[cuda]'")
+        raise KernelMissing(
+            "cuda-bindings is not installed, so no CUDA C kernel can start; pip install 'elsa-tune[cuda]'"
+        )
     return CudaDriver()
 
 
@@ -157,5 +161,5 @@ def load(dialect: str, path: Path) -> Runtime:
     if dialect == "opencl":
         from elsa_tune.backends import _opencl
 
-        return _opencl.OpenClRuntime(path.read_text())
+        return _opencl.OpenClRuntime(path.read_text(), Device.parse((path.parent / DEVICE_FILE).read_text()))
     return GpuRuntime(_driver(dialect), path.read_bytes())

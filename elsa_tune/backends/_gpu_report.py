@@ -73,7 +73,7 @@ def of_sass(sass: str) -> dict[str, int]:
     lines = []
     for line in sass.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([^;}]+)[;}]", line)
         if label:
             lines.append((label[1], ""))
         elif instruction:
@@ -121,8 +121,14 @@ def of_cubin(cubin: bytes, ptx: str, tools: Path) -> dict[str, int]:
 def disassemblers() -> tuple[str, ...]:
     """NVIDIA's disassemblers that are here: an old one for sm_50 to sm_72 (`make` puts it there), the system's, Triton's."""
     triton = importlib.util.find_spec("triton")
-    bundled = [Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"] if triton and triton.origin else []
-    places = [Path(sys.prefix) / "share" / "nvdisasm-12.8" / "nvdisasm", Path(shutil.which("nvdisasm") or "-"), *bundled]
+    bundled = (
+        [Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"] if triton and triton.origin else []
+    )
+    places = [
+        Path(sys.prefix) / "share" / "nvdisasm-12.8" / "nvdisasm",
+        Path(shutil.which("nvdisasm") or "-"),
+        *bundled,
+    ]
     return tuple(str(place) for place in places if place.is_file())
 
 

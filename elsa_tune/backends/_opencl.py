@@ -1,9 +1,7 @@
-"""OpenCL through pyopencl: devices, compiling, and kernels on torch's CPU tensors. The only file that imports pyopencl."""
+"""OpenCL through pyopencl: compiling, and kernels on torch's CPU tensors."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elsa_tune import device as devices
 from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing
@@ -18,44 +17,12 @@ from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing
 OPTIONS = ["-cl-std=CL1.2"]
 
 
-def _platform_devices() -> Iterator[Any]:
-    import pyopencl
-
-    for platform in pyopencl.get_platforms():
-        yield from platform.get_devices()
-
-
-def _described(index: int, found: Any) -> Device:
-    """An OpenCL device as a Device; ``arch`` says how many work-items can shuffle."""
-    width = 0
-    if "cl_khr_subgroup_shuffle" in found.extensions:
-        width = int(getattr(found, "preferred_work_group_size_multiple", 0) or 0)
-    return Device(
-        kind="opencl",
-        model=re.sub(r"[^a-z0-9]+", "_", found.name.lower()).strip("_"),
-        arch=f"shuffle{width}",
-        cores=found.max_compute_units,
-        gib=round(found.global_mem_size / 2**30),
-        versions=re.sub(r"[^a-z0-9.]+", "_", found.driver_version.lower()).strip("_"),
-        name=found.name,
-        memory=found.global_mem_size,
-        caches=(found.global_mem_cache_size or 32 << 20,),
-        index=index,
-    )
-
-
-def find_devices() -> Iterator[Device]:
-    """Every OpenCL device with memory that a host can reach. Raises whatever a broken installation makes pyopencl raise."""
-    for index, found in enumerate(_platform_devices()):
-        yield _described(index, found)
-
-
 @cache
 def _context(index: int) -> tuple[Any, Any]:
     """A context of the device and its queue."""
     import pyopencl
 
-    device = list(_platform_devices())[index]
+    device = [found for platform in pyopencl.get_platforms() for found in platform.get_devices()][index]
     context = pyopencl.Context([device])
     return context, pyopencl.CommandQueue(context)
 
@@ -69,6 +36,14 @@ def _programs(text: str, index: int) -> Any:
     return pyopencl.Program(context, text).build(options=OPTIONS)
 
 
+def _here(device: Device) -> Device:
+    """The device as it is found now. Raises BadDevice."""
+    for found in devices.opencl_devices():
+        if found == device:
+            return found
+    raise BadDevice(f"device {device} is not on this machine; an OpenCL kernel is compiled where it runs")
+
+
 def version(device: Device) -> str:
     """The implementation that compiles for the device."""
     return device.versions
@@ -79,8 +54,8 @@ def versions() -> dict[str, str]:
     try:
         import pyopencl
 
-        return {"pyopencl": pyopencl.VERSION_TEXT} if any(True for _ in _platform_devices()) else {}
-    except Exception:  # no library, no platform, a broken driver: nothing is found
+        return {"pyopencl": pyopencl.VERSION_TEXT} if devices.opencl_devices() else {}
+    except ImportError:
         return {}
 
 
@@ -90,14 +65,12 @@ def compile_report(text: str, device: Device, what: str) -> dict[str, int]:
         import pyopencl
     except ImportError:
         raise CompilerMissing("pyopencl is not installed; pip install 'elsa-tune[opencl]'") from None
-    here = [d for d in find_devices() if d == device]
-    if not here:
-        raise BadDevice(f"device {device} is not on this machine; an OpenCL kernel is compiled where it runs")
+    here = _here(device)
     try:
-        program = _programs(text, here[0].index)
+        program = _programs(text, here.index)
     except pyopencl.Error as error:
         raise BuildFailed(f"{what}: OpenCL failed: {str(error).strip()[:600]}; see `elsa-tune doctor`") from error
-    kernel, cl_device = program.attend, _context(here[0].index)[0].devices[0]
+    kernel, cl_device = pyopencl.Kernel(program, "attend"), _context(here.index)[0].devices[0]
     info = pyopencl.kernel_work_group_info
     return {"shared": int(kernel.get_work_group_info(info.LOCAL_MEM_SIZE, cl_device))}
 
@@ -108,12 +81,11 @@ class OpenClRuntime:
     A call returns when its output is written.
     """
 
-    def __init__(self, text: str, index: int | None = None) -> None:
+    def __init__(self, text: str, device: Device) -> None:
         self._text, self._kernels = text, dict[str, Any]()
-        self._index = next(iter(find_devices())).index if index is None else index
+        self._index = _here(device).index
         self._context, self._queue = _context(self._index)
-        device = self._context.devices[0]
-        self._in_place = bool(device.host_unified_memory)
+        self._in_place = bool(self._context.devices[0].host_unified_memory)
 
     def floats(self, like: Tensor, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32)
@@ -129,7 +101,7 @@ class OpenClRuntime:
         source = flags.USE_HOST_PTR if self._in_place else flags.COPY_HOST_PTR
         for launch in launches:
             if launch.name not in self._kernels:
-                self._kernels[launch.name] = getattr(_programs(self._text, self._index), launch.name)
+                self._kernels[launch.name] = pyopencl.Kernel(_programs(self._text, self._index), launch.name)
             kernel = self._kernels[launch.name]
             for place, (kind, given) in enumerate(zip(launch.types, launch.arguments, strict=True)):
                 if kind != "p":
@@ -140,16 +112,20 @@ class OpenClRuntime:
                     memory = _memory(given)
                     name = (given.data_ptr(), memory.nbytes)
                     if name not in buffers:
-                        buffers[name] = (pyopencl.Buffer(self._context, flags.READ_WRITE | source, hostbuf=memory), memory, given)
+                        buffers[name] = (
+                            pyopencl.Buffer(self._context, flags.READ_WRITE | source, hostbuf=memory),
+                            memory,
+                            given,
+                        )
                     kernel.set_arg(place, buffers[name][0])
-            pyopencl.enqueue_nd_range_kernel(
-                self._queue, kernel, (launch.blocks * launch.threads,), (launch.threads,)
-            )
+            pyopencl.enqueue_nd_range_kernel(self._queue, kernel, (launch.blocks * launch.threads,), (launch.threads,))
         written = {x.data_ptr() for launch in launches for x in _outputs(launch) if x is not None}
         for (start, _), (buffer, memory, _) in buffers.items():
             if start in written:
                 if self._in_place:
-                    mapped, _ = pyopencl.enqueue_map_buffer(self._queue, buffer, mode.READ, 0, memory.shape, memory.dtype)
+                    mapped, _ = pyopencl.enqueue_map_buffer(
+                        self._queue, buffer, mode.READ, 0, memory.shape, memory.dtype
+                    )
                     mapped.base.release(self._queue)
                 else:
                     pyopencl.enqueue_copy(self._queue, memory, buffer)

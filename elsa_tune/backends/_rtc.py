@@ -87,7 +87,9 @@ def nvrtcs() -> tuple[Rtc, ...]:
             continue
         name = f"nvrtc {major.value}.{minor.value}"
         found.setdefault(name, Rtc("nvrtc", file, name, tuple(archs)))
-    return tuple(sorted(found.values(), key=lambda rtc: [int(n) for n in re.findall(r"\d+", rtc.version)], reverse=True))
+    return tuple(
+        sorted(found.values(), key=lambda rtc: [int(n) for n in re.findall(r"\d+", rtc.version)], reverse=True)
+    )
 
 
 @cache
@@ -144,7 +146,11 @@ def of_log(log: str) -> dict[str, int]:
     stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
     stores = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
     loads = [int(n) for n in re.findall(r"(\d+) bytes spill loads", log)]
-    return {"registers": max(registers, default=0), "stack": max(stack, default=0), "spills": (sum(stores) + sum(loads)) // 4}
+    return {
+        "registers": max(registers, default=0),
+        "stack": max(stack, default=0),
+        "spills": (sum(stores) + sum(loads)) // 4,
+    }
 
 
 def _loops(code: bytes) -> dict[str, int]:

@@ -77,7 +77,8 @@ def command(variant: Variant) -> list[str]:
 def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
     """What a built kernel is filed under: code, target, register cap and compiler."""
     assert device is not None
-    made = [source(variant, problem).digest, str(variant.axes["registers"]), device.arch, _compiler(device)]
+    target = str(device) if device.kind == "opencl" else device.arch
+    made = [source(variant, problem).digest, str(variant.axes["registers"]), target, _compiler(device)]
     return hashlib.sha256("\0".join(made).encode()).hexdigest()[:20]
 
 
@@ -112,9 +113,9 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         binary = folder / BINARIES[device.kind]
         if device.kind == "opencl":
             binary.write_text(text)
+            (folder / _cuda_runtimes.DEVICE_FILE).write_text(str(device))
             return _opencl.compile_report(text, device, str(variant))
         code, report = _rtc.compile_for(device, text, int(variant.axes["registers"]), str(variant))
-        (folder / "kernel.cu").write_text(text)
         binary.write_bytes(code)
         shared = 4 * Tiling.of(variant.axes, problem).shared_floats
         return {**report, "shared": shared, "warps": warps, "strict": int(problem.precision == "strict")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 
 import torch
@@ -33,7 +32,18 @@ class EmulatedRuntime:
         (folder / "kernel.cpp").write_text(f'{given}#include "{HEADER}"\n{text}\n{calls}')
         compiler = _compiler.find()
         compiler.run(
-            ["-std=c++17", "-O1", "-shared", "-fPIC", "-mfma", "-ffp-contract=off", "-w", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.so")],
+            [
+                "-std=c++17",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-mfma",
+                "-ffp-contract=off",
+                "-w",
+                str(folder / "kernel.cpp"),
+                "-o",
+                str(folder / "kernel.so"),
+            ],
             str(variant),
         )
         self._library, self.seed = ctypes.CDLL(str(folder / "kernel.so")), 0

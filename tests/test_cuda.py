@@ -1,0 +1,247 @@
+"""CUDA C: the OpenCL rendering on a CPU device and the CUDA text under an emulator, against float64, with the contracts of
+every language."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from contracts import kernels
+
+from elsa_tune import device as devices
+from elsa_tune import dispatch, scan, space, tuning
+from elsa_tune.backends import Kernel, _cuda_laws, cuda
+from elsa_tune.device import Device
+from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
+from elsa_tune.problem import Problem
+from elsa_tune.space import Space
+
+H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
+TX2 = Device("cuda", "jetson_tx2", "sm_62", 2)
+GTX_980 = Device("cuda", "gtx_980", "sm_52", 16)
+MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
+OPENCL = Device("opencl", "some_gpu", "shuffle8", 20)
+SPACE = Space.load("cuda")
+BIG = "@b1.h8.q4096.k4096"
+
+
+@pytest.fixture
+def opencl_cpu() -> Device:
+    """The OpenCL device of this machine; Debian's pocl-opencl-icd makes the CPU one."""
+    pytest.importorskip("pyopencl", reason="needs pyopencl: pip install 'elsa-tune[opencl]'")
+    found = devices.opencl_devices()
+    if not found:
+        pytest.skip("needs an OpenCL device: apt-get install pocl-opencl-icd")
+    return found[0]
+
+
+def kernel_of(spelling: str, problem: Problem, device: Device) -> Kernel:
+    variant = space.parse(spelling)
+    return cuda.load(cuda.build(variant, problem, device), variant, problem)
+
+
+def networks() -> list[str]:
+    """Every scan on every level where it has states, with every schedule that merges them."""
+    found = ["serial.{}t64.x8.r4.k4.{}"]
+    for name in scan.names():
+        if name in ("hillis_steele", "blelloch"):
+            found.append(f"{name}.{{}}t64.x8.r2.k2.w4.{{}}")
+        if name != "serial":
+            workers = ".w2" if name == "hybrid" else ""
+            found += [f"{name}.{{}}t64.x8.r2.k2{workers}.s4.{s}.{{}}" for s in ("two_kernels", "last_block")]
+    return found
+
+
+FAMILIES = ("fp32.d64", "fp32.d40.v24.causal", "fp16.d64.causal", "fp16.d80", "bf16.d33.v17", "bf16.d64.causal")
+
+MORE = [
+    ("serial.{}t128.x16.r4.k2.c64.stages2.{}", "fp32.d96.v128.causal"),
+    ("serial.{}t64.x8.r4.k4.c32.swizzled.polynomial.apart.{}", "fp32.d128"),
+    ("serial.{}t32.x4.r1.k1.v1.native.heads.{}", "fp32.d1.v3.causal"),
+    ("serial.{}t64.x8.r2.k2.v2.longest.apart.{}", "fp32.d33.v17.causal"),
+    ("serial.{}t64.x16.r2.k2.c64.v2.{}", "fp32.d256"),
+    ("hybrid.{}t128.x8.r2.k4.w4.s8.last_block.swizzled.c32.apart.polynomial.{}", "fp32.d96.causal"),
+]
+
+
+def cases() -> list[tuple[str, str]]:
+    """Every network with a family of each dtype and mask, taken in turn, then every other value that changes code."""
+    crossed = [(network, FAMILIES[(i + j) % 6]) for i, network in enumerate(networks()) for j in (0, 1)]
+    return [*crossed, *((network, family) for network in networks()[:3] for family in FAMILIES), *MORE]
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize(("spelling", "family"), dict.fromkeys(cases()))
+def test_opencl_contract(spelling: str, family: str, opencl_cpu: Device) -> None:
+    problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")
+    kernels.obeys(kernel_of("cuda." + spelling.format("opencl.", "shared"), problem, opencl_cpu), problem, [], keys=500)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("seed", range(4))
+def test_random_opencl_variants(seed: int, opencl_cpu: Device) -> None:
+    family = FAMILIES[seed]
+    problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k256")
+    variant = next(SPACE.variants(problem, opencl_cpu, rng=random.Random(seed)))
+    kernels.obeys(kernel_of(str(variant), problem, opencl_cpu), problem, [], keys=500)
+
+
+def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+
+    def tensor(heads: int, length: int, dim: int) -> torch.Tensor:
+        x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
+        return x if aligned else torch.nn.functional.pad(x, (1, 2))[..., 1 : dim + 1]
+
+    q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
+    lse = torch.full(q.shape[:3], float("nan"))
+    out = kernel(q, k, v, None, None, lse)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
+    if problem.mask == "causal":
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
+    truth = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+    unit = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}[problem.dtype]
+    error = max(float((out - truth).abs().max()) / (64 * unit), float((lse - scores.logsumexp(-1)).abs().max()) / 4e-6)
+    return out, lse, error
+
+
+ASYNC = [
+    ("serial.{}t64.x8.r4.k4.stages2.async.{}", "fp32.d64"),
+    ("serial.{}t64.x8.r2.k2.c32.stages3.async.v2.{}", "fp32.d80.v40.causal"),
+    ("blelloch.{}t128.x8.r2.k2.c32.stages3.async.swizzled.w4.s4.last_block.{}", "fp32.d96.causal"),
+]
+
+
+EMULATED = [
+    *((network.format("", ""), FAMILIES[i % 6]) for i, network in enumerate(networks())),
+    *((spelling.format("", "shared" if i % 2 else ""), family) for i, (spelling, family) in enumerate([*MORE, *ASYNC])),
+]
+
+
+@pytest.mark.parametrize(("spelling", "family"), EMULATED)
+def test_cuda_text_under_an_emulator(spelling: str, family: str, tmp_path: Path) -> None:
+    """The CUDA text itself, whatever order threads and blocks run in; shared memory begins as NaN."""
+    problem = Problem.parse(family)
+    kernel, runtime = emulated.kernel(space.parse("cuda." + spelling.rstrip(".")), problem, tmp_path)
+    out, lse, error = compute(kernel, problem)
+    assert error < 1
+    for runtime.seed, aligned in ((1, True), (2, False), (3, True)):
+        again, lse_again, _ = compute(kernel, problem, aligned)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again), (
+            "the order of threads changes the answer: a race"
+        )
+
+
+@pytest.mark.parametrize(
+    ("barrier", "spelling"),
+    [
+        ("barrier_block();\n    add_values", "serial.t64.x16.r2.k2.stages1"),
+        ("if (9u >> worker", "blelloch.t64.x8.r2.k2.w4"),
+        ("copy_wait();\n    barrier_block();\n    slice_copy", "serial.t64.x8.r4.k4.stages2.async"),
+    ],
+)
+def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_path: Path) -> None:
+    problem, variant = Problem.parse("fp32.d64"), space.parse(f"cuda.{spelling}")
+    text = cuda.source(variant, problem).text
+    without = {
+        "barrier_block();\n    add_values": text.replace("    barrier_block();\n", "    \n"),
+        "if (9u >> worker": text.replace("  barrier_block();\n  if (", "  if ("),
+        "copy_wait();\n    barrier_block();\n    slice_copy": text.replace("    copy_wait();\n", ""),
+    }[barrier]
+    assert without != text
+    runtime = emulated.EmulatedRuntime(variant, without, tmp_path)
+    kernel = cuda.CudaKernel(runtime, variant, problem)
+    answers = []
+    for runtime.seed in range(4):
+        out, _, error = compute(kernel, problem)
+        answers.append((out, error))
+    assert any(not error < 1 for _, error in answers) or any(not torch.equal(out, answers[0][0]) for out, _ in answers)
+
+
+@pytest.mark.parametrize(
+    ("variant", "problem", "device", "reason"),
+    [
+        ("serial.t128.x8.r4.k4", "fp32.d64", MI300, "spoken to in hip"),
+        ("serial.hip.t32.x8.r4.k4", "fp32.d64", MI300, "do not fill warps of 64"),
+        ("serial.t32.x8.r1.k4.w8", "fp32.d64", H200, "fewer than 8 lanes"),
+        ("serial.opencl.t64.x16.r4.k4", "fp32.d64", OPENCL, "no shuffles among 16"),
+        ("serial.t128.x8.r4.k4.shared", "fp32.d64", H200, "faster than shared memory"),
+        ("serial.t128.x8.r4.k4.stages2.async", "fp32.d64", TX2, "no asynchronous copies"),
+        ("serial.t128.x8.r4.k4.stages2.async", "fp16.d64", H200, "cannot make floats of fp16"),
+        ("serial.t128.x8.r4.k4.async", "fp32.d64", H200, "a second place"),
+        ("serial.t128.x8.r4.k4.stages3", "fp32.d64", H200, "registers hold one slice"),
+        ("serial.t32.x4.r4.k2.swizzled", "fp32.d64", H200, "no multiple of 32"),
+        ("serial.t128.x16.r4.k4.c32", "fp32.d64", H200, "no multiple of 64"),
+        ("serial.t128.x8.r4.k4.c64", "fp32.d64", H200, "the whole row"),
+        ("serial.t128.x32.r4.k4", "fp32.d64", H200, "leave most of 128 empty"),
+        ("serial.t256.x8.r8.k4", "fp32.d64@b1.h8.q16.k4096", H200, "leave most of a tile of 256 empty"),
+        ("serial.t128.x8.r4.k4.b2.regs128", "fp32.d64", H200, "cap registers already"),
+        ("serial.opencl.t64.x8.r4.k4.regs64.shared", "fp32.d64", OPENCL, "no such cap"),
+        ("serial.t128.x8.r8.k8", "fp32.d256", H200, "a thread keeps"),
+        ("serial.t128.x8.r4.k4.c64", "fp32.d128", TX2, "sm_62 gives 48"),
+        ("serial.t128.x8.r4.k4.c32.b4", "fp32.d64", GTX_980, "blocks of"),
+        ("blelloch.t128.x8.r4.k4.s4", "fp32.d64", H200, "somebody must merge"),
+        ("serial.t128.x8.r4.k4.longest", "fp32.d64", H200, "equally long"),
+        ("blelloch.t128.x8.r1.k4.s32.two_kernels", "fp32.d64@b1.h1.q64.k512", H200, "fewer than states"),
+    ],
+)
+def test_laws_say_why(variant: str, problem: str, device: Device, reason: str) -> None:
+    posed = Problem.parse(problem if "@" in problem else problem + BIG)
+    refused = SPACE.refusal(SPACE.parse("cuda." + variant), posed, device)
+    assert refused is not None and reason in refused, refused
+
+
+@pytest.mark.parametrize("capability", [50, 62, 70, 75, 80, 90])
+def test_shared_memory_of_old_devices_is_kept_to(capability: int) -> None:
+    """What a law lets through fits the device, and on sm_62 no block takes more than 48 KB."""
+    device = Device("cuda", "some", f"sm_{capability}", 10)
+    for seed, family in enumerate(("fp32.d64", "fp32.d128.causal", "fp16.d256")):
+        problem = Problem.parse(family + BIG)
+        for turn in range(5):
+            variant = next(SPACE.variants(problem, device, rng=random.Random(10 * seed + turn)))
+            size = 4 * _cuda_laws.Tiling.of(variant.axes, problem).shared_floats
+            assert size <= _cuda_laws.shared_bytes(device)
+            assert capability > 62 or size <= 48 << 10
+
+
+def test_splits_beyond_scratch_go_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the states of all heads would outgrow their budget, heads go in turns, and the answer is the same."""
+    problem, variant = Problem.parse("fp32.d16"), space.parse("cuda.blelloch.t64.x8.r1.k2.v2.s4.two_kernels")
+    kernel, _ = emulated.kernel(variant, problem, tmp_path)
+    out, _, error = compute(kernel, problem)
+    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 4 * 2 * 29 * 18 + 1)  # one pair of heads
+    again, _, _ = compute(kernel, problem)
+    assert error < 1 and torch.equal(out, again)
+
+
+def test_a_kernel_refuses_tensors_of_another_family(tmp_path: Path) -> None:
+    kernel, _ = emulated.kernel(space.parse("cuda.serial.t64.x8.r2.k2"), Problem.parse("fp32.d64"), tmp_path)
+    with pytest.raises(WrongArguments, match="dimensions"):
+        kernel(*(torch.zeros(1, 2, 3, 32) for _ in range(3)))
+
+
+@pytest.mark.opencl
+def test_tuning_and_loading_an_opencl_device(opencl_cpu: Device, home: Path) -> None:
+    """From the command's own function to a kernel that runs; torch on the CPU is the incumbent."""
+    problem = Problem.parse("fp32.d32@b1.h2.q64.k64")
+    report = tuning.tune([problem], device="opencl", budget=15)
+    assert report.complete and report.outcomes[0].device == opencl_cpu
+    chosen = dispatch.load(problem, device="opencl")
+    q, k, v = (torch.randn(1, 2, 64, 32) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(chosen(q, k, v), expected, atol=2e-6)
+
+
+@pytest.mark.opencl
+def test_opencl_mistakes(opencl_cpu: Device) -> None:
+    with pytest.raises(BadDevice, match="compiled where it runs"):
+        cuda.build(space.parse("cuda.serial.opencl.t64.x8.r2.k2.shared"), Problem.parse("fp32.d16"), OPENCL)
+    from elsa_tune.backends import _opencl
+
+    with pytest.raises(BuildFailed, match="nonsense"):
+        _opencl.compile_report("__kernel void attend() { nonsense; }", opencl_cpu, "a test")
