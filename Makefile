@@ -7,7 +7,7 @@ BIN := .venv/bin
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
 
-test: .venv/installed-dev
+test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
 	$(BIN)/python -m pytest
 
 lint: .venv/installed-dev
@@ -30,6 +30,12 @@ bench: .venv/installed-bench
 .venv/installed-%: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
+
+# NVIDIA's last disassembler that reads sm_50 to sm_72, from the wheel of an old Triton; without it those tests skip.
+.venv/share/nvdisasm-12.8/nvdisasm: .venv/installed
+	-$(BIN)/python -m pip download --quiet --no-deps --dest .venv/share/nvdisasm-12.8 triton==3.4.0 && \
+	  unzip -qjo .venv/share/nvdisasm-12.8/triton-*.whl triton/backends/nvidia/bin/nvdisasm -d .venv/share/nvdisasm-12.8 && \
+	  rm .venv/share/nvdisasm-12.8/triton-*.whl && chmod +x $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

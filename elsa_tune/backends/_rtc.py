@@ -124,6 +124,12 @@ def versions() -> dict[str, str]:
     return {rtc.prefix: rtc.version for rtc in found}
 
 
+def options(device: Device, registers: int) -> list[str]:
+    """NVRTC's options for a device; ``registers`` caps a thread's, 0 does not."""
+    found = [f"--gpu-architecture=sm_{device.capability}", "--std=c++14", "--ptxas-options=-v"]
+    return [*found, *([f"--maxrregcount={registers}"] if registers else [])]
+
+
 def compile_for(device: Device, text: str, registers: int, what: str) -> tuple[bytes, dict[str, int]]:
     """Machine code for a device that need not be here, and what the compiler says of its kernels.
 
@@ -133,10 +139,7 @@ def compile_for(device: Device, text: str, registers: int, what: str) -> tuple[b
     if device.kind == "hip":
         code, _ = rtc.compile(text, [f"--offload-arch={device.arch}", "-std=c++14", "-O3"], what)
         return code, {}
-    options = [f"--gpu-architecture=sm_{device.capability}", "--std=c++14", "--ptxas-options=-v"]
-    if registers:
-        options.append(f"--maxrregcount={registers}")
-    code, log = rtc.compile(text, options, what)
+    code, log = rtc.compile(text, options(device, registers), what)
     return code, {**of_log(log), **_loops(code)}
 
 
