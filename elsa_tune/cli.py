@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
@@ -50,7 +51,7 @@ def main() -> None:
     "--device",
     default="auto",
     show_default=True,
-    help="auto, cpu, cuda, hip, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
+    help="auto, cpu, cuda, hip, opencl, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
 )
 @click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to tune.")
 @click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Tune this instead; repeatable.")
@@ -169,7 +170,7 @@ def show(variant: str, problem: str) -> None:
 @_mistakes_are_messages
 def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
-    from elsa_tune import dispatch, report, search
+    from elsa_tune import backends, dispatch, report, search
     from elsa_tune.device import detect
     from elsa_tune.problem import Problem
     from elsa_tune.space import Space
@@ -179,8 +180,61 @@ def explain(problem: str, device: str) -> None:
     for here in detect(device):
         own = next((layer.database for layer in layers() if layer.name == "own"), None)
         tried = own.measurements(device=str(here), problem=str(wanted)) if own else []
-        mattered = search.importances(Space.load("cpp"), tried)
+        spaces = [Space.load(name) for name in backends.names() if backends.get(name).generated]
+        mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
         report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
+
+
+@main.command()
+@click.option("--device", required=True, help="A target: sm_62, cortex_a72, opencl, or a device's full spelling.")
+@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
+@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@click.option("-o", "--output", default="kit", show_default=True, type=click.Path(path_type=Path), help="The folder.")
+@_mistakes_are_messages
+def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> None:
+    """Write a folder that tunes where nothing is installed: kernels, a runner, a Makefile."""
+    from elsa_tune import kit as kits
+
+    headers = kits.make(device, output, problems or None, workload)
+    click.echo(f"{output}: {len(headers)} kernels for {device}; take it there and type make run")
+
+
+@main.command()
+@click.argument("problem")
+@click.option(
+    "--device", default="auto", show_default=True, help="A device that is here, a target, or a full spelling."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The header; by default named for the family.")
+@_mistakes_are_messages
+def export(problem: str, device: str, output: Path | None) -> None:
+    """Write the best known kernel for PROBLEM on a device as one header with a plain C interface."""
+    from elsa_tune import export as exports
+    from elsa_tune.problem import Problem
+
+    made = exports.export(Problem.parse(problem), device)
+    path = output or Path(f"{made.name}.h")
+    path.write_text(made.text)
+    click.echo(f"{path}: {made.variant} as {made.name}()")
+
+
+@main.group()
+def db() -> None:
+    """The database of measurements."""
+
+
+@db.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@_mistakes_are_messages
+def import_file(file: Path) -> None:
+    """Record the measurements of FILE, as a kit or `cache/` writes them. What is not sound is counted and left out."""
+    from elsa_tune.winners import Database, import_lines
+
+    with Database.for_writing() as database:
+        found = import_lines(file, database)
+    click.echo(f"{found.taken} measurements are recorded")
+    for reason, count in sorted(found.refused.items()):
+        click.echo(f"left out {count}: {reason}", err=True)
+    sys.exit(0 if found.taken and not found.refused else EXIT_INCOMPLETE)
 
 
 @main.command()

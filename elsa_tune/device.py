@@ -113,6 +113,13 @@ def _isas(arch: str) -> tuple[str, ...]:
     )
 
 
+def cpu_target(name: str) -> bool:
+    """Whether archspec knows a microarchitecture of that name."""
+    import archspec.cpu
+
+    return name in archspec.cpu.TARGETS
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()

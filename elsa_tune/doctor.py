@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from elsa_tune import device, places, winners
-from elsa_tune.backends import _compiler, _kernel_cache, cpp, triton
+from elsa_tune.backends import _compiler, _kernel_cache, _rtc, cpp, triton
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
 
@@ -34,6 +34,8 @@ def examine() -> Iterator[Finding]:
     yield _openmp()
     yield from _gpus()
     yield _triton()
+    yield _gpu_compilers()
+    yield from _opencl()
     yield from _layers(here)
     yield _kernels()
     yield Finding(
@@ -103,6 +105,30 @@ def _triton() -> Finding:
         return Finding("Triton", True, triton.version())
     except CompilerMissing as error:
         return Finding("Triton", not device.gpus(), "not installed", str(error) if device.gpus() else "")
+
+
+def _gpu_compilers() -> Finding:
+    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc()) if rtc]
+    state = ", ".join(f"{rtc.version}{f' from sm_{min(rtc.archs)}' if rtc.archs else ''}" for rtc in found)
+    return Finding(
+        "CUDA C and HIP compilers", bool(found) or not device.gpus(), state or "none", "" if found else _rtc.REMEDY
+    )
+
+
+def _opencl() -> Iterator[Finding]:
+    """Every OpenCL device, or why there is none."""
+    try:
+        found = list(device.find_opencl_devices())
+    except ImportError:
+        yield Finding(
+            "OpenCL", True, "pyopencl is not installed", "pip install 'elsa-tune[opencl]' to tune OpenCL devices"
+        )
+        return
+    except Exception as error:
+        yield Finding("OpenCL", True, f"none: {error}", "install a driver, or pocl-opencl-icd for the CPU")
+        return
+    for one in found:
+        yield Finding("OpenCL", True, f"{one} ({one.name})")
 
 
 def _layers(here: Device) -> Iterator[Finding]:

@@ -37,6 +37,14 @@ class DatabaseUnusable(ElsaTuneError):
     """The measurement database cannot be used: corrupt, locked, read-only, or from a newer version."""
 
 
+class FolderTaken(ElsaTuneError):
+    """A folder to be written holds something else."""
+
+
+class BadMeasurements(ElsaTuneError, ValueError):
+    """A file of measurements cannot be read, or holds none that this version understands."""
+
+
 class KernelMissing(ElsaTuneError, LookupError):
     """No kernel serves this problem on this device."""
 

@@ -49,6 +49,12 @@ def doublings(first: int, last: int) -> list[int]:
     return [first << k for k in range((last // first).bit_length())]
 
 
+def quoted(line: str) -> str:
+    """A line as a C string literal, with its end."""
+    escaped = line.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}\\n"'
+
+
 def bits(cells: Iterable[int], back: int = 0) -> int:
     """A mask with a bit for each cell, moved back."""
     return sum(1 << (cell - back) for cell in cells)
@@ -67,13 +73,18 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     environment.globals.update(powers=powers, halvings=halvings, doublings=doublings, bits=bits)
+    environment.filters["quoted"] = quoted
     return environment
+
+
+def write(template: str, context: Mapping[str, Any]) -> str:
+    """The text of ``templates/<template>``; a name the context lacks is an error that gives the template's line."""
+    return re.sub(r"\n{3,}", "\n\n", _environment().get_template(template).render(context))
 
 
 def render(template: str, context: Mapping[str, Any]) -> Source:
     """Render ``templates/<template>``; a name the context lacks is an error that gives the template's line."""
-    text = _environment().get_template(template).render(context)
-    text = re.sub(r"\n{3,}", "\n\n", text)
+    text = write(template, context)
     suffix = template.removesuffix(".j2").rpartition(".")[2]
     code = _COMMENTS[suffix].sub("", text)
     code = "\n".join(line.rstrip() for line in code.splitlines() if line.strip())

@@ -74,6 +74,8 @@ class Task:
 
     def note(self, m: Measurement) -> None:
         """Take a measurement into account."""
+        if m.incumbent and not m.incumbent.startswith("sdpa."):
+            return  # timed by a kit beside a plain kernel: a hint of what to try, no ratio to compare with
         self.counts[m.status] = self.counts.get(m.status, 0) + 1
         if m.status == "ok":
             self.latest[m.variant] = m
@@ -278,6 +280,8 @@ class _Run:
             task.note(m)
             if m.variant == m.incumbent and m.seconds:
                 task.incumbent, task.seconds = self.trials.contender(parse(m.variant), task.problem), m.seconds
+            elif m.status == "ok":
+                self.suggest(task, m.variant)
         task.target = self.target(task)
         for winner in known_winners(self.device, layers(), family=task.problem.family):
             self.suggest(task, winner.variant)

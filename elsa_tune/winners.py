@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from elsa_tune import places
+from elsa_tune import places, space
 from elsa_tune.device import RUNGS, Device
-from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Measurement, Winner
+from elsa_tune.errors import BadMeasurements, DatabaseUnusable, ElsaTuneError
+from elsa_tune.measurement import STAGES, STATUSES, Measurement, Winner
+from elsa_tune.problem import Problem
 
 SCHEMA_VERSION = 1
 PATIENCE = 30.0
@@ -230,6 +231,73 @@ def read_lines(path: Path) -> Iterator[Measurement]:
     for line in path.read_text().splitlines():
         if line.strip():
             yield Measurement.from_row(json.loads(line))
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What reading a file of measurements came to: those taken, and how many were left out for each reason."""
+
+    taken: int
+    refused: dict[str, int]
+
+
+def import_lines(path: Path, database: Database) -> Imported:
+    """Record the measurements of a file of JSON lines that are sound; count the others by reason. The same line twice is one
+    row. Raises BadMeasurements for a file that cannot be read."""
+    refused: dict[str, int] = {}
+    taken = 0
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadMeasurements(f"{path}: {error}; give the results.jsonl that a kit wrote") from error
+    for line in filter(str.strip, lines):
+        try:
+            database.record(sound(json.loads(line)))
+            taken += 1
+        except (ValueError, KeyError, TypeError, RecursionError, ElsaTuneError) as error:
+            reason = str(error)[:160]
+            refused[reason] = refused.get(reason, 0) + 1
+    return Imported(taken, refused)
+
+
+_TEXTS = ("digest", "reason", "incumbent")
+_NUMBERS = ("error", "constant", "seconds", "ratio", "ratio_low", "ratio_high")
+
+
+def sound(row: Any) -> Measurement:
+    """A measurement from a row that somebody else wrote. Raises ValueError, KeyError, TypeError or ElsaTuneError where a
+    field is missing, of another type, or not a number that a clock can give."""
+    if not isinstance(row, dict):
+        raise ValueError("a line is no mapping")
+    known: dict[str, Any] = {"device": str(Device.parse(row["device"])), "problem": str(Problem.parse(row["problem"]))}
+    known["variant"] = str(space.parse(row["variant"]))
+    for name, allowed in (("status", STATUSES), ("stage", STAGES)):
+        known[name] = row.get(name, allowed[0])
+        if known[name] not in allowed:
+            raise ValueError(f"{name} is none of {', '.join(allowed)}")
+    for name in _TEXTS:
+        known[name] = row.get(name, "")
+        if not isinstance(known[name], str) or len(known[name]) > 1000:
+            raise ValueError(f"{name} is no short text")
+    for name in _NUMBERS:
+        known[name] = _number(row.get(name), name)
+    known["created"] = _number(row.get("created", 0.0), "created")
+    for name in ("samples", "incumbent_samples"):
+        known[name] = tuple(_number(x, name) for x in json.loads(row.get(name, "[]")))
+    for name in ("resources", "provenance"):
+        known[name] = json.loads(row.get(name, "{}"))
+        if not isinstance(known[name], dict) or not all(isinstance(x, str | int | float) for x in known[name].values()):
+            raise ValueError(f"{name} is no mapping of numbers and words")
+    return Measurement(**known)
+
+
+def _number(x: Any, name: str) -> float | None:
+    """A finite number of ordinary size, or None."""
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < 1e12:
+        raise ValueError(f"{name} is no number from 0 on")
+    return float(x)
 
 
 def write_lines(measurements: Iterable[Measurement], path: Path) -> None:

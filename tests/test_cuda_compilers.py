@@ -152,7 +152,16 @@ def test_defaults_stay_in_registers_and_multiply_and_add() -> None:
 def test_nvcc_reads_the_same_text(spelling: str, family: str, tmp_path: Path) -> None:
     source = tmp_path / "kernel.cu"
     source.write_text(cuda.source(space.parse(spelling), Problem.parse(family)).text)
-    command = ["nvcc", "-std=c++14", "-arch=sm_80", "-cubin", "-Werror", "all-warnings", "-o", str(tmp_path / "k.cubin")]
+    command = [
+        "nvcc",
+        "-std=c++14",
+        "-arch=sm_80",
+        "-cubin",
+        "-Werror",
+        "all-warnings",
+        "-o",
+        str(tmp_path / "k.cubin"),
+    ]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:2000]
 
@@ -161,7 +170,19 @@ def amd_clang() -> list[str] | None:
     """A command that compiles HIP for AMD targets, if this machine has one."""
     for name in ("amdclang++", *(f"clang++-{n}" for n in range(22, 14, -1)), "clang++"):
         if shutil.which(name) and Path("/usr/include/hip/hip_runtime.h").is_file():
-            return [name, "-x", "hip", "--cuda-device-only", "--rocm-path=/usr", "-std=c++14", "-O3", "-Wall", "-Wextra", "-Werror", "-S"]
+            return [
+                name,
+                "-x",
+                "hip",
+                "--cuda-device-only",
+                "--rocm-path=/usr",
+                "-std=c++14",
+                "-O3",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-S",
+            ]
     return None
 
 

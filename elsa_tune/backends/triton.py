@@ -41,6 +41,8 @@ def refusal(problem: Problem, device: Device) -> str | None:
     """Triton serves float32, float16 and bfloat16, no mask or causal, dimensions up to 256, on GPUs."""
     if not device.is_gpu:
         return f"Triton runs on GPUs, not on {device}"
+    if device.kind == "cuda" and device.capability < 70:
+        return f"Triton serves sm_70 and later, not {device.arch}"
     if problem.precision not in DOTS:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:

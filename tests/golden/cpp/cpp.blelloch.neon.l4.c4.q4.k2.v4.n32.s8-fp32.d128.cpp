@@ -318,7 +318,7 @@ struct Tile {
     int t = 0;
     for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
     constexpr int REST = VALUE_STEPS % VT;
-    if constexpr (REST > 0) dot_values<QV, REST>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
   }
 
   // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
@@ -393,7 +393,7 @@ int run(const Call& c) {
   while (grid.splits > 1 && (grid.splits > leaves || grid.splits * cells * cell_bytes > SCRATCH_BYTES)) grid.splits /= 2;
   if (grid.splits > 1) {
     const int64_t bytes = grid.splits * cells * cell_bytes;
-    char* const memory = static_cast<char*>(std::aligned_alloc(64, (bytes + cells * sizeof(std::atomic<int32_t>) + 63) / 64 * 64));
+    char* const memory = static_cast<char*>(aligned_alloc(64, (bytes + cells * sizeof(std::atomic<int32_t>) + 63) / 64 * 64));
     if (!memory) return 1;
     grid.states = reinterpret_cast<State<QUERY_VECTORS>*>(memory);
     grid.unfinished = reinterpret_cast<std::atomic<int32_t>*>(memory + bytes);

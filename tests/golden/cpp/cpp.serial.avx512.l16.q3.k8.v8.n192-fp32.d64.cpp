@@ -306,7 +306,7 @@ struct Tile {
     int t = 0;
     for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
     constexpr int REST = VALUE_STEPS % VT;
-    if constexpr (REST > 0) dot_values<QV, REST>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
   }
 
   // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
