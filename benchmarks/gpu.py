@@ -1,5 +1,5 @@
-"""Side by side on a GPU, in one interleaved run: elsa-tune, torch's flash, memory-efficient, cuDNN and math kernels, and
-compiled FlexAttention.
+"""Side by side on a GPU, in one interleaved run: elsa-tune's Triton and CUDA C, torch's flash, memory-efficient, cuDNN and math
+kernels, and compiled FlexAttention.
 
 Runs from a checkout with PYTHONPATH alone:  PYTHONPATH=. python benchmarks/gpu.py --minutes 8
 Problems that are not tuned yet are tuned first. Every kernel is checked against float64 before it is timed, on inputs that
@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 
 from elsa_tune import backends, check, measure, places, tuning, winners
 from elsa_tune.device import Device, detect
+from elsa_tune.errors import CompilerMissing
 from elsa_tune.measure import Contender, Worker, WorkerFailed
+from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space, parse
 from elsa_tune.winners import Database
@@ -28,6 +31,7 @@ from elsa_tune.winners import Database
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 12
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+GENERATORS = ("triton", "cuda")
 ARITHMETIC = {
     "sdpa.flash": "half products, float32 sums",
     "sdpa.cudnn": "half products, float32 sums",
@@ -66,13 +70,21 @@ def contender(spelling: str, problem: Problem, device: Device) -> Contender:
 
 
 def side_by_side(problem: Problem, device: Device, worker: Worker, database: Database) -> dict[str, Any]:
-    """One race of the tuned winner and everyone of torch's who takes the problem."""
+    """One race of the best variant of each generator and everyone of torch's who takes the problem."""
     here = {"device": str(device), "problem": str(problem)}
-    final = [m for m in database.measurements(stage="final", status="ok", **here) if not m.variant.startswith("sdpa.")]
-    tuned = max(final, key=lambda m: m.ratio or 0, default=None)
+    best: dict[str, Measurement] = {}  # backend -> its best final, or trial where none reached the final
+    for m in database.measurements(status="ok", **here):
+        backend = m.variant.partition(".")[0]
+        if backend not in best or (m.stage == "final", m.ratio or 0) > (
+            best[backend].stage == "final",
+            best[backend].ratio or 0,
+        ):
+            best[backend] = m
+    ours = [best[name] for name in GENERATORS if name in best]
+    tuned = max(ours, key=lambda m: m.ratio or 0, default=None)
     served = next(iter(database.winners(**here)), None)
     racing, absent = [], {}
-    spellings = [str(v) for v in Space.load("sdpa").variants(problem, device)] + ([tuned.variant] if tuned else [])
+    spellings = [str(v) for v in Space.load("sdpa").variants(problem, device)] + [m.variant for m in ours]
     for spelling in spellings:
         one = contender(spelling, problem, device)
         try:
@@ -109,27 +121,59 @@ def side_by_side(problem: Problem, device: Device, worker: Worker, database: Dat
     return found
 
 
-def show(line: dict[str, Any]) -> None:
+def show(line: dict[str, Any], peaks: dict[str, float]) -> None:
     print(f"{line['problem']}  served by {line.get('served_by')}", flush=True)
+    peak = peaks.get("fp32") if Problem.parse(line["problem"]).precision == "strict" else None
     for name, row in sorted(line.get("rows", {}).items(), key=lambda item: item[1]["milliseconds"]):
         versus = row.get("tuned_is_faster_by")
         text = f"tuned is {versus[0]:.2f} [{versus[1]:.2f}, {versus[2]:.2f}] times as fast" if versus else ""
+        text += f"  {row['gflops'] / peak:.2f} of the multiply-add peak" if peak else ""
         print(f"  {row['milliseconds']:9.3f} ms {row['gflops'] / 1e3:8.1f} TFLOP/s  {row['error']:.1e}  {name}  {text}")
     for name, why in line["absent"].items():
         print(f"  absent: {name}: {why}")
 
 
+NETWORKS = (
+    *(f"cuda.{scan}.t64.x8.r2.k2.w4" for scan in ("hillis_steele", "blelloch")),
+    *(
+        f"cuda.{scan}.t64.x8.r2.k2.s4.{how}"
+        for scan in ("hillis_steele", "blelloch")
+        for how in ("two_kernels", "last_block")
+    ),
+    *(f"cuda.hybrid.t64.x8.r2.k2.w2.s4.{how}" for how in ("two_kernels", "last_block")),
+)
+"""A variant for each scan and schedule of the CUDA C backend."""
+
+
 def check_here(device: Device) -> None:
-    """Every starting variant of every family, small problems, in this process: for compute-sanitizer."""
-    space = Space.load("triton")
-    for family in ("fp32.d64", "fp32.strict.d40.causal", "fp16.d80.causal", "bf16.d128", "fp16.d64.causal.backward"):
-        problem = Problem.parse(f"{family}@b2.h4.kv2.q300.k300")
-        for variant in map(space.parse, space.start):
-            if space.refusal(variant, problem, device) is None:
-                built = backends.get("triton").build(variant, problem, device)
-                kernel = backends.get("triton").load(built, variant, problem)
-                verdict = check.check_family(kernel, problem, [], device=device.torch)
-                print(f"{family} {variant}: {verdict.reason or f'error {verdict.error:.1e}'}", flush=True)
+    """Every starting variant of every generator, and one for each scan and schedule; small problems, in this process: for
+    compute-sanitizer (memcheck, racecheck)."""
+    for name in GENERATORS:
+        space, backend = Space.load(name), backends.get(name)
+        for family in (
+            "fp32.d64",
+            "fp32.strict.d40.causal",
+            "fp16.d80.causal",
+            "bf16.d128",
+            "fp16.d64.causal.backward",
+        ):
+            problem = Problem.parse(f"{family}@b2.h4.kv2.q300.k300")
+            if backend.refusal(problem, device):
+                continue
+            for variant in map(space.parse, (*space.start, *(NETWORKS if name == "cuda" else ()))):
+                if space.refusal(variant, problem, device) is None:
+                    kernel = backend.load(backend.build(variant, problem, device), variant, problem)
+                    verdict = check.check_family(kernel, problem, [], device=device.torch)
+                    print(f"{family} {variant}: {verdict.reason or f'error {verdict.error:.1e}'}", flush=True)
+
+
+def toolchains(device: Device) -> dict[str, str]:
+    """Versions of the generators that are here."""
+    found: dict[str, str] = {}
+    for name in GENERATORS if device.is_gpu else ():
+        with suppress(CompilerMissing):
+            found |= backends.get(name).toolchain(device)
+    return found
 
 
 def main() -> None:
@@ -157,7 +201,7 @@ def main() -> None:
                 lines.append({"problem": text, "absent": {"everyone": "not measured: out of time"}})
                 continue
             lines.append(side_by_side(Problem.parse(text), device, worker, database))
-            show(lines[-1])
+            show(lines[-1], peaks)
         shipped = [m for m in database.winners(device=str(device)) if (m.ratio_low or 0) > 1 and m.error is not None]
     if options.problem and not options.out:
         return
@@ -165,7 +209,7 @@ def main() -> None:
     results, cache = (options.out, options.out) if options.out else (ROOT / "benchmarks" / "results", ROOT / "cache")
     content = {
         "device": str(device), "name": device.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "toolchain": backends.get("triton").toolchain() if device.is_gpu else {}, "peaks": peaks, "lines": lines,
+        "toolchain": toolchains(device), "peaks": peaks, "lines": lines,
     }  # fmt: skip
     (results / f"{name}.json").write_text(json.dumps(content, indent=1))
     winners.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")

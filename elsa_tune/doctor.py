@@ -129,6 +129,8 @@ def _opencl() -> Iterator[Finding]:
         return
     for one in found:
         yield Finding("OpenCL", True, f"{one} ({one.name})")
+    if not found:
+        yield Finding("OpenCL", True, "no device")
 
 
 def _layers(here: Device) -> Iterator[Finding]:

@@ -248,9 +248,12 @@ def race(
 
 
 def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
-    """The device's measured limits, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``)."""
+    """The device's measured limits, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``);
+    nothing for an OpenCL device."""
     if device.is_gpu:
         return clock.gpu_peak(device, seconds)
+    if device.kind != "cpu":
+        return {}
     from elsa_tune.backends import cpp
 
     return cpp.peak(seconds)

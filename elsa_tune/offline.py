@@ -15,9 +15,10 @@ from functools import cache, partial
 from elsa_tune import backends, places
 from elsa_tune import workload as workloads
 from elsa_tune.backends import Built
+from elsa_tune.backends._cuda_laws import Tiling
 from elsa_tune.backends._gpu_report import spills
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.errors import BadDevice
+from elsa_tune.errors import BadDevice, CompilerMissing
 from elsa_tune.measure import Worker, WorkerFailed, build
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import DTYPE_BYTES, Problem
@@ -49,6 +50,10 @@ _BLOCKS = 32
 
 _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
 """Clocks of the matrix unit relative to one float16 product."""
+
+
+_MIX = {"all": 1.12, "shared": 0.1}
+"""Instructions for each multiply-add of a CUDA C kernel's hottest loop, where no disassembler reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,9 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     resident = occupancy(resources, goal)
     if not resident:
         return None
-    axes = {name: int(value) for name, value in variant.axes.items() if isinstance(value, int)}
+    axes = _geometry(variant, problem)
+    if variant.backend == "cuda":
+        resources = {**resources, **_turn_of_cuda(variant, problem, resources)}
     warps, step = resources["warps"], axes["block_n"] * axes["workers"]
     backward = problem.direction == "backward"
     rows = problem.q_len * (1 if backward else problem.group)
@@ -122,7 +129,7 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     turns = max(1.0, seen / step)
     threads = warps * goal.device.warp
     products = axes["block_m"] * step * (problem.head_dim + problem.value_dim) * (2.5 if backward else 1.0)
-    dot = str(variant.axes["dot"])
+    dot = str(variant.axes.get("dot", "fma"))
     on_matrix = resources["loop_matrix"] and goal.matrix
     clocks = max(
         resources["loop_all"] * warps / _SCHEDULERS,
@@ -141,6 +148,32 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     return max(busy, moved) + LAUNCH * (2 if variant.axes["schedule"] == "two_kernels" else 1)
 
 
+def _geometry(variant: Variant, problem: Problem) -> dict[str, int]:
+    """block_m, block_n, workers, splits and stages, whatever the backend derives them from."""
+    axes = {name: int(value) for name, value in variant.axes.items() if isinstance(value, int)}
+    if variant.backend == "cuda":
+        tiling = Tiling.of(variant.axes, problem)
+        axes |= {"block_m": tiling.block_m, "block_n": tiling.block_n}
+    return axes
+
+
+def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> dict[str, int]:
+    """Instructions of a thread in one turn over a leaf. The report counts the hottest of the inner loops alone: its mix is
+    taken for the products, and what each score and each copied vector costs beside them is added."""
+    tiling = Tiling.of(variant.axes, problem)
+    products = tiling.rows * (tiling.keys * tiling.head_columns + tiling.columns * tiling.block_n)
+    scores, copied = tiling.rows * tiling.keys, 2 * tiling.copies * (tiling.head_slices + tiling.value_slices)
+    hottest = resources.get("loop_fma", 0)
+    mix = {name: resources[f"loop_{name}"] / hottest if hottest else guess for name, guess in _MIX.items()}
+    return {
+        "loop_fma": products + 2 * scores,
+        "loop_all": round(products * mix["all"]) + 10 * scores + 6 * copied,
+        "loop_shared": round(products * mix["shared"]) + scores + copied,
+        "loop_exp": scores + tiling.rows,
+        "loop_matrix": 0,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A variant that was compiled but not measured."""
@@ -153,10 +186,11 @@ class Candidate:
 
 @dataclass
 class Ranking:
-    """One problem being ranked: what was compiled, and how many variants failed to or have a flaw."""
+    """One problem being ranked by the searches of the backends that serve it: what was compiled, and how many variants failed
+    to or have a flaw."""
 
     problem: Problem
-    search: Search
+    searches: list[Search]
     candidates: list[Candidate] = field(default_factory=list)
     refused: int = 0
     exhausted: bool = False
@@ -182,15 +216,11 @@ def rank(
     BadWorkload, DatabaseUnusable, CompilerMissing.
     """
     goal = target(device)
-    here, backend, space = goal.device, backends.get("triton"), Space.load("triton")
-    backend.toolchain()
+    here = goal.device
     given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
     deadline = time.monotonic() + budget
-    rankings = [
-        Ranking(problem, _search(space, problem, here, seed))
-        for problem in dict.fromkeys(given)
-        if backend.refusal(problem, here) is None
-    ]
+    rankings = [Ranking(problem, _searches(problem, here, seed)) for problem in dict.fromkeys(given)]
+    rankings = [ranking for ranking in rankings if ranking.searches]
     with Database.for_writing() as database, Worker(count=host_cpu().cores) as builders:
         while time.monotonic() < deadline and not all(r.exhausted for r in rankings):
             for ranking in rankings:
@@ -203,13 +233,28 @@ def rank(
     return rankings
 
 
-def _search(space: Space, problem: Problem, device: Device, seed: int) -> Search:
-    """The search that tunes real devices, asked here for what the model likes."""
-    name = partial(backends.get(space.backend).digest, problem=problem, device=device)
-    search = Search(space, partial(space.variants, problem, device), name, seed=seed)
-    starts = map(space.parse, space.start)
-    search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)
-    return search
+def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
+    """The searches that tune real devices, asked here for what the model likes. Raises CompilerMissing if no backend that
+    could serve the problem has its compiler here."""
+    found, missing = [], None
+    for backend in ("triton", "cuda"):
+        if backends.get(backend).refusal(problem, device):
+            continue
+        space = Space.load(backend)
+        name = partial(backends.get(backend).digest, problem=problem, device=device)
+        starts = [v for v in map(space.parse, space.start) if space.refusal(v, problem, device) is None]
+        try:
+            for variant in starts[:1]:
+                name(variant)  # needs the compiler's version
+        except CompilerMissing as error:
+            missing = error
+            continue
+        search = Search(space, partial(space.variants, problem, device), name, seed=seed)
+        search.enqueue(starts)
+        found.append(search)
+    if missing and not found:
+        raise missing
+    return found
 
 
 def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
@@ -221,13 +266,13 @@ def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
         except WorkerFailed:
             return None
 
-    asked = ranking.search.ask(ROUND)
+    asked = {v: search for search in ranking.searches for v in search.ask(ROUND // len(ranking.searches))}
     ranking.exhausted = not asked
     with ThreadPoolExecutor(host_cpu().cores) as pool:
         for variant, built in zip(asked, list(pool.map(attempt, asked)), strict=True):
             sound = built and not built.flaw and not spills(built.resources)  # unmeasured, nothing excuses a spill
             seconds = predict(variant, ranking.problem, built.resources, goal) if built and sound else None
-            ranking.search.tell(variant, _SECOND / seconds if seconds else None)
+            asked[variant].tell(variant, _SECOND / seconds if seconds else None)
             if built is None or seconds is None:
                 ranking.refused += 1
             else:
@@ -245,7 +290,7 @@ def _record(database: Database, ranking: Ranking, device: Device) -> None:
                 reason=f"not measured; place {place} of {len(ranking.candidates)} compiled for {device.arch}",
                 digest=candidate.built.digest,
                 resources=dict(candidate.built.resources),
-                provenance=backends.get("triton").toolchain(),
+                provenance=backends.get(candidate.variant.backend).toolchain(),
                 created=time.time(),
             )
         )

@@ -199,7 +199,7 @@ class Trials:
         self._record(problem, contender.variant, status, **facts)
 
     def _record(self, problem: Problem, variant: Variant, status: str, **facts: object) -> None:
-        versions = {**backends.get("sdpa").toolchain(), **backends.get(variant.backend).toolchain()}
+        versions = {**backends.get("sdpa").toolchain(), **backends.get(variant.backend).toolchain(self.device)}
         measurement = Measurement(
             device=str(self.device),
             problem=str(problem),

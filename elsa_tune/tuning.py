@@ -199,7 +199,7 @@ def _searches(
         try:
             if not backend.generated or backend.refusal(problem, device):
                 continue
-            backend.toolchain()
+            backend.toolchain(device)
         except CompilerMissing as error:
             if str(error) not in notes:
                 notes.append(str(error))

@@ -32,6 +32,7 @@ def no_opencl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         from elsa_tune import device
 
         monkeypatch.setattr(device, "opencl_devices", lambda: ())
+        monkeypatch.setattr(device, "find_opencl_devices", lambda: iter(()))  # a loader that found none stays that way
         monkeypatch.setenv("OCL_ICD_VENDORS", "none")  # for processes that tests start
 
 

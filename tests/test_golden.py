@@ -9,6 +9,7 @@ import pytest
 
 from elsa_tune import backends, space
 from elsa_tune.backends import cpp
+from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 
 CASES = [
@@ -19,6 +20,9 @@ CASES = [
     ("triton.hybrid.ieee.m32.n32.warps4.stages1.w2.s4.last_block.pair.apart.parts.longest", "fp32.strict.d80.causal"),
     ("triton.blelloch.fma.m1.n32.warps4.stages2.s16.two_kernels.apart.persistent2", "bf16.d128"),
     ("triton.serial.half.m32.n32.warps4.stages2", "bf16.d96.v64.causal.backward"),
+    ("cuda.serial.t128.x8.r6.k6.stages2.async", "fp32.d64"),
+    ("cuda.hybrid.hip.t128.x8.r2.k2.c32.w2.s4.last_block.native.apart", "bf16.d96.causal"),
+    ("cuda.blelloch.opencl.v2.swizzled.t64.x8.r2.k4.w2.s4.two_kernels.shared.polynomial", "fp16.d64.v32"),
 ]
 
 
@@ -43,6 +47,7 @@ def test_digest_ignores_comments_and_sees_code() -> None:
     problem, other = Problem.parse("fp32.d64"), Problem.parse("fp32.d64@b2.h8.q5.k9")
     variant = space.parse(CASES[0][0])
     assert cpp.digest(variant, problem) == cpp.digest(variant, other), "a shape must not recompile"
-    digests = {backends.get(v.partition(".")[0]).digest(space.parse(v), Problem.parse(f)) for v, f in CASES}
+    gpu = Device("cuda", "some", "sm_90", 10)  # a target that every backend can name
+    digests = {backends.get(v.partition(".")[0]).digest(space.parse(v), Problem.parse(f), gpu) for v, f in CASES}
     assert len(digests) == len(CASES)
     assert cpp.digest(variant, problem) != cpp.digest(variant, Problem.parse("fp32.d80"))

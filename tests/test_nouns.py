@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elsa_tune import backends, space, workload
-from elsa_tune.backends import cpp, triton
+from elsa_tune.backends import cpp, cuda, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
 from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
@@ -84,7 +84,7 @@ def test_variants_read_what_they_spell(name: str) -> None:
         device = H200 if name == "cuda" else AVX512
         variant = next(search_space.variants(problem, device, rng=random.Random(seed)))
         assert space.parse(str(variant)) == variant
-        assert search_space.refusal(variant, problem, AVX512) is None
+        assert search_space.refusal(variant, problem, device) is None
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,14 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
     used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}
     assert used["forward"] == axes - {"dims"} | family | derived, "dims decides head_parts and value_parts"
     assert used["backward"] <= axes | family | derived
+
+
+def test_cuda_axes_and_templates_agree_both_ways() -> None:
+    axes = {axis.name for axis in Space.load("cuda").axes}
+    family = {"head_dim", "value_dim", "mask", "dtype", "family", "variant"}
+    derived = {"block_scan", "grid_scan", "tiling", "exp2_coefficients"}
+    for name in cuda.TEMPLATES.values():
+        assert undeclared(name) == axes - {"slice"} | family | derived, "slice decides tiling"
 
 
 def test_workloads() -> None:

@@ -100,8 +100,9 @@ class Backend(Protocol):
     def load(self, built: Built, variant: Variant, problem: Problem) -> Any:
         """A Kernel, or for a backward problem Gradients."""
 
-    def toolchain(self) -> dict[str, str]:
-        """Names and versions that decide what is built: provenance of every measurement. Raises CompilerMissing."""
+    def toolchain(self, device: Device | None = None) -> dict[str, str]:
+        """Names and versions that decide what is built for the device (None: this machine's): provenance of every measurement.
+        Raises CompilerMissing where nothing can be built or run."""
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
-from elsa_tune.errors import KernelMissing
+from elsa_tune.errors import CompilerMissing
 
 DEVICE_FILE = "device"
 """Beside an OpenCL kernel: the device it was built for."""
@@ -144,14 +144,21 @@ class HipDriver:
         self._checked("hipModuleLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)
 
 
-@cache
-def _driver(dialect: str) -> Driver:
-    if dialect == "hip":
-        return HipDriver()
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        raise KernelMissing(
+def needed(dialect: str) -> None:
+    """Raise CompilerMissing where the package that starts such kernels is not installed."""
+    if dialect == "cuda" and (
+        importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None
+    ):
+        raise CompilerMissing(
             "cuda-bindings is not installed, so no CUDA C kernel can start; pip install 'elsa-tune[cuda]'"
         )
+
+
+@cache
+def _driver(dialect: str) -> Driver:
+    needed(dialect)
+    if dialect == "hip":
+        return HipDriver()
     return CudaDriver()
 
 

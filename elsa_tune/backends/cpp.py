@@ -370,6 +370,6 @@ def peak(seconds: float) -> dict[str, float]:
     return {"gflops": rates[0], "gbytes": rates[1]}
 
 
-def toolchain() -> dict[str, str]:
+def toolchain(device: Device | None = None) -> dict[str, str]:
     """Compiler and OpenMP runtime."""
     return {"compiler": _compiler.find().version, "openmp": Path(openmp()[0]).name, "python": sys.version.split()[0]}

@@ -205,11 +205,13 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
     return CudaKernel(_cuda_runtimes.load(str(variant.axes["dialect"]), built.path), variant, problem)
 
 
-def toolchain() -> dict[str, str]:
-    """The compilers found, by dialect. Raises CompilerMissing where there is none."""
-    found = {**_rtc.versions(), **_opencl.versions()}
-    if not found:
-        raise CompilerMissing(
-            "no compiler of GPU kernels was found (NVRTC, hiprtc, OpenCL); pip install 'elsa-tune[cuda]' or 'elsa-tune[opencl]'"
-        )
-    return found
+def toolchain(device: Device | None = None) -> dict[str, str]:
+    """The compiler that serves the device; without one, every compiler found. Raises CompilerMissing, also where nothing could
+    start what is built."""
+    if device is None or device.kind not in BINARIES:
+        found = {**_rtc.versions(), **_opencl.versions()}
+        if not found:
+            raise CompilerMissing(f"no compiler of GPU kernels was found; {_rtc.REMEDY}, 'elsa-tune[opencl]' pyopencl")
+        return found
+    _cuda_runtimes.needed(device.kind)
+    return _opencl.versions() if device.kind == "opencl" else {"rtc": _rtc.find(device).version}

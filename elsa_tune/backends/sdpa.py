@@ -200,6 +200,6 @@ def load(built: Built, variant: Variant, problem: Problem) -> Any:
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 
-def toolchain() -> dict[str, str]:
+def toolchain(device: Device | None = None) -> dict[str, str]:
     """torch's version."""
     return {"torch": torch.__version__}

@@ -281,6 +281,6 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients
     return TritonKernel(module, problem) if problem.direction == "forward" else TritonGradients(module)
 
 
-def toolchain() -> dict[str, str]:
+def toolchain(device: Device | None = None) -> dict[str, str]:
     """Triton's version."""
     return {"triton": version()}

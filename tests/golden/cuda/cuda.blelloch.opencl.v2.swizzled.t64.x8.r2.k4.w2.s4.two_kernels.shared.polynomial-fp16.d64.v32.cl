@@ -1,0 +1,420 @@
+// elsa-tune: cuda.blelloch.opencl.v2.swizzled.t64.x8.r2.k4.w2.s4.two_kernels.shared.polynomial for fp16.d64.v32
+// Regenerate this text: elsa-tune show cuda.blelloch.opencl.v2.swizzled.t64.x8.r2.k4.w2.s4.two_kernels.shared.polynomial fp16.d64.v32
+//
+// Exact softmax attention as a scan over states (m, S, W): an up-sweep of pairs; the total needs no down-sweep.
+//   leaf   32 keys x 8 query rows -> scores, exp2, one state; 2 x 4 scores in the registers of a thread
+//   fold   a worker folds its leaves, state in registers
+//   block  2 worker states of one block merged on chip by rounds
+//   grid   4 splits of the key axis, states in memory merged by rounds (two_kernels)
+// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K and V
+// read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the dialect.
+// OpenCL C 1.2.
+#define KERNEL(threads, blocks) __kernel __attribute__((reqd_work_group_size(threads, 1, 1))) void
+#define DEVICE static inline __attribute__((always_inline))
+#define GLOBAL __global
+#define SHARED __local
+#define SHARED_MEMORY __local float4 memory[(SHARED_FLOATS + 3) / 4]
+#define UNROLL _Pragma("unroll")
+#define UNROLL_PARTLY _Pragma("unroll 4")
+typedef long index_t;
+DEVICE int thread_index(void) { return (int)get_local_id(0); }
+DEVICE int block_index(void) { return (int)get_group_id(0); }
+DEVICE void barrier_block(void) { barrier(CLK_LOCAL_MEM_FENCE); }
+DEVICE float multiply_add(float a, float b, float c) { return fma(a, b, c); }
+DEVICE float larger(float a, float b) { return fmax(a, b); }
+DEVICE float float_of(unsigned bits) { return as_float(bits); }
+DEVICE unsigned bits_of(float x) { return as_uint(x); }
+DEVICE float exp2_library(float x) { return exp2(x); }
+DEVICE float log2_library(float x) { return log2(x); }
+
+enum {
+  HEAD_DIM = 64, VALUE_DIM = 32,
+  THREADS = 64,       // of a block
+  WORKERS = 2,         // that share a tile of query rows, each with its own leaves
+  TEAM = 32,          // threads of a worker
+  LANES = 8,           // threads that share query rows
+  TEAM_ROWS = 4,
+  ROWS = 2, KEYS = 4,  // of a thread: query rows, keys of a leaf
+  BLOCK_M = 8, BLOCK_N = 32,
+  STEP = 64,          // keys of one turn of the loop: a leaf for each worker
+  SPLITS = 4,
+  STAGES = 1,          // slices of K or V that shared memory holds
+  HEAD_COLUMNS = 64, VALUE_COLUMNS = 32,  // padded
+  HEAD_SLICE = 64, VALUE_SLICE = 32,      // columns of a slice
+  HEAD_SLICES = 1, VALUE_SLICES = 1,
+  GROUPS = 2,          // vectors of value columns that a thread has of a slice
+  COLUMNS = 4,         // value columns of a thread
+  QUERY_STRIDE = 64, SLICE_STRIDE = 64, P_STRIDE = 32,  // floats of a row in shared memory
+  STAGE_FLOATS = 2048, P_FLOATS = 256, STATE_FLOATS = 384,
+  SHARED_FLOATS = 5120
+};
+
+// What memory holds (fp16) and what is computed with: float.
+typedef unsigned short element;
+DEVICE float float_from(element x) {
+  const unsigned magnitude = x & 0x7fffu, sign = (x & 0x8000u) << 16;
+  const float special = float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity or NaN
+  return magnitude >= 0x7c00u ? special : float_of(sign | bits_of(float_of(magnitude << 13) * 5.192296858534828e+33f));  // 2^112
+}
+DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays NaN
+  const unsigned b = bits_of(x), sign = b >> 16 & 0x8000u, magnitude = b & 0x7fffffffu;
+  const unsigned normal = magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u);  // exponent from bias 127 to 15
+  const unsigned tiny = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;            // the sum's last bit is 2^-24
+  const unsigned rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x47800000u ? 0x7c00u : magnitude < 0x38800000u ? tiny : normal >> 13;
+  return (element)(sign | rounded);
+}
+DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
+// 2^x: split x into an integer, placed in the exponent, and f in [-1/2, 1/2]. Below 2^-126 the answer is 0; NaN stays NaN.
+DEVICE float exp2_of(float x) {
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become the integer
+  const float f = x - (shifted - 12582912.0f);
+  float p = 0.00132764678f;
+  p = multiply_add(p, f, 0.00967554096f);
+  p = multiply_add(p, f, 0.0555071346f);
+  p = multiply_add(p, f, 0.240221202f);
+  p = multiply_add(p, f, 0.693146944f);
+  p = multiply_add(p, f, 1.00000012f);
+  const float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
+  return x < -126.0f ? 0.0f : y;
+}
+// 2 floats at once.
+typedef float2 vec;
+DEVICE vec load_vec(const SHARED float* from) { return *(const SHARED vec*)from; }
+DEVICE void store_vec(SHARED float* to, vec x) { *(SHARED vec*)to = x; }
+
+// Where a row's column lies in shared memory: swizzled, so that lanes reading different rows meet different banks.
+DEVICE int column_at(int row, int column) {
+  return column ^ (row & 7) * 2;
+}
+DEVICE int place(int row, int column, int stride) { return row * stride + column_at(row, column); }
+// A vector of a row in memory as floats, zero from column `dim` on. `aligned`: every vector of every row is.
+DEVICE vec fetch(const GLOBAL element* row, int column, int dim, int aligned) {
+  vec x;
+  if (aligned && column + 2 <= dim) {
+    const unsigned pairs = *(const GLOBAL unsigned*)(row + column);
+    x.x = float_from((element)(pairs));
+    x.y = float_from((element)(pairs >> 16));
+  } else {
+    x.x = column + 0 < dim ? float_from(row[column + 0]) : 0.0f;
+    x.y = column + 1 < dim ? float_from(row[column + 1]) : 0.0f;
+  }
+  return x;
+}
+
+DEVICE vec zero_vec(void) {
+  vec x;
+  x.x = 0.0f;
+  x.y = 0.0f;
+  return x;
+}
+
+// Where a slice of K or V comes from: a head's rows.
+typedef struct {
+  const GLOBAL element* rows;
+  index_t stride;
+  int length, dim, aligned;
+} Source;
+
+// A slice on its way to shared memory, in registers: fetched before the slice before it is used, put down after.
+enum { COPIES = 32 };
+DEVICE void slice_fetch(vec* held, const Source from, int first_row, int first_column, const int columns, int t) {
+  UNROLL for (int n = 0; n < COPIES; ++n) {
+    const int i = t + n * TEAM, row = i / (columns / 2), column = i % (columns / 2) * 2;
+    held[n] = zero_vec();
+    if (row < BLOCK_N && first_row + row < from.length)
+      held[n] = fetch(from.rows + (first_row + row) * from.stride, first_column + column, from.dim, from.aligned);
+  }
+}
+
+DEVICE void slice_put(const vec* held, SHARED float* to, const int columns, int t) {
+  UNROLL for (int n = 0; n < COPIES; ++n) {
+    const int i = t + n * TEAM, row = i / (columns / 2), column = i % (columns / 2) * 2;
+    if (row < BLOCK_N) store_vec(to + place(row, column, SLICE_STRIDE), held[n]);
+  }
+}
+// Query row r of a KV head is (position r / group, head r % group).
+DEVICE index_t row_offset(int row, int group, int kv_head, index_t head_stride, index_t row_stride) {
+  return (index_t)(kv_head * group + row % group) * head_stride + (index_t)(row / group) * row_stride;
+}
+
+// The tile's query rows, with the sign of the scale, into shared memory; rows past the end are zero.
+DEVICE void load_query(SHARED float* to, const GLOBAL element* query, index_t head_stride, index_t row_stride, int first, int rows, int group, int kv_head, float sign, int aligned, int t) {
+  for (int i = t; i < BLOCK_M * (HEAD_COLUMNS / 2); i += THREADS) {
+    const int row = i / (HEAD_COLUMNS / 2), column = i % (HEAD_COLUMNS / 2) * 2;
+    vec x = zero_vec();
+    if (first + row < rows) x = fetch(query + row_offset(first + row, group, kv_head, head_stride, row_stride), column, HEAD_DIM, aligned);
+    x.x = x.x * sign;
+    x.y = x.y * sign;
+    store_vec(to + place(row, column, QUERY_STRIDE), x);
+  }
+}
+
+// The largest of the values that the lanes of a row hold, for every row of the thread.
+DEVICE void row_max(float* x, SHARED float* scratch, int t, int lane) {
+  UNROLL for (int i = 0; i < ROWS; ++i) scratch[i * TEAM + t] = x[i];
+  barrier_block();
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const SHARED float* const of_row = scratch + i * TEAM + t - lane;
+    x[i] = of_row[0];
+    for (int l = 1; l < LANES; ++l) x[i] = larger(x[i], of_row[l]);
+  }
+  barrier_block();
+}
+
+// Their sum.
+DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
+  UNROLL for (int i = 0; i < ROWS; ++i) scratch[i * TEAM + t] = x[i];
+  barrier_block();
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const SHARED float* const of_row = scratch + i * TEAM + t - lane;
+    x[i] = of_row[0];
+    for (int l = 1; l < LANES; ++l) x[i] = x[i] + of_row[l];
+  }
+  barrier_block();
+}
+
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, s = sum 2^(score c - m), and
+// w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
+typedef struct {
+  float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
+} State;
+
+DEVICE void set_identity(State* x) {
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    x->m[i] = no_key();
+    x->s[i] = 0.0f;
+    UNROLL for (int n = 0; n < COLUMNS; ++n) x->w[i][n] = 0.0f;
+  }
+}
+
+// A maximum over no keys must not meet itself: -infinity - -infinity is NaN.
+DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
+// score[i][j] += Q row i . K row j over one slice of columns.
+DEVICE void add_scores(float score[ROWS][KEYS], const SHARED float* query, const SHARED float* key, int first_column, int team_row, int lane) {
+  const SHARED float* const query_row = query + team_row * QUERY_STRIDE + first_column;
+  const SHARED float* const key_row = key + lane * SLICE_STRIDE;
+  UNROLL_PARTLY for (int d = 0; d < HEAD_SLICE; d += 2) {
+    vec q[ROWS];
+    UNROLL for (int i = 0; i < ROWS; ++i) q[i] = load_vec(query_row + i * (TEAM_ROWS * QUERY_STRIDE) + column_at(i * TEAM_ROWS + team_row, d));
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const vec k = load_vec(key_row + j * (LANES * SLICE_STRIDE) + column_at(j * LANES + lane, d));
+      UNROLL for (int i = 0; i < ROWS; ++i) score[i][j] = multiply_add(q[i].x, k.x, score[i][j]);
+      UNROLL for (int i = 0; i < ROWS; ++i) score[i][j] = multiply_add(q[i].y, k.y, score[i][j]);
+    }
+  }
+}
+
+// Leave out keys from `high` on.
+DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const int* position, int lane) {
+  (void)position;
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const int key = first_key + j * LANES + lane;
+      if (key >= high) score[i][j] = no_key();
+    }
+}
+
+// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the past.
+DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED float* p, float c, int team_row, int lane, int t) {
+  float top[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    top[i] = score[i][0];
+    UNROLL for (int j = 1; j < KEYS; ++j) top[i] = larger(top[i], score[i][j]);
+  }
+  row_max(top, p, t, lane);
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const float m = larger(x->m[i], top[i] * c), origin = origin_of(m);
+    keep[i] = exp2_of(x->m[i] - origin);
+    x->m[i] = m;
+    float sum = 0.0f;
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const float weight = exp2_of(multiply_add(score[i][j], c, -origin));
+      sum += weight;
+      p[place(i * TEAM_ROWS + team_row, j * LANES + lane, P_STRIDE)] = weight;
+    }
+    x->s[i] = multiply_add(x->s[i], keep[i], sum);
+  }
+}
+
+// w = w keep + P V for one slice of the value columns.
+DEVICE void add_values(State* x, const float* keep, const SHARED float* p, const SHARED float* value, const int first, int team_row, int lane) {
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int n = 0; n < GROUPS * 2; ++n) x->w[i][first + n] *= keep[i];
+  const SHARED float* const p_row = p + team_row * P_STRIDE;
+  const SHARED float* value_row = value;
+  UNROLL_PARTLY for (int n = 0; n < BLOCK_N; n += 2, value_row += 2 * SLICE_STRIDE) {
+    vec a[ROWS];
+    UNROLL for (int i = 0; i < ROWS; ++i) a[i] = load_vec(p_row + i * (TEAM_ROWS * P_STRIDE) + column_at(i * TEAM_ROWS + team_row, n));
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 0 * SLICE_STRIDE + column_at(n + 0, (g * LANES + lane) * 2));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        x->w[i][first + g * 2 + 0] = multiply_add(a[i].x, v.x, x->w[i][first + g * 2 + 0]);
+        x->w[i][first + g * 2 + 1] = multiply_add(a[i].x, v.y, x->w[i][first + g * 2 + 1]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 1 * SLICE_STRIDE + column_at(n + 1, (g * LANES + lane) * 2));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        x->w[i][first + g * 2 + 0] = multiply_add(a[i].y, v.x, x->w[i][first + g * 2 + 0]);
+        x->w[i][first + g * 2 + 1] = multiply_add(a[i].y, v.y, x->w[i][first + g * 2 + 1]);
+      }
+    }
+  }
+}
+// States of workers meet in shared memory: put down by one, merged in by another.
+DEVICE void put_state(SHARED float* to, const State* x, int t) {
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    to[(i * (COLUMNS + 2)) * TEAM + t] = x->m[i];
+    to[(i * (COLUMNS + 2) + 1) * TEAM + t] = x->s[i];
+    UNROLL for (int n = 0; n < COLUMNS; ++n) to[(i * (COLUMNS + 2) + 2 + n) * TEAM + t] = x->w[i][n];
+  }
+}
+
+// b := a merged with b, the associative operation of the scan.
+DEVICE void merge_state(const SHARED float* a, State* b, int t) {
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const float am = a[(i * (COLUMNS + 2)) * TEAM + t], m = larger(am, b->m[i]);
+    const float keep_a = exp2_of(am - origin_of(m)), keep_b = exp2_of(b->m[i] - origin_of(m));
+    b->m[i] = m;
+    b->s[i] = keep_a * a[(i * (COLUMNS + 2) + 1) * TEAM + t] + keep_b * b->s[i];
+    UNROLL for (int n = 0; n < COLUMNS; ++n) b->w[i][n] = keep_a * a[(i * (COLUMNS + 2) + 2 + n) * TEAM + t] + keep_b * b->w[i][n];
+  }
+}
+
+// The total of all workers' states, left in the last worker.
+DEVICE void merge_workers(SHARED float* slots, State* x, int worker, int t) {
+  // blelloch, round 1: 1 merge, reaching back 1
+  barrier_block();
+  if (1u >> worker & 1u) put_state(slots + worker * STATE_FLOATS, x, t);
+  barrier_block();
+  if (2u >> worker & 1u) merge_state(slots + (worker - 1) * STATE_FLOATS, x, t);
+}
+// Merge the states that splits left in memory, by rounds: an up-sweep of pairs; the total needs no down-sweep. One query row and value column.
+DEVICE void finish_value(const GLOBAL float* partial, GLOBAL element* output, GLOBAL float* lse, index_t size, index_t state_row, index_t output_row, index_t lse_row, int column) {
+  float m0 = partial[0 * size + state_row], s0 = partial[(4 + 0) * size + state_row], w0 = partial[8 * size + (0 * size + state_row) * VALUE_DIM + column];
+  float m1 = partial[1 * size + state_row], s1 = partial[(4 + 1) * size + state_row], w1 = partial[8 * size + (1 * size + state_row) * VALUE_DIM + column];
+  float m2 = partial[2 * size + state_row], s2 = partial[(4 + 2) * size + state_row], w2 = partial[8 * size + (2 * size + state_row) * VALUE_DIM + column];
+  float m3 = partial[3 * size + state_row], s3 = partial[(4 + 3) * size + state_row], w3 = partial[8 * size + (3 * size + state_row) * VALUE_DIM + column];
+  // blelloch, round 1: 2 merges, reaching back 1
+  {
+    const float m = larger(m2, m3), keep_a = exp2_of(m2 - origin_of(m)), keep_b = exp2_of(m3 - origin_of(m));
+    m3 = m;
+    s3 = keep_a * s2 + keep_b * s3;
+    w3 = keep_a * w2 + keep_b * w3;
+  }
+  {
+    const float m = larger(m0, m1), keep_a = exp2_of(m0 - origin_of(m)), keep_b = exp2_of(m1 - origin_of(m));
+    m1 = m;
+    s1 = keep_a * s0 + keep_b * s1;
+    w1 = keep_a * w0 + keep_b * w1;
+  }
+  // blelloch, round 2: 1 merge, reaching back 2
+  {
+    const float m = larger(m1, m3), keep_a = exp2_of(m1 - origin_of(m)), keep_b = exp2_of(m3 - origin_of(m));
+    m3 = m;
+    s3 = keep_a * s1 + keep_b * s3;
+    w3 = keep_a * w1 + keep_b * w3;
+  }
+  output[output_row + column] = element_from(w3 / (s3 == 0.0f ? 1.0f : s3));
+  if (lse && column == 0) lse[lse_row] = (m3 + log2_library(s3)) * 0.6931471805599453f;
+}
+
+// The second kernel: a thread for each query row and value column.
+KERNEL(128, 1) finish(const GLOBAL float* partial, GLOBAL element* output, GLOBAL float* lse, index_t stride_ob, index_t stride_oh, index_t stride_om, int kv_heads, int group, int q_len, int first_pair, int slots) {
+  const int rows = group * q_len;
+  const index_t i = (index_t)block_index() * 128 + thread_index(), state_row = i / VALUE_DIM;
+  if (state_row >= (index_t)slots * rows) return;
+  const int row = (int)(state_row % rows), pair = first_pair + (int)(state_row / rows), batch = pair / kv_heads, kv_head = pair % kv_heads;
+  const index_t lse_row = ((index_t)batch * kv_heads * group + kv_head * group + row % group) * q_len + row / group;
+  finish_value(partial, output, lse, (index_t)slots * rows, state_row, batch * stride_ob + row_offset(row, group, kv_head, stride_oh, stride_om), lse_row, (int)(i % VALUE_DIM));
+}
+// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
+// their way while one is used. From key `whole` on leaves need the mask.
+DEVICE void fold(State* x, const SHARED float* query, SHARED float* stages, SHARED float* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
+  const int lane = t % LANES, team_row = t / LANES;
+  float score[ROWS][KEYS], keep[ROWS];
+  int slot = 0;
+  vec held[COPIES];
+  if (low < high) {
+    slice_fetch(held, keys, low + worker * BLOCK_N, 0, HEAD_SLICE, t);
+    slice_put(held, stages, HEAD_SLICE, t);
+  }
+  for (int start = low; start < high; start += STEP) {
+    const int first_key = start + worker * BLOCK_N;
+
+    // K, columns from 0
+    barrier_block();
+    slice_fetch(held, values, first_key, 0, VALUE_SLICE, t);
+    UNROLL for (int i = 0; i < ROWS; ++i)
+      UNROLL for (int j = 0; j < KEYS; ++j) score[i][j] = 0.0f;
+    add_scores(score, query, stages + slot * STAGE_FLOATS, 0, team_row, lane);
+    if (start >= whole) apply_mask(score, first_key, high, position, lane);
+    weigh(score, x, keep, p, c, team_row, lane, t);
+    barrier_block();
+    slice_put(held, stages + slot * STAGE_FLOATS, VALUE_SLICE, t);
+
+    // V, columns from 0
+    barrier_block();
+    if (start + STEP < high) slice_fetch(held, keys, first_key + STEP, 0, HEAD_SLICE, t);
+    add_values(x, keep, p, stages + slot * STAGE_FLOATS, 0, team_row, lane);
+    barrier_block();
+    if (start + STEP < high) slice_put(held, stages + slot * STAGE_FLOATS, HEAD_SLICE, t);
+  }
+  barrier_block();  // weights are read no more
+  row_sum(x->s, p, t, lane);
+}
+// One block for each tile of query rows and split of its keys; the order is tiles.
+KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key, const GLOBAL element* value, GLOBAL element* output, GLOBAL float* lse, GLOBAL float* partial, GLOBAL int* arrivals, float c, float sign,
+    index_t stride_qb, index_t stride_qh, index_t stride_qm, index_t stride_kb, index_t stride_kh, index_t stride_kn,
+    index_t stride_vb, index_t stride_vh, index_t stride_vn, index_t stride_ob, index_t stride_oh, index_t stride_om,
+    int kv_heads, int group, int q_len, int kv_len, int first_pair, int slots, int aligned_query, int aligned_key, int aligned_value) {
+  SHARED_MEMORY;
+  SHARED float* const shared = (SHARED float*)memory;
+  SHARED float* const stages = shared + BLOCK_M * QUERY_STRIDE;
+  const int rows = group * q_len, tiles = (rows + BLOCK_M - 1) / BLOCK_M, index = block_index();
+  const int split = index % SPLITS, tile = index / SPLITS % tiles, slot = index / SPLITS / tiles;
+  const int pair = first_pair + slot, batch = pair / kv_heads, kv_head = pair % kv_heads, first = tile * BLOCK_M;
+  const int thread = thread_index(), worker = thread / TEAM, t = thread % TEAM, lane = t % LANES, team_row = t / LANES;
+
+  const int seen = kv_len, unmasked = kv_len;
+  const int each = ((seen + BLOCK_N - 1) / BLOCK_N + SPLITS - 1) / SPLITS * BLOCK_N;
+  const int low = split * each < seen ? split * each : seen, high = low + each < seen ? low + each : seen;
+  const int common = high < unmasked ? high : unmasked, whole = low + (common > low ? (common - low) / STEP * STEP : 0);
+
+  Source keys, values;
+  keys.rows = key + batch * stride_kb + kv_head * stride_kh;
+  keys.stride = stride_kn;
+  keys.length = kv_len;
+  keys.dim = HEAD_DIM;
+  keys.aligned = aligned_key;
+  values.rows = value + batch * stride_vb + kv_head * stride_vh;
+  values.stride = stride_vn;
+  values.length = kv_len;
+  values.dim = VALUE_DIM;
+  values.aligned = aligned_value;
+  int position[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) position[i] = (first + i * TEAM_ROWS + team_row) / group;
+
+  load_query(shared, query + batch * stride_qb, stride_qh, stride_qm, first, rows, group, kv_head, sign, aligned_query, thread);
+  State x;
+  set_identity(&x);
+  fold(&x, shared, stages + worker * (STAGES * STAGE_FLOATS), stages + WORKERS * (STAGES * STAGE_FLOATS) + worker * P_FLOATS, keys, values, low, whole, high, position, c, worker, t);
+  merge_workers(shared, &x, worker, t);
+
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const int row = first + i * TEAM_ROWS + team_row;
+    if (worker == WORKERS - 1 && row < rows) {
+      const index_t size = (index_t)slots * rows, state_row = (index_t)slot * rows + row;
+      if (lane == 0) {
+        partial[split * size + state_row] = x.m[i];
+        partial[(SPLITS + split) * size + state_row] = x.s[i];
+      }
+      GLOBAL float* const to = partial + 2 * SPLITS * size + (split * size + state_row) * VALUE_DIM;
+      UNROLL for (int n = 0; n < COLUMNS; ++n) {
+        const int g = n / 2 % GROUPS, column = n / (GROUPS * 2) * VALUE_SLICE + (g * LANES + lane) * 2 + n % 2;
+        if (column < VALUE_DIM) to[column] = x.w[i][n];
+      }
+    }
+  }
+  (void)output, (void)lse, (void)arrivals, (void)tiles, (void)stride_ob, (void)stride_oh, (void)stride_om;
+}
