@@ -114,7 +114,7 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     functions, shared memory, or the matrix unit; where too few blocks are resident to hide memory's latency, that.
     Memory traffic is a limit of its own.
     """
-    resident = occupancy(resources, goal)
+    resident = occupancy(resources, goal) if "registers" in resources else 0  # a compiler that tells nothing
     if not resident:
         return None
     axes = _geometry(variant, problem)

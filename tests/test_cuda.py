@@ -3,8 +3,12 @@ every language."""
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -13,7 +17,7 @@ from contracts import kernels
 
 from elsa_tune import device as devices
 from elsa_tune import dispatch, scan, space, tuning
-from elsa_tune.backends import Kernel, _cuda_laws, cuda
+from elsa_tune.backends import Kernel, _cuda_laws, _cuda_runtimes, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.problem import Problem
@@ -223,6 +227,65 @@ def test_a_kernel_refuses_tensors_of_another_family(tmp_path: Path) -> None:
     kernel, _ = emulated.kernel(space.parse("cuda.serial.t64.x8.r2.k2"), Problem.parse("fp32.d64"), tmp_path)
     with pytest.raises(WrongArguments, match="dimensions"):
         kernel(*(torch.zeros(1, 2, 3, 32) for _ in range(3)))
+
+
+class RecordedDriver:
+    """NVIDIA's driver API as cuda-bindings offers it, answering without a GPU and keeping what it was asked."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[int, str]:
+        return 0, f"module of {len(code)} bytes"
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, str]:
+        return 0, name.decode()
+
+    def cuFuncSetAttribute(self, *asked: object) -> tuple[int]:
+        self.asked.append(asked)
+        return (0,)
+
+    def cuLaunchKernel(self, *asked: object) -> tuple[int]:
+        self.asked.append(asked)
+        return (0 if asked[1] else 1,)
+
+    def cuGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, b"invalid argument"
+
+
+def test_launches_reach_the_driver(tmp_path: Path) -> None:
+    """Blocks, threads, shared memory beyond 48 KB, stream, and a C type for every argument; errors carry the driver's words."""
+    problem, variant = Problem.parse("fp32.d128"), space.parse("cuda.blelloch.t128.x8.r4.k4.w1.s4.two_kernels")
+    tiling = _cuda_laws.Tiling.of(variant.axes, problem)
+    driver, runtime = _cuda_runtimes.CudaDriver.__new__(_cuda_runtimes.CudaDriver), RecordedDriver()
+    driver._api = runtime
+    launches = list[_cuda_runtimes.Launch]()
+    collect = SimpleNamespace(run=launches.extend, floats=lambda like, n: torch.empty(n), counters=None)
+    q, k = torch.randn(1, 4, 70, 128), torch.randn(1, 2, 90, 128)
+    cuda.CudaKernel(collect, variant, problem)(q, k, k)
+    for launch in launches:
+        driver.launch(driver.function(b"cubin", launch.name, launch.shared), launch, stream=7)
+    attribute, attend, finish = runtime.asked
+    assert attribute == ("attend", "shared", 4 * tiling.shared_floats) and 4 * tiling.shared_floats > 48 << 10
+    tiles = -(-2 * 70 // tiling.block_m)
+    assert attend[:9] == ("attend", 2 * tiles * 4, 1, 1, 128, 1, 1, 4 * tiling.shared_floats, 7)
+    assert finish[:9] == ("finish", -(-4 * 70 * 128 // 128), 1, 1, 128, 1, 1, 0, 7)
+    for name, asked in (("attend", attend), ("finish", finish)):
+        values, types = asked[9]
+        declared = re.search(rf"\) {name}\((.*?)\) {{", cuda.source(variant, problem).text, re.S)
+        assert declared is not None
+        names = declared[1].split(",")
+        assert len(values) == len(types) == len(names)
+        for parameter, kind in zip(names, types, strict=True):
+            c_type = ctypes.c_void_p if "*" in parameter else ctypes.c_int64 if "index_t" in parameter else None
+            c_type = c_type or (ctypes.c_float if "float" in parameter else ctypes.c_int)
+            assert kind is c_type, parameter
+    empty = dataclasses.replace(launches[0], blocks=0)
+    with pytest.raises(RuntimeError, match="CUDA error: invalid argument"):
+        driver.launch("attend", empty, stream=0)
 
 
 @pytest.mark.opencl
