@@ -24,7 +24,7 @@ from elsa_tune.variant import Variant
 SPACE = Space.load("cuda")
 RECORDED = Path(__file__).parent / "recorded" / "cuda_resources.json"
 CAPABILITIES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 120)
-DEFAULTS = (50, 61, 62, 70, 75, 80, 86, 90, 120)
+DEFAULTS = (50, 62, 70, 80, 86, 90, 120)
 BIG = "@b1.h8.q4096.k4096"
 DECODE = "@b1.h32.kv8.q1.k4096"
 
@@ -65,7 +65,7 @@ def test_every_dialect_feature_compiles_for_every_capability(newest: bool) -> No
     jobs = []
     for capability in rtc.archs if newest else CAPABILITIES:
         device = gpu(f"sm_{capability}")
-        for spelling, family in TEXTS + (ASYNC if capability >= 80 else []):
+        for spelling, family in (TEXTS[:1] if newest else TEXTS) + (ASYNC if capability >= 80 else []):
             jobs.append((space.parse(spelling), family, device, rtc if newest else _rtc.find(device)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for report in pool.map(lambda job: compiled(*job), jobs):
@@ -89,7 +89,7 @@ def test_broken_source_is_reported_with_the_compilers_words() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_sampled_space_compiles(seed: int) -> None:
     """What laws let through compiles, and a register cap reaches the compiler."""
     jobs = []

@@ -130,9 +130,9 @@ def test_offline_ranking_is_recorded_as_candidates_and_tried_first(home: Path) -
         lambda progress: None, [], [task],
     )  # fmt: skip
     run.recall(task)
-    asked = [str(v) for v in task.searches[0].ask(40)]
+    asked = [str(v) for search in task.searches for v in search.ask(40)]
     assert {m.variant for m in rows} <= set(asked)
-    with pytest.raises(BadDevice, match="use one of sm_70"):
+    with pytest.raises(BadDevice, match="use one of sm_52"):
         offline.rank("sm_42", [problem])
 
 
@@ -225,12 +225,13 @@ class Rehearsed:
 
     def do_build(self, variant: Variant, problem: Problem, goal: Device) -> Built:
         self.built.append(variant)
-        m, n = int(variant.axes["block_m"]), int(variant.axes["block_n"])
+        axes = offline._geometry(variant, problem)
+        m, n, warps = axes["block_m"], axes["block_n"], axes.get("warps") or axes["threads"] // 32
         if m * n > 8192:
             return Built(
                 f"{variant}", None, {"registers": 255, "local": 9, "stack": 64}, "9 spills beside 255 registers"
             )
-        resources = {"warps": int(variant.axes["warps"]), "registers": 64 + m * n // 64, "shared": 64 * n * 4}
+        resources = {"warps": warps, "registers": 64 + m * n // 64, "shared": 64 * n * 4}
         loop = {
             "loop_all": 60 + m * n // 16,
             "loop_matrix": m * n // 64,
@@ -241,7 +242,7 @@ class Rehearsed:
         return Built(f"{variant}", None, {**resources, **loop})
 
     def do_check_family(self, problem: Problem, candidate: Any, peers: Any) -> Verdict:
-        wrong = "planted" if "masked" in str(candidate.variant) else ""
+        wrong = "planted" if any(word in str(candidate.variant) for word in ("masked", "swizzled")) else ""
         return Verdict(1e-7, 0.5, wrong)
 
     def do_check_shape(self, problem: Problem, candidate: Any, incumbent: Any) -> Verdict:
