@@ -59,6 +59,7 @@ class Task:
     trials: int = 0
     target: int = 0
     finals: int = 0
+    turns: int = 0  # of its searches
     counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
     latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement
 
@@ -347,7 +348,7 @@ class _Run:
             task.target = task.trials
             return
         self.show(f"{task.problem}  building")
-        asked = task.searches[task.trials % len(task.searches)].ask(max(2, self.device.cores))
+        asked = self.ask(task)
         if not asked:
             task.target = task.trials
             return
@@ -355,6 +356,15 @@ class _Run:
         with quiet_machine():
             for candidate in self.trials.build(task.problem, asked):
                 self.trials.trial(task.problem, task.incumbent, task.seconds, candidate, task.best)
+
+    def ask(self, task: Task) -> list[Variant]:
+        """As many variants as are built side by side, of the search whose turn it is; of another where that has no more."""
+        for _ in task.searches:
+            search = task.searches[task.turns % len(task.searches)]
+            task.turns += 1
+            if asked := search.ask(max(2, host_cpu().cores)):
+                return asked
+        return []
 
     def final(self, task: Task, seconds: float) -> None:
         """Race this problem's best variants and the best of the family's other shapes, with many samples."""
