@@ -27,7 +27,8 @@ class Device:
     where they hide features, or a GPU's name, with its MIG slice; ``arch`` is archspec's microarchitecture, ``sm_90`` or
     ``gfx942``, or ``shuffle8`` for OpenCL work-items that exchange among 8 (0: not at all); ``cores`` are a GPU's
     multiprocessors or compute units. A GPU's identity includes its memory in GiB and the
-    versions of driver and toolkit. ``memory`` and ``caches`` are in bytes; ``index`` is torch's number of the GPU.
+    versions of driver and toolkit. ``memory`` and ``caches`` are in bytes; ``index`` is torch's number of the GPU, or counts
+    OpenCL devices; ``is_host`` says of one that it is this machine's own CPU.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Device:
     memory: int = field(default=0, compare=False)
     caches: tuple[int, ...] = field(default=(), compare=False)
     index: int = field(default=0, compare=False)
+    is_host: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         memory, versions = f"-g{self.gib}" if self.gib else "", f"+{self.versions}" if self.versions else ""
@@ -231,6 +233,7 @@ def find_opencl_devices() -> Iterator[Device]:
             memory=facts.global_mem_size,
             caches=(facts.global_mem_cache_size or 32 << 20,),
             index=index,
+            is_host=bool(facts.type & pyopencl.device_type.CPU),
         )
 
 
@@ -247,14 +250,14 @@ def _driver() -> str:
 
 
 def detect(text: str = "auto") -> list[Device]:
-    """The devices that ``text`` means: ``auto`` for all on this machine, a kind (``cpu``, ``cuda``, ``hip``, ``opencl``), a
+    """The devices that ``text`` means: ``auto`` for all on this machine (its CPU once), a kind (``cpu``, ``cuda``, ``hip``, ``opencl``), a
     full spelling, or a target such as ``sm_80``.
 
     Raises BadDevice when a spelled device is not here: kernels can only be timed on the device they are for.
     """
     here = [host_cpu(), *gpus(), *opencl_devices()]
     if text == "auto":
-        return here
+        return [found for found in here if not found.is_host]  # the CPU itself is served better by C++
     chosen = [d for d in here if text in (d.kind, d.arch, str(d))]
     if not chosen:
         raise BadDevice(f"device {text!r} is not on this machine, which has {', '.join(map(str, here))}; use auto")
