@@ -290,7 +290,9 @@ def test_launches_reach_the_driver(tmp_path: Path) -> None:
 
 @pytest.mark.opencl
 def test_tuning_and_loading_an_opencl_device(opencl_cpu: Device, home: Path) -> None:
-    """From the command's own function to a kernel that runs; torch on the CPU is the incumbent."""
+    """From the command's own function to a kernel that runs; torch on the CPU is the incumbent. Nobody asked, nobody tunes
+    a CPU twice."""
+    assert opencl_cpu in devices.detect("opencl") and opencl_cpu.is_host and opencl_cpu not in devices.detect("auto")
     problem = Problem.parse("fp32.d32@b1.h2.q64.k64")
     report = tuning.tune([problem], device="opencl", budget=15)
     assert report.complete and report.outcomes[0].device == opencl_cpu
