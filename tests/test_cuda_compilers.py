@@ -24,7 +24,7 @@ from elsa_tune.variant import Variant
 SPACE = Space.load("cuda")
 RECORDED = Path(__file__).parent / "recorded" / "cuda_resources.json"
 CAPABILITIES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 120)
-DEFAULTS = (50, 62, 70, 80, 86, 90, 120)
+DEFAULTS = (50, 62, 70, 80, 90, 120)
 BIG = "@b1.h8.q4096.k4096"
 DECODE = "@b1.h32.kv8.q1.k4096"
 
