@@ -8,6 +8,16 @@ SCRATCH_BYTES = 256 << 20
 """At most this much of a GPU's memory for the states of splits."""
 
 
+LARGEST_DIM = 256
+"""Of heads and values, that kernels are generated for."""
+
+
+def dims_are_generated(problem: Problem) -> str | None:
+    """Why a problem's dimensions are too large for generated kernels, or None."""
+    largest = max(problem.head_dim, problem.value_dim)
+    return f"dimensions up to {LARGEST_DIM} are generated, not {largest}" if largest > LARGEST_DIM else None
+
+
 def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
     """Nothing is called a scan that is a fold, and no scan a fold."""
     if scan == "serial" and workers * splits > 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, _compiler, _kernel_cache
-from elsa_tune.backends._laws import scan_has_states
+from elsa_tune.backends._laws import dims_are_generated, scan_has_states
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.problem import Problem
@@ -27,7 +27,6 @@ from elsa_tune.variant import Variant
 
 TEMPLATE = "cpp/attention.cpp.j2"
 LIBRARY = "kernel.so"
-LARGEST_DIM = 256
 STACK_BYTES = 1 << 20
 SCRATCH_BYTES = 64 << 20
 SPILL_SHARE = 0.1
@@ -151,9 +150,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"the C++ backend computes float32, not {problem.dtype} in class {problem.precision}"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
-    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
-        return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
-    return None
+    return dims_are_generated(problem)
 
 
 @cache

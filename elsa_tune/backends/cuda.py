@@ -14,7 +14,7 @@ from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, _cuda_runtimes, _gpu_report, _kernel_cache, _opencl, _rtc
 from elsa_tune.backends._cuda_laws import Tiling, laws
 from elsa_tune.backends._cuda_runtimes import Launch, Runtime
-from elsa_tune.backends._laws import SCRATCH_BYTES
+from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
@@ -26,7 +26,6 @@ __all__ = ["laws"]
 generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
-LARGEST_DIM = 256
 FINISH_THREADS = 128
 PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16",), "bf16": ("bf16",)}
 
@@ -40,9 +39,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"the CUDA C backend multiplies and adds in float32; no kernel of it is of class {problem.precision}"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
-    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
-        return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
-    return None
+    return dims_are_generated(problem)
 
 
 @cache

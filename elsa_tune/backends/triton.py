@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elsa_tune import scan
 from elsa_tune.backends import Built, Call, Gradients, Kernel, _gpu_report, _kernel_cache
-from elsa_tune.backends._laws import SCRATCH_BYTES
+from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.backends._triton_laws import DOTS, laws, parts, version
 from elsa_tune.device import Device
@@ -29,7 +29,6 @@ from elsa_tune.variant import Variant
 
 TEMPLATES = {"forward": "triton/attention.py.j2", "backward": "triton/backward.py.j2"}
 MODULE = "kernel.py"
-LARGEST_DIM = 256
 LARGEST_FINISH = 16
 """Query rows whose split states are merged at once."""
 
@@ -47,9 +46,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    if max(problem.head_dim, problem.value_dim) > LARGEST_DIM:
-        return f"dimensions up to {LARGEST_DIM} are generated, not {max(problem.head_dim, problem.value_dim)}"
-    return None
+    return dims_are_generated(problem)
 
 
 @cache
