@@ -33,9 +33,9 @@ bench: .venv/installed-bench
 
 # NVIDIA's last disassembler that reads sm_50 to sm_72, from the wheel of an old Triton; without it those tests skip.
 .venv/share/nvdisasm-12.8/nvdisasm: .venv/installed
-	-$(BIN)/python -m pip download --quiet --no-deps --dest .venv/share/nvdisasm-12.8 triton==3.4.0 && \
-	  unzip -qjo .venv/share/nvdisasm-12.8/triton-*.whl triton/backends/nvidia/bin/nvdisasm -d .venv/share/nvdisasm-12.8 && \
-	  rm .venv/share/nvdisasm-12.8/triton-*.whl && chmod +x $@
+	-$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) triton==3.4.0
+	-cd $(@D) && $(abspath $(BIN))/python -c "import glob, zipfile; w = glob.glob('*.whl')[0]; open('nvdisasm', 'wb').write(zipfile.ZipFile(w).read('triton/backends/nvidia/bin/nvdisasm'))" && chmod +x nvdisasm
+	-rm -f $(@D)/*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info

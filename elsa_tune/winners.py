@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -252,7 +252,7 @@ def import_lines(path: Path, database: Database) -> Imported:
         raise BadMeasurements(f"{path}: {error}; give the results.jsonl that a kit wrote") from error
     for line in filter(str.strip, lines):
         try:
-            database.record(sound(json.loads(line)))
+            database.record(replace(sound(json.loads(line)), stage="trial"))  # nobody else's final makes a winner here
             taken += 1
         except (ValueError, KeyError, TypeError, RecursionError, ElsaTuneError) as error:
             reason = str(error)[:160]
@@ -281,7 +281,7 @@ def sound(row: Any) -> Measurement:
             raise ValueError(f"{name} is no short text")
     for name in _NUMBERS:
         known[name] = _number(row.get(name), name)
-    known["created"] = _number(row.get("created", 0.0), "created")
+    known["created"] = _number(row.get("created"), "created") or 0.0
     for name in ("samples", "incumbent_samples"):
         known[name] = tuple(_number(x, name) for x in json.loads(row.get(name, "[]")))
     for name in ("resources", "provenance"):

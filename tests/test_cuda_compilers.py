@@ -8,7 +8,6 @@ import random
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,6 +207,6 @@ def test_hip_compiles_for_amd(spelling: str, family: str, arch: str, tmp_path: P
 def test_compilers_by_name() -> None:
     wanted = {rtc.prefix for rtc in _rtc.nvrtcs()[:1]}
     assert set(_rtc.versions()) >= wanted
-    assert partial(_rtc.of_log, "Used 40 registers, 16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads")() == {
+    assert _rtc.of_log("Used 40 registers, 16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads") == {
         "registers": 40, "stack": 16, "spills": 3,
     }  # fmt: skip

@@ -240,9 +240,8 @@ def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Pro
     return None
 
 
-def columns_fill_lanes(lanes: int, vector: int, slice: int, layout: str, problem: Problem) -> str | None:
-    each = lanes * vector
-    padded = _padded(problem.value_dim, each)
+def columns_fill_lanes(lanes: int, vector: int, problem: Problem) -> str | None:
+    padded = _padded(problem.value_dim, lanes * vector)
     return (
         f"{problem.value_dim} value columns leave most of {padded} empty"
         if padded >= 2 * max(problem.value_dim, 16)

@@ -47,7 +47,7 @@ class Runtime(Protocol):
         """So many integers, zero."""
 
 
-class _TorchMemory:
+class TorchMemory:
     """Scratch from torch's allocator, which knows streams and graphs."""
 
     def floats(self, like: Tensor, count: int) -> Tensor:
@@ -62,7 +62,7 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-class GpuRuntime(_TorchMemory):
+class GpuRuntime(TorchMemory):
     """A module of a GPU, launched on torch's current stream: nothing waits, and a graph can capture it."""
 
     def __init__(self, driver: Driver, code: bytes) -> None:

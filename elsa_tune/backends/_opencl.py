@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune import device as devices
-from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch
+from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch, TorchMemory
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing
 
@@ -75,7 +75,7 @@ def compile_report(text: str, device: Device, what: str) -> dict[str, int]:
     return {"shared": int(kernel.get_work_group_info(info.LOCAL_MEM_SIZE, cl_device))}
 
 
-class OpenClRuntime:
+class OpenClRuntime(TorchMemory):
     """A program on one OpenCL device, called with CPU tensors: in place where memory is shared, through copies elsewhere.
 
     A call returns when its output is written.
@@ -87,16 +87,10 @@ class OpenClRuntime:
         self._context, self._queue = _context(self._index)
         self._in_place = bool(self._context.devices[0].host_unified_memory)
 
-    def floats(self, like: Tensor, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.float32)
-
-    def counters(self, like: Tensor, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32)
-
     def run(self, launches: list[Launch]) -> None:
         import pyopencl
 
-        buffers: dict[tuple[int, int], tuple[Any, Any, bool]] = {}
+        buffers: dict[tuple[int, int], tuple[Any, Any]] = {}  # of memory that begins there and is so long
         flags, mode = pyopencl.mem_flags, pyopencl.map_flags
         source = flags.USE_HOST_PTR if self._in_place else flags.COPY_HOST_PTR
         for launch in launches:
@@ -112,15 +106,12 @@ class OpenClRuntime:
                     memory = _memory(given)
                     name = (given.data_ptr(), memory.nbytes)
                     if name not in buffers:
-                        buffers[name] = (
-                            pyopencl.Buffer(self._context, flags.READ_WRITE | source, hostbuf=memory),
-                            memory,
-                            given,
-                        )
+                        made = pyopencl.Buffer(self._context, flags.READ_WRITE | source, hostbuf=memory)
+                        buffers[name] = (made, memory)
                     kernel.set_arg(place, buffers[name][0])
             pyopencl.enqueue_nd_range_kernel(self._queue, kernel, (launch.blocks * launch.threads,), (launch.threads,))
         written = {x.data_ptr() for launch in launches for x in _outputs(launch) if x is not None}
-        for (start, _), (buffer, memory, _) in buffers.items():
+        for (start, _), (buffer, memory) in buffers.items():
             if start in written:
                 if self._in_place:
                     mapped, _ = pyopencl.enqueue_map_buffer(
