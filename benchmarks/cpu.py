@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import dispatch, measure, reference, tuning, winners
+from elsa_tune import dispatch, layers, measure, reference, tuning
 from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.problem import Problem
@@ -333,7 +333,7 @@ def version(package: str) -> str:
 
 def was_tuned(problem: str) -> bool:
     """Whether a generated variant was in a final for the problem on this device."""
-    found = next((layer.database for layer in winners.layers() if layer.name == "own"), None)
+    found = next((layer.database for layer in layers.layers() if layer.name == "own"), None)
     rows = found.measurements(device=str(host_cpu()), problem=problem, stage="final") if found else []
     return any(not m.variant.startswith("sdpa.") for m in rows)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from elsa_tune import backends, check, measure, places, tuning, winners
+from elsa_tune import backends, check, layers, measure, places, tuning
 from elsa_tune.device import Device, detect
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.measure import Contender, Worker, WorkerFailed
@@ -212,7 +212,7 @@ def main() -> None:
         "toolchain": toolchains(device), "peaks": peaks, "lines": lines,
     }  # fmt: skip
     (results / f"{name}.json").write_text(json.dumps(content, indent=1))
-    winners.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")
+    layers.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")
     print(f"written: {name}.json, {name}.jsonl")
 
 

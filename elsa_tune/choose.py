@@ -85,7 +85,7 @@ def _answers(
                 (f"slower than SDPA at {other}" for other in others if (other, winner.variant) in slower), ""
             )
             yield "neighbour" if device_rung == "exact" else device_rung, winner, doubt
-    cousins = [w for w in known if w.measurement.family != wanted and _same_but_dims(w, problem)]
+    cousins = [w for w in known if w.measurement.family != wanted and problem.akin(w.measurement.family)]
     for winner in _nearest(problem, cousins):
         yield "head_dim", winner, _doubt(winner, problem, device)
 
@@ -99,16 +99,6 @@ def _nearest(problem: Problem, winners: list[Winner]) -> list[Winner]:
         return distance(other, problem) + 4 * dims
 
     return sorted(winners, key=far)[:2]
-
-
-def _same_but_dims(winner: Winner, problem: Problem) -> bool:
-    other = Problem.parse(winner.problem)
-    return (other.dtype, other.mask, other.precision, other.direction) == (
-        problem.dtype,
-        problem.mask,
-        problem.precision,
-        problem.direction,
-    )
 
 
 def _doubt(winner: Winner, problem: Problem, device: Device) -> str:

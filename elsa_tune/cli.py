@@ -5,36 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 import click
 from click_default_group import DefaultGroup
 
 import elsa_tune
-from elsa_tune.errors import ElsaTuneError
+from elsa_tune import cli_db
+from elsa_tune.cli_db import EXIT_INCOMPLETE
+from elsa_tune.cli_db import mistakes_are_messages as _mistakes_are_messages
 
-EXIT_INCOMPLETE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
-    """Errors raised on purpose are one line on stderr, not a traceback."""
-
-    @wraps(command)
-    def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
-        try:
-            return command(*arguments, **options)
-        except ElsaTuneError as error:
-            click.echo(f"elsa-tune: {error}", err=True)
-            sys.exit(EXIT_MISTAKE)
-
-    return wrapped
+EXIT_INTERRUPTED = 130
 
 
 _Group: type[click.Group] = DefaultGroup
@@ -68,11 +50,15 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
+@click.option(
+    "--storage", default="", metavar="URL",
+    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder.",
+)  # fmt: skip
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_mistakes_are_messages
 def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, effort: str, seed: int, sampler: str,
-         exhaustive: bool, offline: bool, as_json: bool) -> None:  # fmt: skip
+         exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
@@ -93,7 +79,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
         with report.LiveProgress(console) as watch:
             result = tuning.tune(
                 problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
-                sampler=sampler, exhaustive=exhaustive, watch=watch,
+                sampler=sampler, exhaustive=exhaustive, storage=storage, watch=watch,
             )  # fmt: skip
     except KeyboardInterrupt:
         console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
@@ -132,10 +118,10 @@ def _rank(
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
     """List the recorded winners of every layer."""
     from elsa_tune import report
-    from elsa_tune.winners import layers
+    from elsa_tune.layers import layers
 
     wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
-    found = [m for layer in layers() if layer.database for m in layer.database.winners(**wanted)]
+    found = [m for layer in layers() for m in layer.winners(**wanted)]
     if as_json:
         click.echo(json.dumps([report.measurement_json(m) for m in found], indent=2))
     elif found:
@@ -172,14 +158,14 @@ def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
     from elsa_tune import backends, dispatch, report, search
     from elsa_tune.device import detect
+    from elsa_tune.layers import layers
     from elsa_tune.problem import Problem
     from elsa_tune.space import Space
-    from elsa_tune.winners import layers
 
     wanted = Problem.parse(problem)
     for here in detect(device):
         own = next((layer.database for layer in layers() if layer.name == "own"), None)
-        tried = own.measurements(device=str(here), problem=str(wanted)) if own else []
+        tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
         spaces = [Space.load(name) for name in backends.names() if backends.get(name).generated]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
         report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
@@ -217,24 +203,38 @@ def export(problem: str, device: str, output: Path | None) -> None:
     click.echo(f"{path}: {made.variant} as {made.name}()")
 
 
-@main.group()
-def db() -> None:
-    """The database of measurements."""
+main.add_command(cli_db.db)
 
 
-@db.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
+@main.command()
+@click.option("--storage", required=True, metavar="URL", help="What the fleet shares, as for tune.")
 @_mistakes_are_messages
-def import_file(file: Path) -> None:
-    """Record the measurements of FILE, as a kit or `cache/` writes them. What is not sound is counted and left out."""
-    from elsa_tune.winners import Database, import_lines
+def fleet(storage: str) -> None:
+    """Say who tunes together: worker, device, trials, trials a minute, last sign of life."""
+    from elsa_tune import fleet as fleets
+    from elsa_tune import report
 
-    with Database.for_writing() as database:
-        found = import_lines(file, database)
-    click.echo(f"{found.taken} measurements are recorded")
-    for reason, count in sorted(found.refused.items()):
-        click.echo(f"left out {count}: {reason}", err=True)
-    sys.exit(0 if found.taken and not found.refused else EXIT_INCOMPLETE)
+    report.print_members(report.console(), fleets.members(storage))
+
+
+@main.command("compile")
+@click.option("--for", "device", required=True, metavar="TARGET", help="sm_90, gfx942: a device that need not be here.")
+@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
+@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
+@click.option("-o", "--output", default="ready", show_default=True, type=click.Path(path_type=Path), help="The folder.")
+@_mistakes_are_messages
+def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:
+    """Build the most promising kernels for a device that is not here, and a manifest of what is ready to be timed there."""
+    from elsa_tune import offline, report
+
+    console = report.console()
+    with console.status("compiling") as status:
+        found = offline.rank(device, problems or None, workload=workload, budget=budget, watch=status.update)
+    count = offline.hand_over(found, device, output)
+    click.echo(f"{output}: {count} kernels for {device}. There: ELSA_TUNE_KERNELS={output / 'kernels'}, and")
+    click.echo(f"elsa-tune db import {output / offline.MANIFEST}; elsa-tune then times these first")
+    sys.exit(0 if count else EXIT_INCOMPLETE)
 
 
 @main.command()

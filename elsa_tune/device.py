@@ -14,7 +14,7 @@ from elsa_tune.errors import BadDevice
 
 RUNGS = ("exact", "versions", "model", "arch", "family")
 GPUS = ("cuda", "hip")
-_SPELLING = re.compile(r"([a-z]+):([a-z0-9_]+)-([a-z0-9_]+)-c(\d+)(?:-g(\d+))?(?:\+([a-z0-9._]+))?")
+_SPELLING = re.compile(r"([a-z]+):([a-z0-9_]+)-([a-z0-9_]+)-c(\d{1,7})(?:-g(\d{1,7}))?(?:\+([a-z0-9._]+))?", re.ASCII)
 ISA_ORDER = ("avx512", "avx2", "neon", "portable")
 _ISA_FEATURES = {"avx512": {"avx512f", "avx512vl", "avx512dq", "avx512bw", "fma"}, "avx2": {"avx2", "fma"}}
 
@@ -52,7 +52,7 @@ class Device:
         """Read ``cpu:amd_f25m17-zen4-c2`` or ``cuda:nvidia_h200-sm_90-c132-g140+d580.82_t12.8``. Raises BadDevice."""
         found = _SPELLING.fullmatch(text.strip())
         if not found:
-            raise BadDevice(f"device {text!r} is misspelled; write it like cpu:amd_f25m17-zen4-c2, or use auto")
+            raise BadDevice(f"device {text[:100]!r} is misspelled; write it like cpu:amd_f25m17-zen4-c2, or use auto")
         return cls(found[1], found[2], found[3], int(found[4]), int(found[5] or 0), found[6] or "")
 
     @property

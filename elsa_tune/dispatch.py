@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune import backends, check, winners
-from elsa_tune.backends import Built, Call, Gradients, Kernel
+from elsa_tune import backends, check, layers, winners
+from elsa_tune.backends import Built, Call, Gradients, Kernel, _kernel_cache
 from elsa_tune.choose import Choice, choose
 from elsa_tune.clock import tf32_allowed
 from elsa_tune.device import Device, detect, of_tensor
@@ -245,25 +246,59 @@ class _Shelf:
 
     def __init__(self) -> None:
         self.troubles: dict[str, str] = {}
-        self._layers: list[winners.Layer] | None = None
-        self._families: dict[tuple[object, ...], tuple[list[Winner], set[tuple[str, str]]]] = {}
+        self._layers: list[layers.Layer] | None = None
+        self._families: dict[tuple[object, ...], list[Winner]] = {}
+        self._below: dict[Device, set[tuple[str, str]]] = {}
         self._kernels: dict[tuple[str, str], Any] = {}  # (family, variant) -> Kernel or Gradients
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
         self._building: SimpleQueue[Callable[[], object]] | None = None
 
     def choice(self, problem: Problem, device: Device) -> Choice:
-        """Who should serve a problem, and why. One query per kind of family, then memory."""
-        kind = (str(device), problem.dtype, problem.mask, problem.precision, problem.direction)
-        with _lock:
-            if self._layers is None:
-                self._layers = winners.layers()
-            if kind not in self._families:
-                known = winners.known_winners(device, self._layers)
-                self._families[kind] = (known, winners.slower_than_sdpa(device, self._layers))
-        chosen = choose(problem, device, *self._families[kind])
+        """Who should serve a problem, and why: asked of its own winner, of its family's, then of those that differ in
+        dimensions. A family is read once, then kept in memory."""
+        chosen = choose(problem, device, self._known("problem", problem, device), set())
+        if chosen.rung != "exact":
+            slower = self._slower(device)
+            chosen = choose(problem, device, self._known("family", problem, device), slower)
+            if chosen.winner is None:
+                chosen = choose(problem, device, self._known("akin", problem, device), slower)
         if chosen.by_sdpa and problem.precision == "tf32":  # more exact than asked is welcome
             return self.choice(problem.reshaped(precision="fp32"), device)
         return chosen
+
+    def _known(self, reach: str, problem: Problem, device: Device) -> list[Winner]:
+        """Winners for the very problem on the very device, for its family, or for families akin to it."""
+        kinds: dict[str, tuple[object, ...]] = {
+            "problem": (problem,),
+            "family": (problem.family,),
+            "akin": (problem.dtype, problem.mask, problem.precision, problem.direction),
+        }
+        entry = (str(device), reach, *kinds[reach])
+        with _lock:
+            if entry not in self._families:
+                if len(self._families) >= _MOST_SHAPES:
+                    self._families.clear()
+                if reach == "problem":
+                    found = layers.winners_of(problem, device, self._layers or layers.nearest_first())
+                else:
+                    wanted = problem.akin if reach == "akin" else problem.family.__eq__
+                    found = layers.known_winners(device, self._every_layer(), wanted)
+                self._families[entry] = found
+            return self._families[entry]
+
+    def _slower(self, device: Device) -> set[tuple[str, str]]:
+        with _lock:
+            if device not in self._below:
+                self._below[device] = layers.slower_than_sdpa(device, self._every_layer())
+            return self._below[device]
+
+    def _every_layer(self) -> list[layers.Layer]:
+        """All layers, opened once; the team's that have changed are read again beside the calls."""
+        if self._layers is None:
+            self._layers = layers.layers()
+            for source in layers.stale():
+                self._later(partial(_reread, source))
+        return self._layers
 
     def kernel(self, problem: Problem, device: Device, ready: Callable[[Any], object]) -> Any:
         """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
@@ -301,10 +336,12 @@ class _Shelf:
             return self._load(chosen.variant, problem, built)
         backend = backends.get(chosen.variant.backend)
         built = backend.build(chosen.variant, problem, device)
-        kernel = backend.load(built, chosen.variant, problem)
-        verdict = check.check_family(kernel, problem, [], device=device.torch)
-        if verdict.reason:
-            raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
+        if not _kernel_cache.checked(built.digest, str(device)):  # somebody else's winner, used here for the first time
+            kernel = backend.load(built, chosen.variant, problem)
+            verdict = check.check_family(kernel, problem, [], device=device.torch)
+            if verdict.reason:
+                raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
+            _kernel_cache.note_checked(built.digest, str(device))
         return self._load(chosen.variant, problem, built)
 
     def _trusted(self, chosen: Choice) -> Built | None:
@@ -336,6 +373,11 @@ class _Shelf:
 
 
 _shelf = _Shelf()
+
+
+def _reread(source: str) -> None:
+    layers.refresh(source)
+    refresh()
 
 
 def refresh() -> None:

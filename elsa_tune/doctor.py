@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from elsa_tune import device, places, winners
+from elsa_tune import device, layers, places
 from elsa_tune.backends import _compiler, _kernel_cache, _rtc, cpp, triton
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
 
-PACKAGES = ("elsa-tune", "torch", "optuna", "sqlite-utils", "jinja2", "numpy")
+PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,18 @@ def examine() -> Iterator[Finding]:
     yield _triton()
     yield _gpu_compilers()
     yield from _opencl()
-    yield from _layers(here)
-    yield _kernels()
+    yield from examine_databases(here)
     yield Finding(
         "versions",
         True,
         ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
     )
+
+
+def examine_databases(here: Device) -> Iterator[Finding]:
+    """Database layers and the kernel cache."""
+    yield from _layers(here)
+    yield _kernels()
 
 
 def _version(package: str) -> str:
@@ -134,7 +139,7 @@ def _opencl() -> Iterator[Finding]:
 
 
 def _layers(here: Device) -> Iterator[Finding]:
-    for layer in winners.layers():
+    for layer in layers.layers():
         if layer.database is None:
             missing = not places.database().exists() and layer.name == "own"
             remedy = (
@@ -142,7 +147,7 @@ def _layers(here: Device) -> Iterator[Finding]:
             )
             yield Finding(f"database, {layer.name}", False, f"{layer.place}: {layer.problem}", remedy)
         else:
-            known = winners.known_winners(here, [layer])
+            known = layers.known_winners(here, [layer])
             exact = sum(w.rung == "exact" for w in known)
             yield Finding(
                 f"database, {layer.name}",

@@ -37,6 +37,18 @@ class DatabaseUnusable(ElsaTuneError):
     """The measurement database cannot be used: corrupt, locked, read-only, or from a newer version."""
 
 
+class BadSettings(ElsaTuneError, ValueError):
+    """The settings file or an environment variable says something that is not understood."""
+
+
+class NotTrusted(ElsaTuneError):
+    """A signature is missing, wrong, or by nobody on the list of the trusted."""
+
+
+class FleetUnreachable(ElsaTuneError):
+    """The storage that a fleet shares does not answer, or what speaks to it is not installed."""
+
+
 class FolderTaken(ElsaTuneError):
     """A folder to be written holds something else."""
 

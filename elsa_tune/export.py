@@ -10,12 +10,13 @@ from elsa_tune.backends import _cuda_laws, cpp
 from elsa_tune.backends._laws import SCRATCH_BYTES
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
+from elsa_tune.layers import known_winners, layers
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import DTYPE_BYTES, Problem
 from elsa_tune.render import write
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
-from elsa_tune.winners import Database, known_winners, layers
+from elsa_tune.winners import Database
 
 LANGUAGES = {"cuda": "cuda", "opencl": "opencl", "cpu": "cpp"}
 """What a header is written in, by a device's kind."""

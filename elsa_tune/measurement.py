@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
+LONGEST_REASON = 2000
+
+
+canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+"""One spelling of a mapping in JSON."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,37 +46,55 @@ class Measurement:
     resources: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, str | float] = field(default_factory=dict)
     created: float = 0.0
+    _line: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """One spelling of equal content: floats, six digits of a sample, no order among facts."""
+        for name in ("samples", "incumbent_samples"):
+            object.__setattr__(self, name, tuple(float(f"{x:.6g}") for x in getattr(self, name)))
+        for name in ("error", "constant", "seconds", "ratio", "ratio_low", "ratio_high", "created"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
+        object.__setattr__(self, "reason", self.reason[:LONGEST_REASON])
+        facts = {k: v if isinstance(v, str) else float(v) for k, v in self.provenance.items()}
+        object.__setattr__(self, "provenance", facts)
 
     @property
     def family(self) -> str:
         """The problem's family."""
         return self.problem.partition("@")[0]
 
-    def as_row(self) -> dict[str, Any]:
-        """A flat mapping of JSON scalars, with ``id``: the digest of everything else."""
-        row = asdict(self)
-        for name in ("samples", "incumbent_samples", "resources", "provenance"):
-            row[name] = json.dumps(row[name], sort_keys=True)
-        row["family"] = self.family
-        canonical = json.dumps(row, sort_keys=True, separators=(",", ":"))
-        return {"id": hashlib.sha256(canonical.encode()).hexdigest()[:32], **row}
+    @property
+    def line(self) -> str:
+        """The measurement as one line of canonical JSON: equal content is equal text. What is empty is left out."""
+        if self._line:
+            return self._line
+        content = {name: value for name, empty in _EMPTY.items() if (value := getattr(self, name)) != empty}
+        object.__setattr__(self, "_line", canonical(content))
+        return self._line
+
+    @property
+    def id(self) -> str:
+        """The digest of everything else."""
+        return hashlib.sha256(self.line.encode()).hexdigest()[:24]
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Measurement:
-        """The measurement that ``as_row`` wrote."""
-        known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
-        for name in ("samples", "incumbent_samples"):
-            known[name] = tuple(json.loads(row[name]))
-        for name in ("resources", "provenance"):
-            known[name] = json.loads(row[name])
-        return cls(**known)
+    def from_line(cls, line: str) -> Measurement:
+        """The measurement that ``line`` wrote; foreign lines are read by elsa_tune.exchange."""
+        return cls(**json.loads(line))
+
+
+_EMPTY: dict[str, Any] = {
+    f.name: {} if f.default_factory is not MISSING else f.default for f in fields(Measurement) if f.init
+}
+"""What each field is when nothing is said of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Winner:
     """The variant to use for a problem: a row of the ``winners`` view and where it came from.
 
-    ``layer`` is "own" or "shipped"; ``rung`` is how close the device it was measured on is to this one.
+    ``layer`` is "own", "imported", "team" or "shipped"; ``rung`` is how close the device it was measured on is to this one.
     """
 
     problem: str

@@ -6,11 +6,13 @@ What it predicts is never a measurement: it orders candidates, which the first m
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 
 from elsa_tune import backends, places
 from elsa_tune import workload as workloads
@@ -18,7 +20,8 @@ from elsa_tune.backends import Built
 from elsa_tune.backends._cuda_laws import Tiling
 from elsa_tune.backends._gpu_report import spills
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.errors import BadDevice, CompilerMissing
+from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
+from elsa_tune.layers import write_lines
 from elsa_tune.measure import Worker, WorkerFailed, build
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import DTYPE_BYTES, Problem
@@ -28,6 +31,7 @@ from elsa_tune.trial import BUILD_SECONDS
 from elsa_tune.variant import Variant
 from elsa_tune.winners import Database
 
+MANIFEST = "manifest.jsonl"
 SHORTLIST = 5
 """Candidates recorded for each problem."""
 
@@ -277,6 +281,25 @@ def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
                 ranking.refused += 1
             else:
                 ranking.candidates.append(Candidate(ranking.problem, variant, built, seconds))
+
+
+def hand_over(rankings: Sequence[Ranking], device: str, folder: Path) -> int:
+    """Copy the shortlisted kernels and a manifest of them, measurements of status candidate, into a folder. How many kernels.
+
+    Raises FolderTaken.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise FolderTaken(f"folder {folder} is not empty and holds no {MANIFEST}; name another with -o")
+    kernels = folder / "kernels"
+    kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made = [c for ranking in rankings for c in ranking.best]
+    for digest in {c.built.digest for c in made}:
+        shutil.copytree(places.kernels() / digest, kernels / digest, dirs_exist_ok=True)
+    with Database.for_reading(places.database()) as database:
+        known = database.measurements(status="candidate", device=str(target(device).device))
+    spelled = {(str(c.problem), str(c.variant), c.built.digest) for c in made}
+    write_lines([m for m in known if (m.problem, m.variant, m.digest) in spelled], folder / MANIFEST)
+    return len(made)
 
 
 def _record(database: Database, ranking: Ranking, device: Device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from functools import cache
 from pathlib import Path
 
@@ -31,3 +32,33 @@ def database() -> Path:
 def kernels() -> Path:
     """The user's folder of built kernels."""
     return home() / "kernels"
+
+
+def ready_kernels() -> list[Path]:
+    """Folders of kernels built elsewhere for devices like this one, as ``elsa-tune compile`` writes them: ELSA_TUNE_KERNELS,
+    separated as paths are. They are only read, and only if nobody else can change them."""
+    return [Path(one).expanduser() for one in os.environ.get("ELSA_TUNE_KERNELS", "").split(os.pathsep) if one]
+
+
+def layers() -> Path:
+    """The user's copies of the databases that a team shares."""
+    return home() / "layers"
+
+
+def settings() -> Path:
+    """The user's settings, a TOML file that need not exist."""
+    override = os.environ.get("ELSA_TUNE_HOME")
+    return (Path(override) if override else platformdirs.user_config_path("elsa-tune")) / "config.toml"
+
+
+def unsafe(path: Path) -> str:
+    """Why a file or folder is not to be trusted: a link, another user's (the administrator's is fine), or writable by others;
+    empty if it may be."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        return f"{path} is a link; put the thing itself there"
+    if os.name != "posix":
+        return ""
+    if found.st_uid not in (0, os.getuid()):
+        return f"{path} belongs to another user; remove it and tune again"
+    return f"{path} may be changed by others; chmod go-w it" if found.st_mode & 0o022 else ""

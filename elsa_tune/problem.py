@@ -14,14 +14,18 @@ MASKS = ("none", "causal")
 PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
 DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
+LARGEST = 2**40
+"""Of every dimension: more than any memory holds."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 _FAMILY = re.compile(
-    rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d+)(\.v(?P<value_dim>\d+))?"
-    rf"(\.(?P<mask>causal))?(\.(?P<direction>backward))?"
+    rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
+    rf"(\.(?P<mask>causal))?(\.(?P<direction>backward))?",
+    re.ASCII,
 )
 _SHAPE = re.compile(
-    r"b(?P<batch>\d+)\.h(?P<heads>\d+)(\.kv(?P<kv_heads>\d+))?\.q(?P<q_len>\d+)\.k(?P<kv_len>\d+)(\.(?P<launch>graph))?"
+    r"b(?P<batch>\d{1,13})\.h(?P<heads>\d{1,13})(\.kv(?P<kv_heads>\d{1,13}))?\.q(?P<q_len>\d{1,13})\.k(?P<kv_len>\d{1,13})(\.(?P<launch>graph))?",
+    re.ASCII,
 )
 _EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
 
@@ -58,8 +62,8 @@ class Problem:
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         for name in ("head_dim", "value_dim", "batch", "heads", "kv_heads", "q_len", "kv_len"):
-            if getattr(self, name) < 1:
-                raise BadProblem(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise BadProblem(f"{name} is {str(getattr(self, name))[:30]}; it must be from 1 to {LARGEST}")
         if self.heads % self.kv_heads:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
@@ -101,6 +105,15 @@ class Problem:
         square = min(self.q_len, self.kv_len)
         return square * (square + 1) // 2 + (self.q_len - square) * self.kv_len
 
+    def akin(self, family: str) -> bool:
+        """Whether a family differs from this problem's in its dimensions at most."""
+        try:
+            other = Problem.parse(family)
+        except BadProblem:  # of another version
+            return False
+        mine = (self.dtype, self.mask, self.precision, self.direction)
+        return (other.dtype, other.mask, other.precision, other.direction) == mine
+
     @property
     def flops(self) -> int:
         """Floating-point operations of the products over the pairs the mask lets through: Q K^T and P V, or for the
@@ -135,7 +148,7 @@ def _parse(text: str) -> Problem:
     family, _, shape = text.strip().partition("@")
     found = [_FAMILY.fullmatch(family)] + ([_SHAPE.fullmatch(shape)] if shape else [])
     if not all(found):
-        raise BadProblem(f"problem {text!r} is misspelled; write it like {_EXAMPLE}")
+        raise BadProblem(f"problem {text[:100]!r} is misspelled; write it like {_EXAMPLE}")
     words = {k: v for match in found if match for k, v in match.groupdict().items() if v is not None}
     values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in words.items()}
     return Problem(**values)

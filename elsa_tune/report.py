@@ -16,10 +16,13 @@ from rich.text import Text
 
 from elsa_tune.choose import Choice
 from elsa_tune.doctor import Finding
+from elsa_tune.exchange import Difference
+from elsa_tune.fleet import Member
 from elsa_tune.measurement import Measurement
 from elsa_tune.offline import Ranking, Target, occupancy
+from elsa_tune.outcome import Outcome, Report
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import Outcome, Progress, Report, Task
+from elsa_tune.tuning import Progress, Task
 
 _LINE_EVERY = 15.0
 
@@ -230,6 +233,28 @@ def print_explanation(
         console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
     else:
         console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
+
+
+def print_members(console: Console, members: Iterable[Member]) -> None:
+    """Who tunes together."""
+    table = Table("worker", "device", "trials", "a minute", "last seen", box=None)
+    for m in members:
+        table.add_row(m.worker, m.device, str(m.trials), f"{m.rate:.1f}", f"{m.ago:.0f} s ago")
+    console.print(table)
+
+
+def print_difference(console: Console, difference: Difference) -> None:
+    """What two files of measurements do not share, and where they name other winners."""
+    console.print(
+        f"{difference.shared} measurements in both, {len(difference.only_first)} only in the first, "
+        f"{len(difference.only_second)} only in the second",
+        highlight=False,
+    )
+    table = Table("device", "problem", "first's winner", "second's winner", box=None)
+    for (device, problem), pair in difference.winners.items():
+        table.add_row(device, problem, *(f"{m.variant} {m.ratio or 1:.2f}" if m else "none" for m in pair))
+    if difference.winners:
+        console.print(table)
 
 
 def print_findings(console: Console, findings: Iterable[Finding]) -> None:

@@ -11,7 +11,9 @@ from itertools import islice
 import optuna
 
 from elsa_tune.errors import ElsaTuneError
+from elsa_tune.fleet import Fleet
 from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Value, Variant
 
@@ -54,6 +56,8 @@ class Search:
         sampler: str = "local",
         seed: int = 0,
         exhaustive: bool = False,
+        fleet: Fleet | None = None,
+        problem: Problem | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
             raise ElsaTuneError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
@@ -66,13 +70,23 @@ class Search:
         self._rng = random.Random(seed)
         self._best: tuple[float, Variant] | None = None
         self._every = valid(None, random.Random(seed)) if exhaustive else None
+        self._board = fleet.board(problem, space, self._axes) if fleet and problem else None
+        self._told: set[str] = set()
+        self.heard = 0
+        """Results that others of the fleet told."""
 
     def enqueue(self, variants: Iterable[Variant]) -> None:
         """Try these before anything the sampler thinks of."""
         self._first += variants
 
     def tell(self, variant: Variant, ratio: float | None) -> None:
-        """Report a ratio, or None for a variant that cannot be used."""
+        """Report a ratio, or None for a variant that cannot be used; in a fleet, to everyone."""
+        self._learn(variant, ratio)
+        if self._board is not None and str(variant) not in self._told:
+            self._told.add(str(variant))
+            self._board.report(variant, ratio, math.log(ratio) if ratio else WORTHLESS)
+
+    def _learn(self, variant: Variant, ratio: float | None) -> None:
         self._seen.add(self._name(variant))
         value = math.log(ratio) if ratio else WORTHLESS
         if ratio and (self._best is None or value > self._best[0]):
@@ -84,9 +98,31 @@ class Search:
     def ask(self, count: int) -> list[Variant]:
         """Up to ``count`` variants not asked or told before; fewer only when the space is exhausted."""
         asked: list[Variant] = []
+        self._catch_up()
         while len(asked) < count and (variant := self._next()) is not None:
-            asked.append(variant)
+            if self._board is None or self._board.claim(variant):
+                asked.append(variant)
         return asked
+
+    @property
+    def best(self) -> Variant | None:
+        """The best variant that anyone told of."""
+        return self._best[1] if self._best else None
+
+    def _catch_up(self) -> None:
+        """Learn what others of the fleet found, leave what they are trying, and try again what was lost with its worker."""
+        if self._board is None:
+            return
+        news = self._board.news()
+        for spelling, ratio in news.results:
+            if spelling not in self._told:
+                self._told.add(spelling)
+                self.heard += 1
+                self._learn(self._space.parse(spelling), ratio)
+        lost = [self._space.parse(spelling) for spelling in news.lost]
+        self._seen -= {self._name(variant) for variant in lost}
+        self._seen |= {self._name(self._space.parse(spelling)) for spelling in news.taken}
+        self._first = lost + self._first
 
     def _next(self) -> Variant | None:
         while self._first:

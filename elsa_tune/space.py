@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,6 @@ class Axis:
         """A value as it appears in a variant's name; empty for the default."""
         return "" if value == self.default else self.spell.format(value)
 
-    def read(self, token: str) -> Value | None:
-        """The value that ``token`` spells, or None."""
-        return next((v for v in self.values if self.spell.format(v) == token), None)
-
 
 @dataclass(frozen=True)
 class Space:
@@ -90,12 +87,26 @@ class Space:
             raise BadVariant(f"variant {text!r} belongs to backend {backend!r}, not {self.backend!r}")
         values: dict[str, Value] = {}
         for token in tokens:
-            read = [(axis.name, value) for axis in self.axes if (value := axis.read(token)) is not None]
+            read = self._spelled.get(token, [])
             if len(read) != 1 or read[0][0] in values:
                 letters = ", ".join(f"{axis.spell.format('N')} {axis.name}" for axis in self.axes)
                 raise BadVariant(f"variant {text!r}: {token!r} is not understood; tokens are {letters}")
             values[read[0][0]] = read[0][1]
         return self.variant(values)
+
+    @cached_property
+    def _spelled(self) -> dict[str, list[tuple[str, Value]]]:
+        """Token -> the axes and values that it spells: one, or the search space is ambiguous."""
+        found: dict[str, list[tuple[str, Value]]] = {}
+        for axis in self.axes:
+            for value in axis.values:
+                found.setdefault(axis.spell.format(value), []).append((axis.name, value))
+        return found
+
+    @property
+    def digest(self) -> str:
+        """What tells this space's values from another version's."""
+        return hashlib.sha256(repr([(axis.name, axis.values) for axis in self.axes]).encode()).hexdigest()[:8]
 
     def refusal(self, variant: Variant, problem: Problem, device: Device) -> str | None:
         """The first law's reason against this variant, or None if it is valid."""
@@ -168,7 +179,7 @@ def _load(backend: str) -> Space:
     return Space(backend, axes, backends.get(backend).laws, tuple(content["start"]["variants"]))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def parse(text: str) -> Variant:
     """Read any variant's spelling, whatever its backend. Raises BadVariant."""
     return Space.load(text.strip().partition(".")[0]).parse(text)

@@ -178,6 +178,10 @@ class Trials:
             stage = "final" if len(own) == longest or contender is incumbent else "trial"
             self._record_ratio(problem, contender, incumbent, stage, own, samples[0])
 
+    def versions(self, backend: str) -> dict[str, str]:
+        """The software that a measurement of a backend depends on."""
+        return {**backends.get("sdpa").toolchain(), **backends.get(backend).toolchain(self.device)}
+
     # Recording.
 
     def _record_ratio(
@@ -199,7 +203,9 @@ class Trials:
         self._record(problem, contender.variant, status, **facts)
 
     def _record(self, problem: Problem, variant: Variant, status: str, **facts: object) -> None:
-        versions = {**backends.get("sdpa").toolchain(), **backends.get(variant.backend).toolchain(self.device)}
+        versions = {**self.versions(variant.backend), "installation": self.database.installation}
+        if source := backends.get(variant.backend).source(variant, problem):
+            versions["source"] = source.digest
         measurement = Measurement(
             device=str(self.device),
             problem=str(problem),

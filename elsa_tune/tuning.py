@@ -6,23 +6,26 @@ incumbent -> ask -> build -> check -> race -> record, again and again -> finals 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from elsa_tune import backends
+from elsa_tune import backends, drift
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
+from elsa_tune.fleet import Fleet
+from elsa_tune.layers import known_winners, layers, refresh_all
 from elsa_tune.measure import Contender, Worker, WorkerFailed
 from elsa_tune.measurement import Measurement
+from elsa_tune.outcome import Outcome, Report, least_seconds, outcome
 from elsa_tune.problem import Problem
 from elsa_tune.search import Search
 from elsa_tune.space import Space, parse
 from elsa_tune.trial import Trials, quiet_machine
 from elsa_tune.variant import Variant
-from elsa_tune.winners import Database, known_winners, layers, listeners
+from elsa_tune.winners import Database, listeners
 
 BUDGET = 180.0
 GPU_TRIALS = 4
@@ -101,31 +104,6 @@ class Progress:
     budget: float
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One line of the final table. ``limit`` is the share of what the measured peaks would allow."""
-
-    problem: Problem
-    device: Device
-    winner: Measurement | None
-    gflops: float | None = None
-    limit: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a run established, one outcome a problem and device."""
-
-    outcomes: list[Outcome]
-    seconds: float
-    notes: list[str]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every problem has a winner; torch's SDPA counts."""
-        return all(outcome.winner for outcome in self.outcomes)
-
-
 def tune(
     problems: Sequence[Problem | str] | None = None,
     *,
@@ -136,63 +114,75 @@ def tune(
     seed: int = 0,
     sampler: str = "local",
     exhaustive: bool = False,
+    storage: str = "",
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
     """Find the fastest exact kernel for each problem on each device, and record everything that was measured.
 
     ``problems`` are Problems or their spellings; without them the workload's. ``budget`` is wall seconds, compiling
     included. ``effort`` is quick or full; ``sampler`` local, tpe or random; ``exhaustive`` walks the whole space instead.
-    Raises BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any moment: what is recorded stays.
+    ``storage`` shares the search with every machine of this model that names it (elsa_tune.fleet.open_storage).
+    Raises FleetUnreachable, BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any moment: what is recorded stays.
     """
     if effort not in EFFORTS:
         raise ElsaTuneError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORTS)}")
     start, notes, outcomes = time.monotonic(), list[str](), list[Outcome]()
     devices = detect(device)
+    notes += refresh_all()
     with Database.for_writing() as database:
         for number, here in enumerate(devices):
             given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
             wanted = list(dict.fromkeys(given))
             share = (budget - (time.monotonic() - start)) / (len(devices) - number)
-            search = partial(_searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
-            tasks = [Task(p, search(p)) for p in wanted]
             with ExitStack() as stack:
-                worker = stack.enter_context(Worker(memory=0 if here.is_gpu else None))
-                builders = stack.enter_context(Worker(count=host_cpu().cores)) if here.is_gpu else None
-                trials = Trials(database, worker, here, builders=builders, thorough=effort == "full")
-                _Run(trials, EFFORTS[effort], time.monotonic() + share, share, watch, notes, tasks).tune()
+                fleet = stack.enter_context(Fleet(storage, database.installation, here)) if storage else None
+                look = partial(_searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
+                tasks = [Task(p, look(p, fleet=fleet)) for p in wanted]
+                stack.enter_context(_running(database, here, effort, share, watch, notes, tasks)).tune()
             outcomes += [outcome(database, p, here) for p in wanted]
     for changed in listeners:
         changed()
     return Report(outcomes, time.monotonic() - start, notes)
 
 
-def outcome(database: Database, problem: Problem, device: Device) -> Outcome:
-    """The recorded winner of a problem and how close it comes to the limits measured in the same run."""
-    winner = next(iter(database.winners(device=str(device), problem=str(problem))), None)
-    if winner is None or not winner.seconds:
-        return Outcome(problem, device, winner)
-    least = least_seconds(problem, winner.provenance)
-    return Outcome(problem, device, winner, problem.flops / winner.seconds / 1e9, least and least / winner.seconds)
+def race(
+    device: str = "auto", *, budget: float = BUDGET, watch: Callable[[Progress], None] = lambda progress: None
+) -> Report:
+    """Time what was imported for these devices, or is disputed, against this machine's best and torch; record the results.
 
-
-def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:
-    """What operations and bytes allow at measured ``peak_*`` rates, or None where those are unknown.
-
-    float32 class products may be three TF32 products each.
+    Raises BadDevice, DatabaseUnusable.
     """
-    rates = {name: float(peaks.get(f"peak_{name}", 0)) for name in ("gflops", "fp32", "tf32", "fp16", "bf16", "gbytes")}
-    multiply_adds = rates["gflops"] or rates["fp32"]
-    compute = {
-        "strict": multiply_adds,
-        "fp32": max(multiply_adds, rates["tf32"] / 3),
-        "tf32": max(multiply_adds, rates["tf32"]),
-    }.get(problem.precision, rates.get(problem.precision, 0.0))
-    return max(problem.flops / compute, problem.bytes / rates["gbytes"]) / 1e9 if compute and rates["gbytes"] else None
+    start, notes, outcomes = time.monotonic(), list[str](), list[Outcome]()
+    with Database.for_writing() as database:
+        for here in detect(device):
+            contested = drift.contested(database, here)
+            tasks = [Task(p, _searches(p, here, notes)) for p in map(Problem.parse, contested)]
+            left = budget - (time.monotonic() - start)
+            with _running(database, here, "quick", left, watch, notes, tasks) as run:
+                run.race(contested)
+            outcomes += [outcome(database, task.problem, here) for task in tasks]
+    for changed in listeners:
+        changed()
+    return Report(outcomes, time.monotonic() - start, notes)
+
+
+@contextmanager
+def _running(
+    database: Database, device: Device, effort: str, seconds: float, watch: Callable[[Progress], None],
+    notes: list[str], tasks: list[Task],
+) -> Iterator[_Run]:  # fmt: skip
+    """One device's run, with the processes that build and time for it."""
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker(memory=0 if device.is_gpu else None))
+        builders = stack.enter_context(Worker(count=host_cpu().cores)) if device.is_gpu else None
+        trials = Trials(database, worker, device, builders=builders, thorough=effort == "full")
+        yield _Run(trials, EFFORTS[effort], time.monotonic() + seconds, seconds, watch, notes, tasks)
 
 
 def _searches(
-    problem: Problem, device: Device, notes: list[str], sampler: str, seed: int, exhaustive: bool
-) -> list[Search]:
+    problem: Problem, device: Device, notes: list[str], sampler: str = "local", seed: int = 0, exhaustive: bool = False,
+    fleet: Fleet | None = None,
+) -> list[Search]:  # fmt: skip
     """A search for every backend that generates code and can serve the problem here."""
     found = []
     for name in backends.names():
@@ -212,6 +202,8 @@ def _searches(
             sampler,
             seed,
             exhaustive,
+            fleet,
+            problem,
         )
         starts = [space.parse(text) for text in space.start]
         search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)
@@ -258,6 +250,7 @@ class _Run:
         for task in self.tasks:
             self.find_incumbent(task)
         self.trials.find_limits()
+        self.look_for_drift()
         if all(task.settled for task in self.tasks):
             self.refine()
             return
@@ -268,6 +261,53 @@ class _Run:
             later = sum(map(self.final_seconds, self.tasks[number + 1 :]))
             self.final(task, max(0.5 * self.final_seconds(task), min(self.final_seconds(task), self.left() - later)))
 
+    def look_for_drift(self) -> None:
+        """After a change of software or clock, time a few winners again; if one has moved, all; those that moved are open."""
+        peaks = {name: x for name, x in self.trials.limits.items() if name in ("peak_gflops", "peak_fp32")}
+        searched = {search.backend for task in self.tasks for search in task.searches}
+        versions = {name: text for backend in sorted(searched) for name, text in self.trials.versions(backend).items()}
+        if found := drift.changes(self.database, self.device, versions, peaks):
+            self.notes.append("; ".join(found))
+            known = sorted((t for t in self.tasks if t.incumbent and t.finals), key=lambda task: task.seconds)
+            moved = [task for task in known[: drift.CANARIES] if self.has_moved(task)]
+            if moved:
+                moved += [task for task in known[drift.CANARIES :] if self.left() > 0 and self.has_moved(task)]
+            for task in moved:
+                task.trials = task.finals = 0
+            timed = len(known) if moved else min(len(known), drift.CANARIES)
+            self.notes.append(f"{timed} winners timed again, {len(moved)} have moved and are tuned anew")
+        if versions and peaks:
+            drift.remember(self.database, self.device, versions, peaks)
+
+    def has_moved(self, task: Task) -> bool:
+        """Whether a problem's winner, raced again, is not as fast as it was."""
+        before = self.winner(task)
+        if before is None or before.variant.startswith("sdpa."):
+            return False
+        self.final(task, min(1.0, self.final_seconds(task)), [parse(before.variant)])
+        after = self.winner(task)
+        return after is not None and (after.variant != before.variant or drift.moved(before, after))
+
+    def winner(self, task: Task) -> Measurement | None:
+        """What the database says is best here."""
+        return next(iter(self.database.winners(True, device=str(self.device), problem=str(task.problem))), None)
+
+    def race(self, contested: dict[str, list[str]]) -> None:
+        """Settle what others measured: their variants against this machine's best and torch."""
+        for task in self.tasks:
+            self.recall(task)
+            self.find_incumbent(task)
+            best = sorted(task.latest.values(), key=lambda m: m.ratio or 0, reverse=True)[:1]
+            spellings = [m.variant for m in best if not m.variant.startswith("sdpa.")] + contested[str(task.problem)]
+            share = self.left() / (len(self.tasks) - self.tasks.index(task))
+            entrants = [v for v in map(parse, dict.fromkeys(spellings)) if self.is_lawful(v, task.problem)]
+            if entrants and self.left() > 0:
+                self.final(task, min(share, self.final_seconds(task)), entrants)
+
+    def is_lawful(self, variant: Variant, problem: Problem) -> bool:
+        """Whether the laws allow a variant here."""
+        return Space.load(variant.backend).refusal(variant, problem, self.device) is None
+
     def refine(self) -> None:
         """Everything is known: race the least certain winners again for a few seconds."""
         self.deadline = min(self.deadline, time.monotonic() + REFINE_SECONDS)
@@ -277,7 +317,10 @@ class _Run:
 
     def recall(self, task: Task) -> None:
         """Begin from every measurement of this device, and from winners of its kin and of the family's other shapes."""
-        for m in self.database.measurements(device=str(self.device), problem=str(task.problem)):
+        for m in self.database.measurements(local=True, device=str(self.device), problem=str(task.problem)):
+            if self.is_of_other_code(task.problem, m):
+                self.suggest(task, m.variant)
+                continue
             task.note(m)
             if m.variant == m.incumbent and m.seconds:
                 task.incumbent, task.seconds = self.trials.contender(parse(m.variant), task.problem), m.seconds
@@ -286,9 +329,21 @@ class _Run:
         task.target = self.target(task)
         for winner in known_winners(self.device, layers(), family=task.problem.family):
             self.suggest(task, winner.variant)
+        for m in self.database.measurements(local=False, problem=str(task.problem), status="ok"):
+            if self.device.kinship(Device.parse(m.device)) not in (None, "family"):  # imported: to be tried here
+                self.suggest(task, m.variant)
         for m in self.database.measurements(status="candidate", family=task.problem.family):
             if self.device.kinship(Device.parse(m.device)) not in (None, "family"):  # ranked for this architecture
                 self.suggest(task, m.variant)
+
+    def is_of_other_code(self, problem: Problem, m: Measurement) -> bool:
+        """Whether the templates have changed since in what they render for this variant: then it is tried anew."""
+        try:
+            variant = parse(m.variant)
+        except BadVariant:
+            return False
+        now = backends.get(variant.backend).source(variant, problem)
+        return now is not None and m.provenance.get("source", now.digest) != now.digest
 
     def suggest(self, task: Task, spelling: str) -> None:
         """Enqueue a variant known from elsewhere, if this space still has it and the laws allow it here."""
@@ -333,7 +388,7 @@ class _Run:
 
     def uncertainty(self, task: Task) -> float:
         """Relative width of the winner's interval."""
-        winner = next(iter(self.database.winners(device=str(self.device), problem=str(task.problem))), None)
+        winner = self.winner(task)
         if winner is None or not winner.ratio:
             return float("inf")
         return ((winner.ratio_high or 0) - (winner.ratio_low or 0)) / winner.ratio
@@ -362,17 +417,20 @@ class _Run:
         for _ in task.searches:
             search = task.searches[task.turns % len(task.searches)]
             task.turns += 1
-            if asked := search.ask(max(2, host_cpu().cores)):
+            heard = search.heard
+            asked = search.ask(max(2, host_cpu().cores))
+            task.trials += search.heard - heard
+            if asked:
                 return asked
         return []
 
-    def final(self, task: Task, seconds: float) -> None:
-        """Race this problem's best variants and the best of the family's other shapes, with many samples."""
+    def final(self, task: Task, seconds: float, entrants: Sequence[Variant] = ()) -> None:
+        """Race entrants, or this problem's best variants and the best of the family's other shapes, with many samples."""
         if task.incumbent is None or not task.searches:
             return
         self.show(f"{task.problem}  final")
         with quiet_machine():
-            built = self.trials.build(task.problem, list(self.finalists(task)) or task.searches[0].ask(2))
+            built = self.trials.build(task.problem, list(entrants or self.finalists(task)) or task.searches[0].ask(2))
             usable = [c for c in built if self.trials.usable(task.problem, task.incumbent, task.seconds, c)]
             if not usable:
                 return
@@ -390,7 +448,8 @@ class _Run:
                 best = max(other.latest.values(), key=lambda m: m.ratio or 0).variant
                 if best not in task.latest and not best.startswith("sdpa."):
                     chosen.append(best)
+        chosen += [str(search.best) for search in task.searches if search.best]  # in a fleet, another's
         for spelling in dict.fromkeys(chosen):
             variant = parse(spelling)
-            if Space.load(variant.backend).refusal(variant, task.problem, self.device) is None:
+            if self.is_lawful(variant, task.problem):
                 yield variant

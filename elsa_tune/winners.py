@@ -1,24 +1,29 @@
-"""The database: records measurements, derives winners, reads layers. The only file that imports sqlite_utils."""
+"""The database: records measurements, derives winners. The only file that speaks SQL."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import secrets
+import shutil
 import sqlite3
+import struct
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from elsa_tune import places, space
-from elsa_tune.device import RUNGS, Device
-from elsa_tune.errors import BadMeasurements, DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import STAGES, STATUSES, Measurement, Winner
-from elsa_tune.problem import Problem
+from elsa_tune import places
+from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
+from elsa_tune.measurement import Measurement, canonical
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PATIENCE = 30.0
 """Seconds that a writer waits for another to let go of the database."""
 TIED = 0.98
@@ -26,32 +31,57 @@ TIED = 0.98
 
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "ceph", "9p", "fuse.sshfs"}
 
-_COLUMNS = {
-    "id": str, "device": str, "family": str, "problem": str, "variant": str, "digest": str, "stage": str, "status": str,
-    "reason": str, "error": float, "constant": float, "seconds": float, "ratio": float, "ratio_low": float,
-    "ratio_high": float, "samples": str, "incumbent": str, "incumbent_samples": str, "resources": str,
-    "provenance": str, "created": float,
-}  # fmt: skip
-
 # The newest final measurement of each variant counts. A generated variant must beat SDPA beyond its interval. Among
 # variants tied with the best, the smaller error wins, then fewer stack accesses, then the spelling.
 _WINNERS = f"""
 WITH latest AS (
   SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem, variant ORDER BY created DESC, id) AS age
-  FROM measurements WHERE status = 'ok' AND stage = 'final'
+  FROM records WHERE status = 'ok' AND stage = 'final' {{where}}
 ), eligible AS (
-  SELECT * FROM latest WHERE age = 1 AND (variant LIKE 'sdpa.%' OR ratio_low > 1)
+  SELECT latest.*, spelled.content AS spelling FROM latest
+  JOIN words spelled ON spelled.id = latest.variant LEFT JOIN words against ON against.id = latest.incumbent
+  WHERE age = 1 AND (spelled.content LIKE 'sdpa.%' OR (ratio_low > 1 AND against.content LIKE 'sdpa.%'))
 ), ranked AS (
   SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place FROM eligible
 ), tied AS (
   SELECT r.*, ROW_NUMBER() OVER (
     PARTITION BY r.device, r.problem
-    ORDER BY r.error, COALESCE(json_extract(r.resources, '$.hot_spills'), 0), r.variant
+    ORDER BY r.error, COALESCE(json_extract(facts.content, '$.hot_spills'), 0), r.spelling
   ) AS choice
   FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
+  LEFT JOIN words facts ON facts.id = r.resources
   WHERE r.ratio >= {TIED} * best.ratio OR r.ratio_high >= best.ratio_low
 )
-SELECT {", ".join(_COLUMNS)} FROM tied WHERE choice = 1
+SELECT tied.* FROM tied WHERE choice = 1
+"""
+
+LONGEST_INLINE = 64
+"""Bytes of an incumbent's samples that are kept in their row."""
+
+LEAST_ROW = 60
+"""Bytes that no row is smaller than."""
+
+_NUMBERS = ("error", "constant", "seconds", "ratio", "ratio_low", "ratio_high", "created")
+_TEXTS = ("device", "family", "problem", "variant", "digest", "incumbent", "reason")
+_WORDS = (*_TEXTS, "resources", "provenance", "incumbent_samples")
+_PLAIN = ("status", "stage")
+_COLUMNS = ("id", "local", *_PLAIN, *_WORDS, *_NUMBERS, "samples")
+
+# What repeats is a word, kept once. `local` says that this database's own machine measured it; it is no part of the content.
+_SCHEMA = f"""
+CREATE TABLE words (id INTEGER PRIMARY KEY, key INTEGER NOT NULL UNIQUE, content NOT NULL);
+CREATE TABLE records (
+  number INTEGER PRIMARY KEY, id BLOB NOT NULL UNIQUE, local INTEGER NOT NULL, status TEXT NOT NULL, stage TEXT NOT NULL,
+  {", ".join(f"{name} INTEGER" for name in _WORDS)},
+  {", ".join(f"{name} REAL" for name in _NUMBERS)}, samples BLOB
+);
+CREATE INDEX by_problem ON records (device, problem);
+CREATE INDEX finals ON records (device, family, problem) WHERE status = 'ok' AND stage = 'final';
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE VIEW measurements AS SELECT hex(r.id) AS id, {", ".join(f"r.{n}" for n in ("local", *_PLAIN, *_NUMBERS))},
+  {", ".join(f"(SELECT content FROM words w WHERE w.id = r.{name}) AS {name}" for name in _WORDS if name != "incumbent_samples")}
+  FROM records r;
+CREATE VIEW winners AS SELECT m.* FROM measurements m JOIN ({_WINNERS.format(where="")}) w ON m.id = hex(w.id);
 """
 
 
@@ -65,29 +95,44 @@ def _on_network(path: Path) -> bool:
     return bool(inside) and max(inside)[1] in _NETWORK_FILE_SYSTEMS
 
 
+def _key(content: str | bytes) -> int:
+    digest = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _packed(samples: tuple[float, ...]) -> bytes:
+    return struct.pack(f"<{len(samples)}f", *samples)
+
+
+def _unpacked(blob: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(blob) // 4}f", blob)
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    return canonical(dict(facts)) if facts else ""
+
+
 class Database:
     """Append-only measurements and the view of winners over them."""
 
     def __init__(self, connection: sqlite3.Connection, name: str) -> None:
         self.name = name
         self._connection = connection
-        self._connection.row_factory = sqlite3.Row
+        self._ids: dict[str | bytes, int] = {}  # word -> its number
+        self._contents: dict[int, str | bytes] = {}
 
-    @property
-    def _table(self) -> Any:
-        import sqlite_utils  # only writers need it, so that dispatch starts without
-
-        return sqlite_utils.Database(self._connection)["measurements"]
+    # Opening.
 
     @classmethod
     def for_writing(cls, path: Path | None = None) -> Database:
-        """Open or create; a corrupt file is set aside first. Raises DatabaseUnusable."""
+        """Open or create; a corrupt file is set aside first, and what can be read of it is kept. Raises DatabaseUnusable."""
         path = path or places.database()
         deadline = time.monotonic() + PATIENCE
+        aside: Path | None = None
         while True:
             try:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                return cls._open(path)
+                database = cls._open(path)
             except sqlite3.OperationalError as error:
                 # SQLite never waits for a lock in the way of a change of journal mode, so this does.
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -96,13 +141,17 @@ class Database:
                     ) from error
                 time.sleep(0.02)
             except sqlite3.DatabaseError:
-                set_aside(path)
+                aside = set_aside(path)
             except OSError as error:
                 raise DatabaseUnusable(f"{path}: {error}; set ELSA_TUNE_HOME to a writable folder") from error
+            else:
+                if aside is not None:
+                    database._keep_what_is_left(aside)
+                return database
 
     @classmethod
     def _open(cls, path: Path) -> Database:
-        connection = sqlite3.connect(path, timeout=PATIENCE)
+        connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -111,6 +160,8 @@ class Database:
                 )
             if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
+            if os.name == "posix" and path.stat().st_uid == os.getuid():
+                path.chmod(path.stat().st_mode & ~0o022)  # a database that others may change is not read
             connection.execute(f"PRAGMA journal_mode = {'DELETE' if _on_network(path) else 'WAL'}")
             connection.execute("PRAGMA synchronous = FULL")
             database = cls(connection, str(path))
@@ -123,13 +174,23 @@ class Database:
     @classmethod
     def for_reading(cls, path: Path) -> Database:
         """Open without ever writing or waiting long. Raises DatabaseUnusable."""
+        if not path.is_file():
+            raise DatabaseUnusable(f"{path} is no file; name a database")
         for options in ("mode=ro", "mode=ro&immutable=1"):
             try:
                 connection = sqlite3.connect(
                     f"{path.resolve().as_uri()}?{options}", uri=True, timeout=0.2, check_same_thread=False
                 )
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
-                connection.execute("SELECT 1 FROM winners LIMIT 1")
+                if version > SCHEMA_VERSION:
+                    raise DatabaseUnusable(
+                        f"{path} is of format {version}, this version reads {SCHEMA_VERSION}; upgrade elsa-tune"
+                    )
+                if version == 1:
+                    raise DatabaseUnusable(
+                        f"{path} is of format 1; the next elsa-tune, or elsa-tune db info, rewrites it"
+                    )
+                connection.execute("SELECT 1 FROM records LIMIT 1")
             except sqlite3.OperationalError as error:
                 failure: Exception = error
                 if "locked" in str(error) or "no such table" in str(error):
@@ -138,51 +199,290 @@ class Database:
             except sqlite3.DatabaseError as error:
                 failure = error
                 break
-            if version > SCHEMA_VERSION:
-                raise DatabaseUnusable(
-                    f"{path} is of format {version}, this version reads {SCHEMA_VERSION}; upgrade elsa-tune"
-                )
             return cls(connection, str(path))
         raise DatabaseUnusable(f"{path}: {failure}; `elsa-tune doctor` says more") from failure
 
     @classmethod
     def in_memory(cls, measurements: Iterable[Measurement], name: str) -> Database:
         """A database of the given measurements."""
-        database = cls(sqlite3.connect(":memory:", check_same_thread=False), name)
+        database = cls(sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None), name)
         database._create()
-        for measurement in measurements:
-            database.record(measurement)
+        database.add(measurements)
         return database
 
     def _create(self) -> None:
-        self._table.create(_COLUMNS, pk="id", if_not_exists=True)
-        self._table.create_index(["device", "family", "problem"], if_not_exists=True)
-        with self._connection:
-            self._connection.execute(f"CREATE VIEW IF NOT EXISTS winners AS {_WINNERS}")
+        with self._transaction():
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == SCHEMA_VERSION:
+                return
+            old = self._measurements_of_format_1() if version == 1 else []
+            for statement in filter(str.strip, _SCHEMA.split(";\n")):
+                self._connection.execute(statement)
+            self._connection.execute("INSERT INTO about VALUES ('installation', ?)", [secrets.token_hex(8)])
+            self._insert((m, not m.incumbent or m.incumbent.startswith("sdpa.")) for m in old)
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
+    def _measurements_of_format_1(self) -> list[Measurement]:
+        cursor = self._connection.execute("SELECT * FROM measurements")
+        names, found = [column[0] for column in cursor.description], []
+        for row in cursor:
+            known = {name: value for name, value in zip(names, row, strict=True) if name not in ("id", "family")}
+            for name in ("samples", "incumbent_samples", "resources", "provenance"):
+                known[name] = json.loads(known[name])
+            found.append(Measurement(**known))
+        self._connection.execute("DROP VIEW winners")
+        self._connection.execute("DROP TABLE measurements")
+        return found
+
+    @property
+    def installation(self) -> str:
+        """This database's random name, which its measurements carry; it says nothing of user or host."""
+        return self.about("installation")
+
+    def about(self, name: str) -> str:
+        """A fact this database keeps beside its measurements; empty if it keeps none of that name."""
+        found = self._connection.execute("SELECT value FROM about WHERE name = ?", [name]).fetchone()
+        return str(found[0]) if found else ""
+
+    # Writing.
+
+    def note(self, name: str, value: str) -> None:
+        """Keep a fact beside the measurements."""
+        with self._transaction():
+            self._connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", [name, value])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing. Raises DatabaseUnusable where the disk is full or what was opened cannot be written."""
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException as error:
+            self._ids.clear()
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
+                raise DatabaseUnusable(
+                    f"{self.name}: {error}; free some space or make it writable; what was recorded before is kept"
+                ) from error
+            raise
+
     def record(self, measurement: Measurement) -> None:
-        """Append; the same measurement twice is one row. Durable when this returns."""
-        with self._connection:
-            self._table.insert(measurement.as_row(), pk="id", ignore=True)
+        """Append what this machine measured; the same measurement twice is one row. Durable when this returns."""
+        with self._transaction():
+            self._insert([(measurement, True)])
 
-    def measurements(self, **equal: str) -> list[Measurement]:
-        """Measurements whose columns equal the given values, oldest first."""
-        return [Measurement.from_row(row) for row in self._rows("measurements", equal)]
+    def add(self, measurements: Iterable[Measurement], at_once: int = 5000) -> int:
+        """Append what others measured, and say how many were new. Durable in portions of ``at_once``."""
+        each, new = iter(measurements), 0
+        while portion := list(islice(each, at_once)):
+            with self._transaction():
+                new += self._insert((m, False) for m in portion)
+        return new
 
-    def winners(self, **equal: str) -> list[Measurement]:
-        """The winning measurement of each device and problem, of those whose columns equal the given values."""
-        return [Measurement.from_row(row) for row in self._rows("winners", equal)]
+    def _insert(self, measurements: Iterable[tuple[Measurement, bool]]) -> int:
+        before = self._connection.total_changes
+        words = self._connection.total_changes
+        rows = []
+        for m, local in measurements:
+            texts = [*(getattr(m, name) for name in _TEXTS), _json(m.resources), _json(m.provenance)]
+            numbers = [*map(self._id_of, texts), self._shared(_packed(m.incumbent_samples))]
+            plain = (m.status, m.stage, *numbers, *(getattr(m, name) for name in _NUMBERS))
+            rows.append((bytes.fromhex(m.id), int(local), *plain, _packed(m.samples)))
+        words = self._connection.total_changes - words
+        marks = ", ".join("?" * len(_COLUMNS))
+        self._connection.executemany(f"INSERT OR IGNORE INTO records ({', '.join(_COLUMNS)}) VALUES ({marks})", rows)
+        return self._connection.total_changes - before - words
 
-    def _rows(self, table: str, equal: dict[str, str]) -> Iterator[dict[str, Any]]:
+    def _shared(self, samples: bytes) -> int | bytes | None:
+        """The incumbent's samples: as a word, because finalists share them, unless they are shorter than a word costs."""
+        return self._id_of(samples) if len(samples) > LONGEST_INLINE else samples
+
+    def _id_of(self, content: str | bytes) -> int | None:
+        """The number of a word, new or old; None for an empty one."""
+        if not content:
+            return None
+        if content not in self._ids:
+            key = _key(content)
+            made = self._connection.execute("INSERT OR IGNORE INTO words (key, content) VALUES (?, ?)", [key, content])
+            if made.rowcount == 1:
+                self._ids[content] = int(made.lastrowid or 0)
+            else:
+                found = self._connection.execute("SELECT id FROM words WHERE key = ?", [key]).fetchone()
+                self._ids[content] = int(found[0])
+        return self._ids[content]
+
+    # Reading.
+
+    def measurements(self, local: bool | None = None, **equal: str) -> list[Measurement]:
+        """Measurements whose columns equal the given values, oldest first; ``local``: this machine's own, or only others'."""
+        return list(self._read(f"SELECT {', '.join(_COLUMNS)} FROM records", local, equal, "ORDER BY created, id"))
+
+    def __iter__(self) -> Iterator[Measurement]:
+        """Every measurement, in no order that means anything."""
+        self._contents.update(self._connection.execute("SELECT id, content FROM words"))
+        return self._read(f"SELECT {', '.join(_COLUMNS)} FROM records", None, {}, "")
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("SELECT COUNT(*) FROM records").fetchone()[0])
+
+    def winners(
+        self,
+        local: bool | None = None,
+        devices: Collection[str] = (),
+        families: Collection[str] = (),
+        **equal: str,
+    ) -> list[Measurement]:
+        """The winning measurement of each device and problem, of those devices and families (all, if none is named) whose
+        columns equal the given values. A row that is not what was recorded never wins."""
+        damaged: list[bytes] = []
+        while True:
+            where, values = self._where(local, equal)
+            for column, names in (("device", devices), ("family", families)):
+                if names:
+                    where.append(f"{column} IN ({', '.join('?' * len(names))})")
+                    values += [self._number_of(name) for name in names]
+            if damaged:
+                where.append(f"id NOT IN ({', '.join('?' * len(damaged))})")
+            condition = "".join(f" AND {one}" for one in where)
+            rows = self._connection.execute(_WINNERS.format(where=condition), [*values, *damaged])
+            names_of = [column[0] for column in rows.description]
+            found = [dict(zip(names_of, row, strict=True)) for row in rows]
+            sound = {row["id"]: m for row in found if (m := self._measurement(row)).id == row["id"].hex()}
+            if len(sound) == len(found):
+                return sorted(sound.values(), key=lambda m: (m.created, m.id))
+            damaged += [row["id"] for row in found if row["id"] not in sound]
+
+    def finals_of(self) -> list[tuple[str, str]]:
+        """(device, family) pairs that a final was measured for."""
+        pairs = self._connection.execute(
+            "SELECT DISTINCT device, family FROM records WHERE status = 'ok' AND stage = 'final'"
+        ).fetchall()
+        return [(str(self._content(device)), str(self._content(family))) for device, family in pairs]
+
+    def slower(self, device: str) -> set[tuple[str, str]]:
+        """(problem, variant) pairs that a final on this device found slower than torch's SDPA."""
+        rows = self._connection.execute(
+            "SELECT problem, variant FROM records WHERE status = 'ok' AND stage = 'final' AND device = ? AND ratio < 1",
+            [self._number_of(device)],
+        ).fetchall()
+        return {(str(self._content(problem)), str(self._content(variant))) for problem, variant in rows}
+
+    def _where(self, local: bool | None, equal: Mapping[str, str]) -> tuple[list[str], list[Any]]:
         unknown = set(equal) - set(_COLUMNS)
         if unknown:
             raise ElsaTuneError(f"measurements have no column {sorted(unknown)[0]!r}; they have {', '.join(_COLUMNS)}")
-        where = " AND ".join(f"{column} = ?" for column in equal) or "1"
-        rows = self._connection.execute(
-            f"SELECT * FROM {table} WHERE {where} ORDER BY created, id", list(equal.values())
-        )
-        return (dict(row) for row in rows)
+        where = [f"{column} = ?" for column in equal]
+        values = [self._number_of(text) if column in _WORDS else text for column, text in equal.items()]
+        if local is not None:
+            where.append(f"local = {int(local)}")
+        return where, values
+
+    def _read(self, select: str, local: bool | None, equal: Mapping[str, str], order: str) -> Iterator[Measurement]:
+        where, values = self._where(local, equal)
+        condition = f"WHERE {' AND '.join(where)}" if where else ""
+        rows = self._connection.execute(f"{select} {condition} {order}", values)
+        return (self._measurement(dict(zip(_COLUMNS, row, strict=True))) for row in rows)
+
+    def _measurement(self, row: Mapping[str, Any]) -> Measurement:
+        known: dict[str, Any] = {name: row[name] for name in (*_PLAIN, *_NUMBERS)}
+        for name in _TEXTS:
+            known[name] = self._content(row[name])
+        del known["family"]
+        for name in ("resources", "provenance"):
+            known[name] = json.loads(self._content(row[name]) or "{}")
+        known["samples"] = _unpacked(row["samples"])
+        known["incumbent_samples"] = _unpacked(self._content(row["incumbent_samples"]) or b"")
+        return Measurement(**known)
+
+    def _content(self, number: int | bytes | None) -> Any:
+        if number is None or isinstance(number, bytes):
+            return number or ""
+        if number not in self._contents:
+            found = self._connection.execute("SELECT content FROM words WHERE id = ?", [number]).fetchone()
+            if found is None:
+                raise sqlite3.DatabaseError(f"word {number} is missing")
+            self._contents[number] = found[0]
+        return self._contents[number]
+
+    def _number_of(self, content: str) -> int | None:
+        """The number of a word that is there, or None."""
+        if content not in self._ids:
+            found = self._connection.execute("SELECT id FROM words WHERE key = ?", [_key(content)]).fetchone()
+            if found is None:
+                return None
+            self._ids[content] = int(found[0])
+        return self._ids[content]
+
+    # Keeping whole.
+
+    def damaged(self) -> list[int]:
+        """Row numbers whose content is not what was recorded: each row's name is the digest of its content."""
+        return [number for number, m, name, _ in self._rows_one_by_one() if m is None or m.id != name]
+
+    def _rows_one_by_one(self) -> Iterator[tuple[int, Measurement | None, str, bool]]:
+        """Number, measurement (None where it cannot be read), name and locality of every row that has not lost its page."""
+        columns = ", ".join(("number", *_COLUMNS))
+        pending = [(0, self._last_number())]
+        while pending:
+            low, high = pending.pop()
+            try:
+                rows = self._connection.execute(
+                    f"SELECT {columns} FROM records NOT INDEXED WHERE number BETWEEN ? AND ?", [low, high]
+                ).fetchall()
+            except sqlite3.DatabaseError:
+                if low < high:
+                    middle = (low + high) // 2
+                    pending += [(middle + 1, high), (low, middle)]
+                continue
+            for row in rows:
+                known = dict(zip(("number", *_COLUMNS), row, strict=True))
+                try:
+                    yield row[0], self._measurement(known), known["id"].hex(), bool(known["local"])
+                except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, struct.error):
+                    yield row[0], None, "", False
+
+    def _last_number(self) -> int:
+        try:
+            return int(self._connection.execute("SELECT COALESCE(MAX(number), 0) FROM records").fetchone()[0])
+        except (sqlite3.DatabaseError, TypeError):
+            return Path(self.name).stat().st_size // LEAST_ROW
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """Remove rows that are not what was recorded."""
+        with self._transaction():
+            self._connection.executemany("DELETE FROM records WHERE number = ?", [(n,) for n in numbers])
+
+    def _keep_what_is_left(self, aside: Path) -> None:
+        """Take over from a file set aside whatever can be read of it and still is what was recorded."""
+        with tempfile.TemporaryDirectory(dir=aside.parent) as folder:
+            for attempt in (_copied, _copied_with_new_first_page):
+                kept = 0
+                with suppress(sqlite3.DatabaseError, OSError):
+                    copy = attempt(aside, Path(folder))
+                    broken = sqlite3.connect(copy, isolation_level=None)
+                    broken.text_factory = lambda text: text.decode(errors="replace")
+                    try:
+                        rows = Database(broken, str(copy))._rows_one_by_one()
+                        sound = ((m, local) for _, m, name, local in rows if m is not None and m.id == name)
+                        while portion := list(islice(sound, 5000)):
+                            with self._transaction():
+                                kept += self._insert(portion)
+                    finally:
+                        broken.close()
+                if kept:
+                    break
+
+    def pack(self) -> None:
+        """Forget words that no measurement uses, and give back the space."""
+        used = " UNION ".join(f"SELECT {name} FROM records WHERE {name} IS NOT NULL" for name in _WORDS)
+        with self._transaction():
+            self._connection.execute(f"DELETE FROM words WHERE id NOT IN ({used})")
+        self._contents.clear()
+        self._ids.clear()
+        self._connection.execute("VACUUM")
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close the connection."""
@@ -195,6 +495,33 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _copied(aside: Path, folder: Path) -> Path:
+    """A copy of a database and its log, under one name."""
+    target = folder / "copy.db"
+    shutil.copyfile(aside, target)
+    log = aside.with_name(aside.name + "-wal")
+    if log.exists():
+        shutil.copyfile(log, target.with_name(target.name + "-wal"))
+    return target
+
+
+def _copied_with_new_first_page(aside: Path, folder: Path) -> Path:
+    """A copy whose header and schema are a new database's: both are the same in every database of this format."""
+    fresh, page = folder / "fresh.db", 4096
+    connection = sqlite3.connect(fresh, isolation_level=None)
+    Database(connection, "fresh")._create()
+    connection.close()
+    target = folder / "mended.db"
+    shutil.copyfile(aside, target)
+    first = bytearray(fresh.read_bytes()[:page])
+    first[28:32] = struct.pack(">I", target.stat().st_size // page)  # pages of the database
+    first[32:40] = bytes(8)  # no free pages
+    first[92:96] = first[24:28]  # the size is that of this change
+    with target.open("r+b") as file:
+        file.write(first)
+    return target
 
 
 def set_aside(path: Path) -> Path:
@@ -212,139 +539,31 @@ def set_aside(path: Path) -> Path:
     return target
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What verifying a database came to: measurements that are what was recorded, and those that were not and are set aside."""
+
+    sound: int
+    damaged: int
+    aside: list[Path] = field(default_factory=list)
+
+
+def verify(path: Path | None = None) -> Health:
+    """Compare every measurement with its digest; where any differs, keep the file as it is beside a new one without it.
+
+    Raises DatabaseUnusable.
+    """
+    path = path or places.database()
+    with Database.for_writing(path) as database:
+        damaged = database.damaged()
+        if damaged:
+            copy = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+            with sqlite3.connect(copy) as target:
+                database._connection.backup(target)
+            target.close()
+            database.drop(damaged)
+        return Health(len(database), len(damaged), sorted(path.parent.glob(f"{path.name}.corrupt-*")))
+
+
 listeners: list[Callable[[], None]] = []
 """Called when this process has finished changing the database."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A source of winners: its database, or why it cannot be read."""
-
-    name: str
-    place: str
-    database: Database | None
-    problem: str = ""
-
-
-def read_lines(path: Path) -> Iterator[Measurement]:
-    """Measurements from JSON lines, as `cache/` ships them."""
-    for line in path.read_text().splitlines():
-        if line.strip():
-            yield Measurement.from_row(json.loads(line))
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """What reading a file of measurements came to: those taken, and how many were left out for each reason."""
-
-    taken: int
-    refused: dict[str, int]
-
-
-def import_lines(path: Path, database: Database) -> Imported:
-    """Record the measurements of a file of JSON lines that are sound; count the others by reason. The same line twice is one
-    row. Raises BadMeasurements for a file that cannot be read."""
-    refused: dict[str, int] = {}
-    taken = 0
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadMeasurements(f"{path}: {error}; give the results.jsonl that a kit wrote") from error
-    for line in filter(str.strip, lines):
-        try:
-            database.record(replace(sound(json.loads(line)), stage="trial"))  # nobody else's final makes a winner here
-            taken += 1
-        except (ValueError, KeyError, TypeError, RecursionError, ElsaTuneError) as error:
-            reason = str(error)[:160]
-            refused[reason] = refused.get(reason, 0) + 1
-    return Imported(taken, refused)
-
-
-_TEXTS = ("digest", "reason", "incumbent")
-_NUMBERS = ("error", "constant", "seconds", "ratio", "ratio_low", "ratio_high")
-
-
-def sound(row: Any) -> Measurement:
-    """A measurement from a row that somebody else wrote. Raises ValueError, KeyError, TypeError or ElsaTuneError where a
-    field is missing, of another type, or not a number that a clock can give."""
-    if not isinstance(row, dict):
-        raise ValueError("a line is no mapping")
-    known: dict[str, Any] = {"device": str(Device.parse(row["device"])), "problem": str(Problem.parse(row["problem"]))}
-    known["variant"] = str(space.parse(row["variant"]))
-    for name, allowed in (("status", STATUSES), ("stage", STAGES)):
-        known[name] = row.get(name, allowed[0])
-        if known[name] not in allowed:
-            raise ValueError(f"{name} is none of {', '.join(allowed)}")
-    for name in _TEXTS:
-        known[name] = row.get(name, "")
-        if not isinstance(known[name], str) or len(known[name]) > 1000:
-            raise ValueError(f"{name} is no short text")
-    for name in _NUMBERS:
-        known[name] = _number(row.get(name), name)
-    known["created"] = _number(row.get("created"), "created") or 0.0
-    for name in ("samples", "incumbent_samples"):
-        known[name] = tuple(_number(x, name) for x in json.loads(row.get(name, "[]")))
-    for name in ("resources", "provenance"):
-        known[name] = json.loads(row.get(name, "{}"))
-        if not isinstance(known[name], dict) or not all(isinstance(x, str | int | float) for x in known[name].values()):
-            raise ValueError(f"{name} is no mapping of numbers and words")
-    return Measurement(**known)
-
-
-def _number(x: Any, name: str) -> float | None:
-    """A finite number of ordinary size, or None."""
-    if x is None:
-        return None
-    if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < 1e12:
-        raise ValueError(f"{name} is no number from 0 on")
-    return float(x)
-
-
-def write_lines(measurements: Iterable[Measurement], path: Path) -> None:
-    """Write measurements as sorted JSON lines, so that equal content is equal bytes and a change is a readable diff."""
-    rows = sorted((m.as_row() for m in measurements), key=lambda row: (row["problem"], row["variant"], row["id"]))
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-
-
-def layers() -> list[Layer]:
-    """The user's own database, then what this package ships; an unreadable one says why and the next serves."""
-    own = places.database()
-    found = []
-    if own.exists():
-        try:
-            found.append(Layer("own", str(own), Database.for_reading(own)))
-        except (DatabaseUnusable, OSError) as error:
-            found.append(Layer("own", str(own), None, str(error)))
-    else:
-        found.append(Layer("own", str(own), None, "nothing is tuned yet; run elsa-tune"))
-    shipped = places.data("cache")
-    try:
-        rows = [m for path in sorted(shipped.glob("*.jsonl")) for m in read_lines(path)]
-        found.append(Layer("shipped", str(shipped), Database.in_memory(rows, str(shipped))))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found.append(Layer("shipped", str(shipped), None, f"{error}; reinstall elsa-tune"))
-    return found
-
-
-def slower_than_sdpa(device: Device, found: Iterable[Layer]) -> set[tuple[str, str]]:
-    """(problem, variant) pairs that a final on this very device found slower than torch's SDPA."""
-    return {
-        (m.problem, m.variant)
-        for layer in found
-        if layer.database
-        for m in layer.database.measurements(device=str(device), stage="final", status="ok")
-        if m.ratio is not None and m.ratio < 1
-    }
-
-
-def known_winners(device: Device, found: Iterable[Layer], **equal: str) -> list[Winner]:
-    """Winners for ``device`` and its kin, best rung first, own before shipped; one per problem, variant and rung."""
-    winners = []
-    for order, layer in enumerate(found):
-        if layer.database is None:
-            continue
-        for m in layer.database.winners(**equal):
-            rung = device.kinship(Device.parse(m.device))
-            if rung:
-                winners.append((RUNGS.index(rung), order, Winner(m.problem, m.variant, m, layer.name, rung)))
-    return [winner for _, _, winner in sorted(winners, key=lambda w: w[:2])]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from elsa_tune import cli, doctor, places
+from elsa_tune import cli, cli_db, doctor, places
 from elsa_tune.backends import _compiler, cpp
 from elsa_tune.device import host_cpu
 
@@ -81,7 +81,7 @@ def test_show_runs_nothing(home: Path) -> None:
 )
 def test_mistakes_are_one_line_and_name_the_remedy(home: Path, arguments: tuple[str, ...]) -> None:
     code, _, err = run(*arguments)
-    assert code == cli.EXIT_MISTAKE
+    assert code == cli_db.EXIT_MISTAKE
     assert err.startswith("elsa-tune: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
@@ -89,7 +89,7 @@ def test_unwritable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
     code, _, err = run("--problem", SMALL)
-    assert code == cli.EXIT_MISTAKE and "ELSA_TUNE_HOME" in err
+    assert code == cli_db.EXIT_MISTAKE and "ELSA_TUNE_HOME" in err
 
 
 def findings() -> dict[str, doctor.Finding]:

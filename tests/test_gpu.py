@@ -18,7 +18,7 @@ from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import clock, device, dispatch, doctor, offline, places, tuning, workload
+from elsa_tune import clock, device, dispatch, doctor, offline, outcome, places, tuning, workload
 from elsa_tune.backends import Built, triton
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
@@ -194,12 +194,12 @@ def test_limits_by_class() -> None:
     peaks = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
     shape = "@b1.h16.q4096.k4096"
     limits = {
-        c: tuning.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
+        c: outcome.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
     }
     assert limits["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
     assert limits["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
     assert limits["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
-    assert tuning.least_seconds(Problem.parse("fp16.d64"), {}) is None
+    assert outcome.least_seconds(Problem.parse("fp16.d64"), {}) is None
 
 
 # Tuning and dispatch on a GPU that is not here.

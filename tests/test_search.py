@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-
 import pytest
+from rehearsal import RECORDED, SPACE, Rehearsal
 
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.measurement import Measurement
 from elsa_tune.search import SAMPLERS, Search, importances
-from elsa_tune.space import Space
-from elsa_tune.variant import Value, Variant
 
-RECORDED: dict[str, dict[str, float | None]] = json.loads(
-    (Path(__file__).parent / "recorded" / "cpu.json").read_text()
-)["problems"]
-SPACE = Space.load("cpp")
 PREFILL = "fp32.d64@b1.h16.q577.k577"
-
-
-class Rehearsal:
-    """A device that answers from records: its valid variants are the recorded ones."""
-
-    def __init__(self, problem: str) -> None:
-        self.ratios = RECORDED[problem]
-        self.variants = {name: SPACE.parse(name) for name in self.ratios}
-
-    def valid(self, prefer: Mapping[str, Value] | None, rng: random.Random | None) -> Iterator[Variant]:
-        def far(variant: Variant) -> float:
-            return sum(
-                abs(axis.values.index(variant.axes[axis.name]) - axis.values.index((prefer or {})[axis.name]))
-                / len(axis.values)
-                + 0.1 * (variant.axes[axis.name] != (prefer or {})[axis.name])
-                for axis in SPACE.axes
-            )
-
-        every = list(self.variants.values())
-        yield from sorted(every, key=far) if prefer else (rng or random.Random(0)).sample(every, len(every))
-
-    def search(self, **options: object) -> Search:
-        return Search(SPACE, self.valid, str, **options)  # type: ignore[arg-type]
-
-    def started(self, **options: object) -> Search:
-        """A search that begins, as tuning does, with the space's starting variants."""
-        search = self.search(**options)
-        search.enqueue(self.variants[name] for name in SPACE.start if name in self.variants)
-        return search
-
-    def run(self, search: Search, trials: int) -> list[float]:
-        """The best ratio after each trial."""
-        best = [0.0]
-        for variant in (v for _ in range(trials) for v in search.ask(1)):
-            ratio = self.ratios[str(variant)]
-            search.tell(variant, ratio)
-            best.append(max(best[-1], ratio or 0))
-        return best[1:]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import space, winners
+from elsa_tune import layers, space
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -22,8 +22,8 @@ def test_something_is_shipped() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_shipped_winners(path: Path, tmp_path: Path) -> None:
-    rows = list(winners.read_lines(path))
-    winners.write_lines(rows, tmp_path / path.name)
+    rows = list(layers.read_lines(path))
+    layers.write_lines(rows, tmp_path / path.name)
     assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "written by the program, not edited by hand"
     devices = {m.device for m in rows}
     assert devices == {path.stem.replace("-", ":", 1)}

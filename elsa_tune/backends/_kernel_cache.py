@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from elsa_tune import places
 from elsa_tune.errors import KernelCacheUnsafe
 
+CHECKED = "checked"
+"""The file beside a built kernel that names devices on which it was found right."""
+
 
 def _private(path: Path) -> None:
     """Refuse what another user could have put or changed there."""
-    found = path.lstat()
-    mine = not hasattr(os, "getuid") or found.st_uid == os.getuid()
-    if stat.S_ISLNK(found.st_mode) or not mine or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise KernelCacheUnsafe(f"{path} is a link, another user's, or writable by others; remove it and tune again")
+    if reason := places.unsafe(path):
+        raise KernelCacheUnsafe(reason)
 
 
 def find(digest: str, library: str) -> tuple[Path, Mapping[str, int]] | None:
     """The built library of ``digest`` and its resources, or None. Raises KernelCacheUnsafe."""
-    folder = places.kernels() / digest
-    if not re.fullmatch(r"[a-z0-9-]+", digest) or not folder.is_dir():
+    if not re.fullmatch(r"[a-z0-9-]+", digest):
         return None
-    for path in (places.kernels(), folder, folder / library, folder / "resources.json"):
-        if not path.exists():
-            return None
-        _private(path)
-    return folder / library, json.loads((folder / "resources.json").read_text())
+    for root in (places.kernels(), *places.ready_kernels()):
+        folder = root / digest
+        paths = (root, folder, folder / library, folder / "resources.json")
+        if all(path.exists() for path in paths):
+            for path in paths:
+                _private(path)
+            return folder / library, json.loads((folder / "resources.json").read_text())
+    return None
 
 
 def add(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:
@@ -55,3 +57,21 @@ def add(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) ->
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return places.kernels() / digest / library, resources
+
+
+def checked(digest: str, device: str) -> bool:
+    """Whether the built kernel of ``digest`` was found right on this device."""
+    path = places.kernels() / digest / CHECKED
+    if not path.is_file():
+        return False
+    _private(path)
+    return device in path.read_text().splitlines()
+
+
+def note_checked(digest: str, device: str) -> None:
+    """Remember that it was; not where nothing can be written, and then it is checked again."""
+    folder = places.kernels() / digest
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (folder / CHECKED).open("a") as file:
+            file.write(f"{device}\n")

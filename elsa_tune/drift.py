@@ -1,0 +1,81 @@
+"""What may have made yesterday's timings untrue: another driver, compiler, torch or clock; and where imports disagree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from elsa_tune.device import Device
+from elsa_tune.measurement import Measurement
+from elsa_tune.winners import Database
+
+CANARIES = 3
+"""Winners timed again after a change; the others only if one of these has moved."""
+
+MOVED = 1.05
+"""A ratio has moved if its interval no longer meets the old one, by at least this factor."""
+
+FASTER_CLOCK = 1.25
+"""A measured peak that differs by this factor is a change of clock."""
+
+
+def changes(database: Database, device: Device, versions: Mapping[str, str], peaks: Mapping[str, float]) -> list[str]:
+    """What differs from the last run on this device, a few words each; the first run sees no difference."""
+    text = database.about(f"software of {device}")
+    if not text:
+        return []
+    before = json.loads(text)
+    found = [
+        f"{name} {before[name]} is now {now}"
+        for name, now in sorted(versions.items())
+        if isinstance(before.get(name), str) and before[name] != now
+    ]
+    for name, peak in sorted(peaks.items()):
+        old = before.get(name)
+        if isinstance(old, float) and old > 0 and max(peak / old, old / peak) > FASTER_CLOCK:
+            found.append(f"{name} {old:.0f} is now {peak:.0f}")
+    return found
+
+
+def remember(database: Database, device: Device, versions: Mapping[str, str], peaks: Mapping[str, float]) -> None:
+    """Compare the next run with this one."""
+    database.note(f"software of {device}", json.dumps({**versions, **peaks}, sort_keys=True))
+
+
+def moved(before: Measurement, after: Measurement) -> bool:
+    """Whether a winner's ratio to torch is not what it was, beyond both intervals and MOVED."""
+    if not (before.ratio and after.ratio and before.ratio_low and after.ratio_low):
+        return True
+    apart = (before.ratio_high or before.ratio) < after.ratio_low or (
+        after.ratio_high or after.ratio
+    ) < before.ratio_low
+    return apart and max(before.ratio / after.ratio, after.ratio / before.ratio) > MOVED
+
+
+def contested(database: Database, device: Device) -> dict[str, list[str]]:
+    """Problem -> variants that others measured on this device or its model, and that were not raced here, or with another
+    result."""
+    own = {
+        (m.problem, m.variant): m
+        for m in database.measurements(local=True, device=str(device), stage="final", status="ok")
+    }
+    found: dict[str, list[str]] = {}
+    for m in _others(database, device):
+        mine = own.get((m.problem, m.variant))
+        if not m.variant.startswith("sdpa.") and (mine is None or moved(m, mine)):
+            found.setdefault(m.problem, [])
+            if m.variant not in found[m.problem]:
+                found[m.problem].append(m.variant)
+    return found
+
+
+def _others(database: Database, device: Device) -> Iterable[Measurement]:
+    """Others' winners of this model, and whatever they measured that this machine has a final of."""
+    close = {one for one, _ in database.finals_of() if _is_close(device, one)}
+    yield from database.winners(local=False, devices=close) if close else ()
+    for one in sorted(close):
+        yield from database.measurements(local=False, device=one, stage="final", status="ok")
+
+
+def _is_close(device: Device, spelled: str) -> bool:
+    return device.kinship(Device.parse(spelled)) in ("exact", "versions", "model")
