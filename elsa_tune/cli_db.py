@@ -124,8 +124,9 @@ def verify() -> None:
     click.echo(f"{health.sound} measurements are what was recorded")
     for path in health.aside:
         click.echo(f"set aside: {path}")
-    if health.damaged:
-        click.echo(f"{health.damaged} were not, and are left out; the file as it was is set aside", err=True)
+    if health.damaged or not health.whole:
+        count = health.damaged or "some"
+        click.echo(f"{count} were not, and are left out; the file as it was is set aside", err=True)
         sys.exit(EXIT_INCOMPLETE)
 
 

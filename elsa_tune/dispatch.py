@@ -280,6 +280,8 @@ class _Shelf:
                     self._families.clear()
                 if reach == "problem":
                     found = layers.winners_of(problem, device, self._layers or layers.nearest_first())
+                    if not found or found[0].layer != "own":
+                        self._every_layer()  # a team's database that was not read yet may know better
                 else:
                     wanted = problem.akin if reach == "akin" else problem.family.__eq__
                     found = layers.known_winners(device, self._every_layer(), wanted)

@@ -33,7 +33,8 @@ SCHEMES = ("s3", "gs", "hf", "https", "http")
 
 MOST_LINE = 1 << 16
 MOST_BYTES = 1 << 32
-"""Of one line and of a whole file after decompression: more is no file of measurements."""
+MOST_GARBAGE = 1 << 24
+"""Of one line, of a whole file after decompression, and of what may come before a file is taken for garbage."""
 
 NAMESPACE = "elsa-tune"
 """What a signature is for, as ssh-keygen -Y keeps apart."""
@@ -89,6 +90,8 @@ class Line(BaseModel):
 def sound(line: str) -> Measurement:
     """A measurement from a line that somebody else wrote. Raises ValueError, which pydantic's and our own errors are, with one
     sentence."""
+    if len(line) > MOST_LINE:
+        raise ValueError(f"line: longer than {MOST_LINE >> 10} KiB")
     try:
         found = Line.model_validate_json(line)
     except ValidationError as error:
@@ -167,13 +170,13 @@ def _lines(path: Path) -> Iterator[str]:
             return
         read = 0
         with gzip.open(path, "rb") if magic.startswith(b"\x1f\x8b") else path.open("rb") as file:
+            whole = True  # whether the line before this one has ended
             while line := file.readline(MOST_LINE + 1):
                 read += len(line)
-                if len(line) > MOST_LINE or read > MOST_BYTES:
-                    raise BadMeasurements(
-                        f"{path} has a line of over {MOST_LINE >> 10} KiB, or is over {MOST_BYTES >> 30} GiB unpacked; give a file of measurements"
-                    )
-                if line.strip():
+                if read > MOST_BYTES or (not whole and not line.endswith(b"\n") and read > MOST_GARBAGE):
+                    raise BadMeasurements(f"{path} is too large unpacked, or one endless line; give a file of measurements")
+                begins, whole = whole, line.endswith(b"\n")
+                if begins and line.strip():
                     yield line.decode(errors="replace").rstrip("\r\n")
     except (OSError, EOFError, zlib.error) as error:
         raise BadMeasurements(f"{path}: {error}; give a file that elsa-tune db export or a kit wrote") from error

@@ -314,6 +314,6 @@ def _record(database: Database, ranking: Ranking, device: Device) -> None:
                 digest=candidate.built.digest,
                 resources=dict(candidate.built.resources),
                 provenance=backends.get(candidate.variant.backend).toolchain(),
-                created=time.time(),
+                created=database.now(),
             )
         )

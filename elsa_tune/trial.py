@@ -212,7 +212,7 @@ class Trials:
             variant=str(variant),
             status=status,
             provenance={**versions, **self.limits},
-            created=time.time(),
+            created=self.database.now(),
             **facts,  # type: ignore[arg-type]
         )
         self.database.record(measurement)

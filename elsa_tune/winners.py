@@ -120,6 +120,7 @@ class Database:
         self._connection = connection
         self._ids: dict[str | bytes, int] = {}  # word -> its number
         self._contents: dict[int, str | bytes] = {}
+        self._latest: float | None = None
 
     # Opening.
 
@@ -245,6 +246,15 @@ class Database:
         return str(found[0]) if found else ""
 
     # Writing.
+
+    def now(self) -> float:
+        """Seconds since 1970, later than anything this machine has recorded: a clock that was set back must not make old
+        measurements the newest."""
+        if self._latest is None:
+            newest = self._connection.execute("SELECT MAX(created) FROM records WHERE local = 1").fetchone()[0]
+            self._latest = float(newest or 0.0)
+        self._latest = max(time.time(), self._latest + 1e-3)
+        return self._latest
 
     def note(self, name: str, value: str) -> None:
         """Keep a fact beside the measurements."""
@@ -449,11 +459,6 @@ class Database:
         except (sqlite3.DatabaseError, TypeError):
             return Path(self.name).stat().st_size // LEAST_ROW
 
-    def drop(self, numbers: Collection[int]) -> None:
-        """Remove rows that are not what was recorded."""
-        with self._transaction():
-            self._connection.executemany("DELETE FROM records WHERE number = ?", [(n,) for n in numbers])
-
     def _keep_what_is_left(self, aside: Path) -> None:
         """Take over from a file set aside whatever can be read of it and still is what was recorded."""
         with tempfile.TemporaryDirectory(dir=aside.parent) as folder:
@@ -541,28 +546,31 @@ def set_aside(path: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What verifying a database came to: measurements that are what was recorded, and those that were not and are set aside."""
+    """What verifying a database came to: measurements that are what was recorded; whether the file held together, and those
+    that were not what was recorded; files set aside, now or before."""
 
     sound: int
+    whole: bool
     damaged: int
     aside: list[Path] = field(default_factory=list)
 
 
 def verify(path: Path | None = None) -> Health:
-    """Compare every measurement with its digest; where any differs, keep the file as it is beside a new one without it.
-
-    Raises DatabaseUnusable.
-    """
+    """Compare every measurement with its digest, and indexes with what they index; where anything differs, a new database
+    takes over what is sound, and the file as it was is set aside. Raises DatabaseUnusable."""
     path = path or places.database()
     with Database.for_writing(path) as database:
-        damaged = database.damaged()
-        if damaged:
-            copy = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
-            with sqlite3.connect(copy) as target:
-                database._connection.backup(target)
-            target.close()
-            database.drop(damaged)
-        return Health(len(database), len(damaged), sorted(path.parent.glob(f"{path.name}.corrupt-*")))
+        try:
+            whole = database._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+            damaged = len(database.damaged()) if whole else 0
+        except sqlite3.DatabaseError:
+            whole, damaged = False, 0
+    if damaged or not whole:
+        aside = set_aside(path)
+        with Database.for_writing(path) as database:
+            database._keep_what_is_left(aside)
+    with Database.for_writing(path) as database:
+        return Health(len(database), whole, damaged, sorted(path.parent.glob(f"{path.name}.corrupt-*[0-9]")))
 
 
 listeners: list[Callable[[], None]] = []

@@ -1,0 +1,280 @@
+"""Nothing recorded is lost, and no wrong winner appears, whatever crashes: kills, full disks, flipped bits, clocks, readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from victim import DEVICE, made
+
+from elsa_tune import exchange, layers, places, winners
+from elsa_tune.errors import DatabaseUnusable
+from elsa_tune.measurement import Measurement
+from elsa_tune.winners import Database
+
+KILLS = 200
+FLIPS = 100
+READERS = 40
+SMALL = "fp32.d16@b1.h2.q96.k96"
+
+
+def best_of(rows: list[Measurement]) -> dict[str, str]:
+    """The winners that plain Python finds: these measurements have one variant and no ties, so the newest is it."""
+    newest: dict[str, Measurement] = {}
+    for m in rows:
+        if m.problem not in newest or m.created > newest[m.problem].created:
+            newest[m.problem] = m
+    return {problem: m.id for problem, m in newest.items()}
+
+
+def test_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """kill -9 while recording, importing and merging."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "victim.py"), str(tmp_path), str(KILLS), "7"],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert sum(told["kills"].values()) == KILLS and told["damaged"] == told["aside"] == 0
+    assert len(told["acknowledged"]) > KILLS, "the kills came too early to prove anything"
+    with Database.for_reading(tmp_path / "measurements.db") as database:
+        rows = list(database)
+        lost = set(told["acknowledged"]) - {m.id for m in rows}
+        assert not lost, f"{len(lost)} of {len(told['acknowledged'])} are lost"
+        assert {m.problem: m.id for m in database.winners()} == best_of(rows)
+
+
+def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
+    """The command itself, killed at random moments; then it runs to its end."""
+    rng, before = random.Random(3), 0
+    for _ in range(5):
+        command = [sys.executable, "-m", "elsa_tune.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(rng.uniform(1.0, 5.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if places.database().exists():
+            assert winners.verify().damaged == 0
+            with Database.for_reading(places.database()) as database:
+                assert len(database) >= before
+                before = len(database)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Database.for_reading(places.database()) as database:
+        assert len(database) > before and database.winners()
+
+
+def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
+    """What is damaged is set aside and reported; everything else is kept; nothing is believed that was not recorded."""
+    rng, path = random.Random(11), tmp_path / "measurements.db"
+    rows = {m.id: m for m in map(made, range(400))}
+    with Database.for_writing(path) as database:
+        for m in rows.values():
+            database._insert([(m, True)])
+    whole = path.read_bytes()
+    outcomes: Counter[str] = Counter()
+    for turn in range(FLIPS + 10):
+        for old in tmp_path.glob("measurements.db*"):
+            old.unlink()
+        broken = bytearray(whole)
+        if turn < FLIPS:
+            broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+        else:
+            broken = broken[: rng.randrange(len(broken))]
+        path.write_bytes(broken)
+        try:  # who only reads never sees a winner that was not recorded
+            with Database.for_reading(path) as database:
+                assert {m.id for m in database.winners()} <= rows.keys()
+        except (DatabaseUnusable, sqlite3.DatabaseError):
+            pass
+        health = winners.verify(path)
+        with Database.for_reading(path) as database:
+            kept = list(database)
+            assert len(kept) == health.sound
+            assert all(rows.get(m.id) == m for m in kept), "something is believed that was never recorded"
+            assert {m.problem: m.id for m in database.winners()} == best_of(kept)
+        lost = len(rows) - len(kept)
+        if lost or health.damaged or not health.whole:
+            assert health.aside, "what was damaged is gone"
+        outcomes["whole" if not lost else "few lost" if lost <= 40 else "many lost" if turn < FLIPS else "cut"] += 1
+    assert outcomes["many lost"] <= FLIPS // 10, outcomes
+    assert outcomes["few lost"] > 10, outcomes
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Writing stops with one error; what was acknowledged is there, and goes on when there is room again."""
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from victim import made
+from elsa_tune.winners import Database
+from elsa_tune.errors import DatabaseUnusable
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Database.for_writing(Path({str(tmp_path / "measurements.db")!r})) as database:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    try:
+        for number in range(10_000):
+            database.record(made(number))
+            print(made(number).id, flush=True)
+    except DatabaseUnusable as error:
+        print("refused:", error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    database.record(made(20_000))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *told, refused = done.stdout.splitlines()
+    assert refused.startswith("refused:") and "free some space" in refused and len(told) > 20
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    with Database.for_reading(tmp_path / "measurements.db") as database:
+        assert {m.id for m in database} == {*told, made(20_000).id} and not database.damaged()
+
+
+def test_forty_readers_beside_a_writer(home: Path) -> None:
+    recorded: list[str] = []
+    troubles: list[str] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            known = list(recorded)
+            try:
+                with Database.for_reading(places.database()) as database:
+                    missing = set(known) - {m.id for m in database}
+                    if missing:
+                        troubles.append(f"{len(missing)} acknowledged measurements are not seen")
+                    database.winners(True, [DEVICE])
+            except Exception as error:
+                troubles.append(f"{type(error).__name__}: {error}")
+
+    with Database.for_writing() as database:
+        readers = [threading.Thread(target=read) for _ in range(READERS)]
+        for reader in readers:
+            reader.start()
+        for number in range(60):
+            database.record(made(number))
+            recorded.append(made(number).id)
+        done.set()
+        for reader in readers:
+            reader.join()
+    assert not troubles, troubles[:3]
+
+
+def test_a_clock_that_jumps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last measurement is the newest, whatever the clock said."""
+    times = iter([2e9, 1.7e9, 1.8e9, 0.0])
+    monkeypatch.setattr(winners.time, "time", lambda: next(times))
+    seen = []
+    for _ in range(2):
+        with Database.for_writing() as database:
+            for _ in range(2):
+                seen.append(database.now())
+                database.record(
+                    Measurement(device=DEVICE, problem=SMALL, variant="sdpa.math", status="ok", created=seen[-1])
+                )
+    assert seen == sorted(set(seen))
+
+
+def test_a_database_of_format_1_is_taken_over(home: Path) -> None:
+    """What the first version wrote, kits' lines among it."""
+    home.mkdir()
+    old = sqlite3.connect(places.database())
+    columns = [*["id", "device", "family", "problem", "variant", "digest", "stage", "status", "reason", "error", "constant", "seconds"],
+               *["ratio", "ratio_low", "ratio_high", "samples", "incumbent", "incumbent_samples", "resources", "provenance", "created"]]  # fmt: skip
+    old.execute(f"CREATE TABLE measurements ({', '.join(columns)})")
+    old.execute("CREATE VIEW winners AS SELECT * FROM measurements")
+    rows = [made(n) for n in range(3)]
+    for m, incumbent in zip(rows, ("sdpa.flash", "sdpa.flash", "plain"), strict=True):
+        facts = {name: getattr(m, name, "") for name in columns} | {"id": m.id, "incumbent": incumbent}
+        facts |= {"samples": json.dumps(m.samples), "incumbent_samples": json.dumps(m.incumbent_samples)}
+        facts |= {"resources": "{}", "provenance": json.dumps(dict(m.provenance))}
+        old.execute(f"INSERT INTO measurements VALUES ({', '.join('?' * len(columns))})", [facts[c] for c in columns])
+    old.execute("PRAGMA user_version = 1")
+    old.commit()
+    old.close()
+    with pytest.raises(DatabaseUnusable, match="format 1"):
+        Database.for_reading(places.database())
+    with Database.for_writing() as database:
+        assert database.measurements(local=True) == rows[:2]
+        assert [m.incumbent for m in database.measurements(local=False)] == ["plain"]
+
+
+def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
+    """A home tuned by the administrator, read-only, used by somebody who may write nowhere."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    home = tmp_path / "image"
+    environment = {**os.environ, "ELSA_TUNE_HOME": str(home)}
+    subprocess.run(
+        [sys.executable, "-m", "elsa_tune.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"],
+        env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    for folder in [home, *home.parents]:
+        if str(folder).startswith(str(tmp_path.parents[2])) and str(folder) != "/tmp":
+            folder.chmod(0o755)
+    for path in home.rglob("*"):
+        path.chmod(0o555 if path.is_dir() or path.suffix == ".so" else 0o444)
+    for tail in ("-wal", "-shm"):
+        places_of = home / f"measurements.db{tail}"
+        places_of.unlink(missing_ok=True)
+    home.chmod(0o555)
+    program = f"""
+import os, sys, torch, elsa_tune
+from elsa_tune import dispatch, tuning, measure, check
+from elsa_tune.backends import cpp, sdpa, cuda, triton
+import archspec.cpu, threadpoolctl
+archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp.openmp()
+os.setgid(65534); os.setuid(65534)
+q = torch.randn(1, 2, 96, 16)
+out = elsa_tune.attention(q, q, q)
+from elsa_tune.problem import Problem
+choice = dispatch.explain(Problem.parse({SMALL!r}), dispatch.of_tensor("cpu", None))
+assert choice.rung == "exact" and choice.winner.layer == "own", choice
+assert choice.by_sdpa or dispatch._serving[dispatch._entry(q, q, q, False, False)] is not dispatch._torch_serves
+assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    home.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+
+
+def test_others_may_not_change_ones_own(home: Path) -> None:
+    with Database.for_writing() as database:
+        database.record(made(1))
+    places.database().chmod(0o666)
+    (own,) = (layer for layer in layers.layers() if layer.name == "own")
+    assert own.database is None and "chmod go-w" in own.problem
+    with Database.for_writing() as database:  # whoever tunes here mends it
+        assert len(database) == 1
+    assert not places.database().stat().st_mode & 0o022
+    moved = home / "elsewhere.db"
+    places.database().rename(moved)
+    places.database().symlink_to(moved)
+    assert "link" in next(layer for layer in layers.layers() if layer.name == "own").problem
+
+
+def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.jsonl"
+    exchange.write([made(1)], target)
+    before = target.read_bytes()
+
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(exchange.FolderTaken, match="no space left"):
+        exchange.write(map(made, range(3)), target)
+    assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
