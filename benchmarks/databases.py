@@ -71,9 +71,10 @@ def invented(count: int, seed: int) -> Iterator[Measurement]:
                 against = race if final else tuple(base * rng.gauss(1, 0.02) for _ in range(5))
                 spelled = str(variant)
                 middle = rng.uniform(1.1, 2.5)
+                digest = hashlib.sha256(f"{device} {problem.family} {spelled}".encode()).hexdigest()[:20]
                 yield Measurement(
                     device=device, problem=str(problem), variant=spelled, status="ok", stage="final" if final else "trial",
-                    digest=hashlib.sha256(f"{device} {problem.family} {spelled}".encode()).hexdigest()[:20], error=rng.uniform(1e-8, 4e-7), constant=rng.random(), seconds=base / 2,
+                    digest=digest, error=rng.uniform(1e-8, 4e-7), constant=rng.random(), seconds=base / 2,
                     ratio=middle, ratio_low=middle * 0.98, ratio_high=middle * 1.02, samples=own, incumbent="sdpa.flash",
                     incumbent_samples=against, provenance=facts, created=1.79e9 + rng.random() * 1e6,
                     resources={"depth": 0, "merges": 0, "hot_fmas": 100 + len(spelled) * int(variant.axes["key_tile"]), "hot_spills": 0},

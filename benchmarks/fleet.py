@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -40,11 +42,22 @@ def seconds_to_best(storage: str, problem: str, workers: int, seconds: float, se
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    ends = []
+    found: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+    def listen(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            at, variant = json.loads(line)
+            if variant == best:
+                found.put(at)
+
     for process in processes:
-        out, _ = process.communicate()
-        ends += [json.loads(line) for line in out.splitlines() if line.startswith("[")]
-    return min(at for at, name in ends if name == best) - start
+        threading.Thread(target=listen, args=(process,), daemon=True).start()
+    end = found.get()
+    for process in processes:
+        process.kill()
+        process.wait()
+    return end - start
 
 
 def main() -> None:
@@ -60,12 +73,8 @@ def main() -> None:
         for seed in range(options.seeds):
             for problem in problems:
                 for workers in times:  # in turns, so that a busy machine is busy for all
-                    if cluster:
-                        subprocess.run([str(cluster.bin / "psql"), "-q", "-h", "127.0.0.1", "-p", str(cluster.port), "-U", "elsa", "postgres",
-                                        "-c", "DROP SCHEMA public CASCADE; CREATE SCHEMA public"], check=True, stderr=subprocess.DEVNULL)  # fmt: skip
-                    storage = (
-                        cluster.url if cluster else f"journal:{name}/{seed}-{problems.index(problem)}-{workers}.log"
-                    )
+                    label = f"s{seed}p{problems.index(problem)}w{workers}"
+                    storage = cluster.empty(label) if cluster else f"journal:{name}/{label}.log"
                     times[workers].append(seconds_to_best(storage, problem, workers, options.seconds, seed))
                 print(problem, {n: round(t[-1], 2) for n, t in times.items()}, flush=True)
         if cluster:

@@ -174,7 +174,9 @@ def _lines(path: Path) -> Iterator[str]:
             while line := file.readline(MOST_LINE + 1):
                 read += len(line)
                 if read > MOST_BYTES or (not whole and not line.endswith(b"\n") and read > MOST_GARBAGE):
-                    raise BadMeasurements(f"{path} is too large unpacked, or one endless line; give a file of measurements")
+                    raise BadMeasurements(
+                        f"{path} is too large unpacked, or one endless line; give a file of measurements"
+                    )
                 begins, whole = whole, line.endswith(b"\n")
                 if begins and line.strip():
                     yield line.decode(errors="replace").rstrip("\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,9 @@ PATIENCE = 600.0
 MOST_ATTEMPTS = 3
 """Workers that a variant may take down before nobody tries it again."""
 
+ATTEMPTS = 10
+"""To find the tables of a database that others are making."""
+
 WORKERS = "elsa-tune workers"
 """The study that holds no trials, only who is there."""
 
@@ -47,14 +51,26 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             path = Path(url.removeprefix("journal:")).expanduser()
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path)))
-        return optuna.storages.RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs={"pool_pre_ping": True}
-        )
+        return _open_database(url)
     except Exception as error:  # each database has errors of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FleetUnreachable(
             f"storage {_without_password(url)}: {reason}; start it (docs/how-to/run-a-fleet.md), or pip install 'elsa-tune[fleet]'"
         ) from error
+
+
+def _open_database(url: str) -> optuna.storages.BaseStorage:
+    """A database, its tables made if they are not there: of several first workers one makes them, the others try again."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return optuna.storages.RDBStorage(
+                url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, engine_kwargs={"pool_pre_ping": True}
+            )
+        except Exception as error:
+            if attempt + 1 == ATTEMPTS or not ("exist" in str(error) or "duplicate" in str(error)):
+                raise
+            time.sleep(random.uniform(0.2, 1.0))
+    raise AssertionError("the last attempt raises")
 
 
 def _without_password(url: str) -> str:

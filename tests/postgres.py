@@ -36,9 +36,10 @@ class Cluster:
         self._run("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "elsa", "--no-sync")
         self.start()
 
-    @property
-    def url(self) -> str:
-        return f"postgresql+psycopg://elsa@127.0.0.1:{self.port}/postgres"
+    def empty(self, name: str) -> str:
+        """The URL of a new database."""
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "elsa", name)
+        return f"postgresql+psycopg://elsa@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> None:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"

@@ -66,7 +66,7 @@ def work(storage: str, worker: str, problem: str, seconds: float, seed: int) -> 
     fleet.HEARTBEAT, fleet.GRACE = 1, 3
     rehearsal = Rehearsal(problem)
     with fleet.Fleet(storage, worker, Device("cpu", "recorded", "zen5", 2)) as mine:
-        search = rehearsal.started(fleet=mine, problem=Problem.parse(problem), seed=seed)
+        search = rehearsal.search(fleet=mine, problem=Problem.parse(problem), seed=seed)
         print("ready", flush=True)
         sys.stdin.readline()
         while asked := search.ask(1):

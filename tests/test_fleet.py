@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from elsa_tune.winners import Database
 
 PROBLEM = min(RECORDED, key=lambda name: len(RECORDED[name]))
 DEVICE = Device("cpu", "recorded", "zen5", 2)
+_numbers = itertools.count()
 SMALL = "fp32.d16@b1.h2.q96.k96"
 
 
@@ -42,12 +44,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "journal":
         return f"journal:{tmp_path / 'fleet.log'}"
     server: Cluster = request.getfixturevalue("cluster")
-    import optuna
-
-    shared = fleet.open_storage(server.url)
-    for name in optuna.get_all_study_names(shared):
-        optuna.delete_study(study_name=name, storage=shared)
-    return server.url
+    return server.empty(f"test{next(_numbers)}")
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +119,8 @@ def test_a_variant_that_takes_workers_down_is_given_up(tmp_path: Path) -> None:
 
 
 def test_the_server_may_go_away_for_a_while(cluster: Cluster) -> None:
-    rehearsal, problem = Rehearsal(PROBLEM), Problem.parse(PROBLEM)
-    with fleet.Fleet(cluster.url, "patient", Device("cpu", "outage", "zen5", 2)) as mine:
+    rehearsal, problem, url = Rehearsal(PROBLEM), Problem.parse(PROBLEM), cluster.empty("outage")
+    with fleet.Fleet(url, "patient", Device("cpu", "outage", "zen5", 2)) as mine:
         search = rehearsal.search(fleet=mine, problem=problem)
         first = search.ask(2)
         cluster.stop()
@@ -134,13 +131,14 @@ def test_the_server_may_go_away_for_a_while(cluster: Cluster) -> None:
         second = search.ask(2)
         back.join()
         assert len({str(v) for v in first + second}) == 4
-    with fleet.Fleet(cluster.url, "another", Device("cpu", "outage", "zen5", 2)) as mine:
+    with fleet.Fleet(url, "another", Device("cpu", "outage", "zen5", 2)) as mine:
         heard = rehearsal.search(fleet=mine, problem=problem)
         heard.ask(1)
         assert heard.heard == 2, "results told during the outage arrived"
 
 
 def test_a_storage_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "ATTEMPTS", 1)
     with pytest.raises(FleetUnreachable, match="run-a-fleet") as failure:
         fleet.open_storage("postgresql+psycopg://elsa:secret@127.0.0.1:1/none")
     assert "secret" not in str(failure.value)

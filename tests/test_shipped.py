@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,25 @@ FILES = sorted(CACHE.glob("*.jsonl"))
 
 def test_something_is_shipped() -> None:
     assert FILES
+
+
+def test_contributions_are_reviewed_files_and_a_table(tmp_path: Path) -> None:
+    """The script turns what was exported into exactly what is shipped, and the page says what is there."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "cache").mkdir()
+    exported = tmp_path / "export.jsonl"
+    exported.write_text("".join(path.read_text() for path in FILES) + "not sound\n")
+    script = CACHE.parent / "benchmarks" / "contribute.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(exported), "--into", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "left out 1" in done.stdout
+    for path in FILES:
+        assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "docs" / "devices.md").read_text() == (CACHE.parent / "docs" / "devices.md").read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
