@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from elsa_tune import places, settings
+from elsa_tune import places, settings, space
 from elsa_tune.device import RUNGS, Device
-from elsa_tune.errors import BadDevice, BadSettings, DatabaseUnusable, ElsaTuneError
+from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
@@ -35,7 +35,16 @@ class Layer:
         """The layer's winners, as Database.winners; none where it cannot be read."""
         if self.database is None:
             return []
-        return self.database.winners(self.local, devices, families, **equal)
+        return self.database.winners(self.local, devices, families, _is_understood, **equal)
+
+
+def _is_understood(variant: str) -> bool:
+    """Whether this version's search spaces have a variant: another version may have recorded it."""
+    try:
+        space.parse(variant)
+    except BadVariant:
+        return False
+    return True
 
 
 def layers() -> list[Layer]:

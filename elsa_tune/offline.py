@@ -293,8 +293,8 @@ def hand_over(rankings: Sequence[Ranking], device: str, folder: Path) -> int:
     kernels = folder / "kernels"
     kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = [c for ranking in rankings for c in ranking.best]
-    for digest in {c.built.digest for c in made}:
-        shutil.copytree(places.kernels() / digest, kernels / digest, dirs_exist_ok=True)
+    for path in {c.built.path for c in made if c.built.path}:
+        shutil.copytree(path.parent, kernels / path.parent.name, dirs_exist_ok=True)
     with Database.for_reading(places.database()) as database:
         known = database.measurements(status="candidate", device=str(target(device).device))
     spelled = {(str(c.problem), str(c.variant), c.built.digest) for c in made}

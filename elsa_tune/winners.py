@@ -342,27 +342,34 @@ class Database:
         local: bool | None = None,
         devices: Collection[str] = (),
         families: Collection[str] = (),
+        understood: Callable[[str], bool] = lambda variant: True,
         **equal: str,
     ) -> list[Measurement]:
         """The winning measurement of each device and problem, of those devices and families (all, if none is named) whose
-        columns equal the given values. A row that is not what was recorded never wins."""
+        columns equal the given values. A row that is not what was recorded never wins, nor a variant that is not
+        ``understood``."""
         damaged: list[bytes] = []
+        strange: list[int] = []
+        where, values = self._where(local, equal)
+        for column, names in (("device", devices), ("family", families)):
+            if names:
+                where.append(f"{column} IN ({', '.join('?' * len(names))})")
+                values += [self._number_of(name) for name in names]
         while True:
-            where, values = self._where(local, equal)
-            for column, names in (("device", devices), ("family", families)):
-                if names:
-                    where.append(f"{column} IN ({', '.join('?' * len(names))})")
-                    values += [self._number_of(name) for name in names]
-            if damaged:
-                where.append(f"id NOT IN ({', '.join('?' * len(damaged))})")
-            condition = "".join(f" AND {one}" for one in where)
-            rows = self._connection.execute(_WINNERS.format(where=condition), [*values, *damaged])
+            without = [
+                f"{name} NOT IN ({', '.join('?' * len(x))})" for name, x in (("id", damaged), ("variant", strange)) if x
+            ]
+            condition = "".join(f" AND {one}" for one in [*where, *without])
+            rows = self._connection.execute(_WINNERS.format(where=condition), [*values, *damaged, *strange])
             names_of = [column[0] for column in rows.description]
             found = [dict(zip(names_of, row, strict=True)) for row in rows]
-            sound = {row["id"]: m for row in found if (m := self._measurement(row)).id == row["id"].hex()}
-            if len(sound) == len(found):
-                return sorted(sound.values(), key=lambda m: (m.created, m.id))
-            damaged += [row["id"] for row in found if row["id"] not in sound]
+            pairs = [(row, self._measurement(row)) for row in found]
+            bad = [row["id"] for row, m in pairs if m.id != row["id"].hex()]
+            odd = sorted({row["variant"] for row, m in pairs if not understood(m.variant)})
+            if not bad and not odd:
+                return sorted((m for _, m in pairs), key=lambda m: (m.created, m.id))
+            damaged += bad
+            strange += odd
 
     def finals_of(self) -> list[tuple[str, str]]:
         """(device, family) pairs that a final was measured for."""

@@ -13,14 +13,17 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from victim import DEVICE, made
 
-from elsa_tune import exchange, layers, places, winners
+from elsa_tune import dispatch, exchange, layers, places, winners
+from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
 
 KILLS = 200
@@ -278,3 +281,20 @@ def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(exchange.FolderTaken, match="no space left"):
         exchange.write(map(made, range(3)), target)
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_two_versions_on_one_database(home: Path) -> None:
+    """An older program that is still running is refused, not ignored; rows of a newer search space are passed over."""
+    with Database.for_writing() as database:
+        database.record(made(29))
+        newer = "cpp.serial.avx512.l16.q3.k8.v8.n64.quantum"
+        database.record(
+            replace(made(59), problem=made(29).problem, variant=newer, ratio=9.0, ratio_low=8.9, ratio_high=9.1)
+        )
+        older = sqlite3.connect(places.database())
+        with pytest.raises(sqlite3.OperationalError, match="view"):
+            older.execute("INSERT INTO measurements (problem) VALUES ('lost')")
+        older.close()
+        assert [m.variant for m in database.winners()] == [newer]
+    choice = dispatch.explain(Problem.parse(made(29).problem), Device.parse(DEVICE))
+    assert str(choice.variant) == made(29).variant, "what this version understands still wins"

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import clock, device, dispatch, doctor, offline, outcome, places, tuning, workload
+from elsa_tune import backends, cli, clock, device, dispatch, doctor, offline, outcome, places, tuning, workload
 from elsa_tune.backends import Built, triton
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.errors import BadDevice
+from elsa_tune.errors import BadDevice, FolderTaken
 from elsa_tune.measure import Worker, WorkerFailed
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -134,6 +135,32 @@ def test_offline_ranking_is_recorded_as_candidates_and_tried_first(home: Path) -
     assert {m.variant for m in rows} <= set(asked)
     with pytest.raises(BadDevice, match="use one of sm_52"):
         offline.rank("sm_42", [problem])
+
+
+def test_kernels_compiled_here_are_found_built_there(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """compile on a machine without the GPU, import the manifest on one with it: its candidates need no compiler."""
+    problem, ready = "fp32.d64@b1.h16.q1024.k1024", tmp_path / "ready"
+    command = ["compile", "--for", "sm_90", "--problem", problem, "--budget", "12", "-o", str(ready)]
+    done = CliRunner().invoke(cli.main, command)
+    assert done.exit_code == 0 and "ELSA_TUNE_KERNELS" in done.output, (done.output, done.exception)
+    monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "there"))
+    monkeypatch.setenv("ELSA_TUNE_KERNELS", str(ready / "kernels"))
+    assert CliRunner().invoke(cli.main, ["db", "import", str(ready / offline.MANIFEST)]).exit_code == 0
+    with Database.for_reading(places.database()) as database:
+        rows = database.measurements(local=False, status="candidate")
+    assert rows
+    for m in rows:
+        variant = parse(m.variant)
+        backend = backends.get(variant.backend)
+        assert backend.digest(variant, Problem.parse(m.problem), H200) == m.digest, "what the real device asks for"
+        built = backend.find(m.digest)
+        assert built is not None and built.path is not None and built.path.is_relative_to(ready)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("keep me")
+    with pytest.raises(FolderTaken, match="name another"):
+        offline.hand_over([], "sm_90", tmp_path / "mine")
 
 
 def test_the_model_knows_what_must_be_slower() -> None:

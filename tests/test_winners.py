@@ -93,7 +93,9 @@ def test_kin_answer_in_order(home: Path) -> None:
         "arch": "cpu:intel_f6m143-sapphirerapids-c8",
         "family": "cpu:arm_0x41_0xd0c-neoverse_n1-c4",
     }
-    rows = [measured(f"cpp.{rung}", 1.9, 2.1, device=device) for rung, device in reversed(others.items())]
+    rows = [
+        measured("cpp.serial.avx2.l8.q2.k4.v4.n48", 1.9, 2.1, device=device) for device in reversed(others.values())
+    ]
     layer = layers.Layer("own", "memory", Database.in_memory(rows, "test"))
     found = layers.known_winners(Device.parse(DEVICE), [layer])
     assert [w.rung for w in found] == list(others)
