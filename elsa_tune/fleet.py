@@ -85,13 +85,13 @@ class Fleet:
     """
 
     def __init__(self, url: str, worker: str, device: Device) -> None:
+        self._closed = threading.Event()
         self._storage = open_storage(url)
         self.worker, self.device = worker, device
         self.running: dict[int, str] = {}  # trial -> variant
         self._signs: dict[str, tuple[object, float]] = {}  # worker -> its last sign, and when it was first seen here
         self._count = 0
         self.staff = self.patiently(lambda: self.study(WORKERS))
-        self._closed = threading.Event()
         self._show()
         self._thread = threading.Thread(target=self._live, name="elsa-tune-heartbeat", daemon=True)
         self._thread.start()
@@ -100,7 +100,7 @@ class Fleet:
         """A shared study, new or old."""
         return optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
 
-    def board(self, problem: Problem, space: Space, axes: Axes) -> Board:
+    def join(self, problem: Problem, space: Space, axes: Axes) -> Board:
         """The study of a problem on devices like this one."""
         here = self.device
         model = f"{here.kind}:{here.model}-{here.arch}-c{here.cores}" + (f"-g{here.gib}" if here.gib else "")
@@ -115,16 +115,13 @@ class Fleet:
             except (optuna.exceptions.UpdateFinishedTrialError, KeyError):
                 raise
             except Exception as error:  # each database has errors of its own
-                if time.monotonic() > deadline or self._closed_early():
+                if time.monotonic() > deadline:
                     raise FleetUnreachable(
                         f"the fleet's storage has not answered for {PATIENCE:.0f} s ({type(error).__name__}); "
                         "what was measured is kept here: start it and run again"
                     ) from error
                 time.sleep(wait)
                 wait = min(5.0, 1.5 * wait)
-
-    def _closed_early(self) -> bool:
-        return hasattr(self, "_closed") and self._closed.is_set()
 
     def _show(self) -> None:
         self._count += 1
@@ -210,8 +207,7 @@ class Board:
                 done.add(spelling)
                 if trial.number not in self._read:
                     self._read.add(trial.number)
-                    ratio = trial.user_attrs.get("ratio")
-                    found.results.append((spelling, ratio if isinstance(ratio, float) else None))
+                    found.results.append((spelling, _ratio(trial.user_attrs.get("ratio"))))
             elif trial.state == TrialState.RUNNING:
                 found.taken.add(spelling)
             elif trial.state == TrialState.FAIL:
@@ -267,6 +263,11 @@ class Board:
             state=state, params=dict(variant.values), distributions=self._axes, value=value,
             user_attrs={"variant": str(variant), "worker": self._fleet.worker, "ratio": ratio},
         )  # fmt: skip
+
+
+def _ratio(x: object) -> float | None:
+    """A ratio that a clock can give, or None."""
+    return x if isinstance(x, float) and 1e-9 < x < 1e9 else None
 
 
 # Who is there.

@@ -6,14 +6,14 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 
 import optuna
 
-from elsa_tune.errors import ElsaTuneError
-from elsa_tune.fleet import Fleet
+from elsa_tune.errors import BadVariant, ElsaTuneError
+from elsa_tune.fleet import Axes, Board
 from elsa_tune.measurement import Measurement
-from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Value, Variant
 
@@ -46,6 +46,7 @@ class Search:
 
     ``valid`` yields valid variants nearest to given axis values first; ``name`` names what a variant would build, so
     that two spellings of the same code are tried once. The objective is the logarithm of the ratio to the incumbent.
+    ``join`` finds the board on which a fleet shares this search.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class Search:
         sampler: str = "local",
         seed: int = 0,
         exhaustive: bool = False,
-        fleet: Fleet | None = None,
-        problem: Problem | None = None,
+        join: Callable[[Space, Axes], Board] | None = None,
     ) -> None:
         if sampler not in SAMPLERS:
             raise ElsaTuneError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
@@ -70,7 +70,7 @@ class Search:
         self._rng = random.Random(seed)
         self._best: tuple[float, Variant] | None = None
         self._every = valid(None, random.Random(seed)) if exhaustive else None
-        self._board = fleet.board(problem, space, self._axes) if fleet and problem else None
+        self._board = join(space, self._axes) if join else None
         self._told: set[str] = set()
         self.heard = 0
         """Results that others of the fleet told."""
@@ -118,11 +118,20 @@ class Search:
             if spelling not in self._told:
                 self._told.add(spelling)
                 self.heard += 1
-                self._learn(self._space.parse(spelling), ratio)
-        lost = [self._space.parse(spelling) for spelling in news.lost]
+                for variant in self._read([spelling]):
+                    self._learn(variant, ratio)
+        lost = self._read(news.lost)
         self._seen -= {self._name(variant) for variant in lost}
-        self._seen |= {self._name(self._space.parse(spelling)) for spelling in news.taken}
+        self._seen |= {self._name(variant) for variant in self._read(news.taken)}
         self._first = lost + self._first
+
+    def _read(self, spellings: Iterable[str]) -> list[Variant]:
+        """What others spelled; a storage that anyone may write to may hold anything."""
+        found = []
+        for spelling in spellings:
+            with suppress(BadVariant):
+                found.append(self._space.parse(spelling))
+        return found
 
     def _next(self) -> Variant | None:
         while self._first:

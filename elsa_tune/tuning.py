@@ -202,8 +202,7 @@ def _searches(
             sampler,
             seed,
             exhaustive,
-            fleet,
-            problem,
+            partial(fleet.join, problem) if fleet else None,
         )
         starts = [space.parse(text) for text in space.start]
         search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)

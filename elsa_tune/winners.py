@@ -55,6 +55,9 @@ WITH latest AS (
 SELECT tied.* FROM tied WHERE choice = 1
 """
 
+_UNREADABLE = (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, KeyError, RecursionError, struct.error)
+"""What reading a row that nobody recorded may raise."""
+
 LONGEST_INLINE = 64
 """Bytes of an incumbent's samples that are kept in their row."""
 
@@ -176,12 +179,13 @@ class Database:
     def for_reading(cls, path: Path) -> Database:
         """Open without ever writing or waiting long. Raises DatabaseUnusable."""
         if not path.is_file():
-            raise DatabaseUnusable(f"{path} is no file; name a database")
+            raise DatabaseUnusable(f"there is no database at {path}; run elsa-tune, or name a file that is there")
         for options in ("mode=ro", "mode=ro&immutable=1"):
             try:
                 connection = sqlite3.connect(
                     f"{path.resolve().as_uri()}?{options}", uri=True, timeout=0.2, check_same_thread=False
                 )
+                connection.execute("PRAGMA trusted_schema = OFF")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
                 if version > SCHEMA_VERSION:
                     raise DatabaseUnusable(
@@ -191,7 +195,11 @@ class Database:
                     raise DatabaseUnusable(
                         f"{path} is of format 1; the next elsa-tune, or elsa-tune db info, rewrites it"
                     )
-                connection.execute("SELECT 1 FROM records LIMIT 1")
+                kinds = connection.execute(
+                    "SELECT type FROM sqlite_master WHERE name IN ('records', 'words')"
+                ).fetchall()
+                if kinds != [("table",)] * 2:  # somebody's else; a view could make reading last for ever
+                    raise DatabaseUnusable(f"{path} is no database of measurements; name another")
             except sqlite3.OperationalError as error:
                 failure: Exception = error
                 if "locked" in str(error) or "no such table" in str(error):
@@ -330,9 +338,12 @@ class Database:
         return list(self._read(f"SELECT {', '.join(_COLUMNS)} FROM records", local, equal, "ORDER BY created, id"))
 
     def __iter__(self) -> Iterator[Measurement]:
-        """Every measurement, in no order that means anything."""
-        self._contents.update(self._connection.execute("SELECT id, content FROM words"))
-        return self._read(f"SELECT {', '.join(_COLUMNS)} FROM records", None, {}, "")
+        """Every measurement, in no order that means anything. Raises DatabaseUnusable."""
+        try:
+            self._contents.update(self._connection.execute("SELECT id, content FROM words"))
+            yield from self._read(f"SELECT {', '.join(_COLUMNS)} FROM records", None, {}, "")
+        except _UNREADABLE as error:
+            raise DatabaseUnusable(f"{self.name}: {error}; elsa-tune db verify mends one's own") from error
 
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM records").fetchone()[0])
@@ -457,7 +468,7 @@ class Database:
                 known = dict(zip(("number", *_COLUMNS), row, strict=True))
                 try:
                     yield row[0], self._measurement(known), known["id"].hex(), bool(known["local"])
-                except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, struct.error):
+                except _UNREADABLE:
                     yield row[0], None, "", False
 
     def _last_number(self) -> int:

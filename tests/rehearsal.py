@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from elsa_tune.search import Search
@@ -66,7 +67,7 @@ def work(storage: str, worker: str, problem: str, seconds: float, seed: int) -> 
     fleet.HEARTBEAT, fleet.GRACE = 1, 3
     rehearsal = Rehearsal(problem)
     with fleet.Fleet(storage, worker, Device("cpu", "recorded", "zen5", 2)) as mine:
-        search = rehearsal.search(fleet=mine, problem=Problem.parse(problem), seed=seed)
+        search = rehearsal.search(join=partial(mine.join, Problem.parse(problem)), seed=seed)
         print("ready", flush=True)
         sys.stdin.readline()
         while asked := search.ask(1):

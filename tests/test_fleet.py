@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_what_a_killed_worker_held_is_tried_by_others(storage: str) -> None:
     victim.processes[0].send_signal(signal.SIGKILL)
     victim.processes[0].wait()
     with fleet.Fleet(storage, "survivor", DEVICE) as mine:
-        search = rehearsal.search(fleet=mine, problem=problem)
+        search = rehearsal.search(join=partial(mine.join, problem))
         tried: list[str] = []
         deadline = time.monotonic() + 60
         while len(tried) < len(rehearsal.ratios) and time.monotonic() < deadline:
@@ -112,7 +113,7 @@ def test_a_variant_that_takes_workers_down_is_given_up(tmp_path: Path) -> None:
     name = next(iter(rehearsal.ratios))
     for attempt in range(fleet.MOST_ATTEMPTS + 1):
         with fleet.Fleet(storage, f"worker{attempt}", DEVICE) as mine:
-            search = rehearsal.search(fleet=mine, problem=problem, seed=attempt)
+            search = rehearsal.search(join=partial(mine.join, problem), seed=attempt)
             search.enqueue([rehearsal.variants[name]])
             asked = [str(v) for v in search.ask(1)]
             assert (asked == [name]) == (attempt < fleet.MOST_ATTEMPTS)  # leaving without a result is a failed attempt
@@ -121,7 +122,7 @@ def test_a_variant_that_takes_workers_down_is_given_up(tmp_path: Path) -> None:
 def test_the_server_may_go_away_for_a_while(cluster: Cluster) -> None:
     rehearsal, problem, url = Rehearsal(PROBLEM), Problem.parse(PROBLEM), cluster.empty("outage")
     with fleet.Fleet(url, "patient", Device("cpu", "outage", "zen5", 2)) as mine:
-        search = rehearsal.search(fleet=mine, problem=problem)
+        search = rehearsal.search(join=partial(mine.join, problem))
         first = search.ask(2)
         cluster.stop()
         back = threading.Timer(4.0, cluster.start)
@@ -132,7 +133,7 @@ def test_the_server_may_go_away_for_a_while(cluster: Cluster) -> None:
         back.join()
         assert len({str(v) for v in first + second}) == 4
     with fleet.Fleet(url, "another", Device("cpu", "outage", "zen5", 2)) as mine:
-        heard = rehearsal.search(fleet=mine, problem=problem)
+        heard = rehearsal.search(join=partial(mine.join, problem))
         heard.ask(1)
         assert heard.heard == 2, "results told during the outage arrived"
 
