@@ -231,8 +231,8 @@ def test_the_compiler_from_pypi(monkeypatch: pytest.MonkeyPatch, home: object) -
         _compiler.find.cache_clear()
 
 
-@pytest.mark.parametrize("trouble", ["link", "writable"])
-def test_kernels_that_others_could_have_written_are_refused(trouble: str, home: object, tmp_path: object) -> None:
+@pytest.mark.parametrize(("trouble", "remedy"), [("link", "put the thing itself there"), ("writable", "chmod go-w it")])
+def test_kernels_that_others_could_have_written_are_refused(trouble: str, remedy: str, home: object) -> None:
     variant, problem = space.parse(here("cpp.serial.{isa}.q2.k4.v4.n16")), Problem.parse("fp32.d16")
     built = cpp.build(variant, problem)
     assert built.path is not None and cpp.find(built.digest)
@@ -242,7 +242,7 @@ def test_kernels_that_others_could_have_written_are_refused(trouble: str, home: 
         built.path.symlink_to(moved)
     else:
         built.path.chmod(0o777)
-    with pytest.raises(KernelCacheUnsafe, match="remove it"):
+    with pytest.raises(KernelCacheUnsafe, match=remedy):
         cpp.find(built.digest)
 
 
