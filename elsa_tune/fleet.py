@@ -18,6 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from elsa_tune import render
 from elsa_tune.device import Device
 from elsa_tune.errors import FleetUnreachable
 from elsa_tune.problem import Problem
@@ -101,10 +102,11 @@ class Fleet:
         return optuna.create_study(storage=self._storage, study_name=name, direction="maximize", load_if_exists=True)
 
     def join(self, problem: Problem, space: Space, axes: Axes) -> Board:
-        """The study of a problem on devices like this one."""
+        """The study of a problem on devices like this one, among workers whose version renders the same code."""
         here = self.device
         model = f"{here.kind}:{here.model}-{here.arch}-c{here.cores}" + (f"-g{here.gib}" if here.gib else "")
-        return Board(self, f"{model} {problem} {space.backend} {space.digest}", axes)
+        version = f"{space.digest}-{render.version(space.backend)}"
+        return Board(self, f"{model} {problem} {space.backend} {version}", axes)
 
     def patiently(self, operation: Callable[[], T]) -> T:
         """What ``operation`` returns, tried again while the storage does not answer. Raises FleetUnreachable."""

@@ -91,6 +91,14 @@ def render(template: str, context: Mapping[str, Any]) -> Source:
     return Source(text, suffix, hashlib.sha256(code.encode()).hexdigest()[:20])
 
 
+@cache
+def version(backend: str) -> str:
+    """A digest of every template of a backend: what tells what this version renders from what another does."""
+    folder = places.data("templates") / backend
+    texts = [path.read_bytes() for path in sorted(folder.rglob("*.j2"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
+
+
 def undeclared(template: str) -> set[str]:
     """Every name that a template and the ones it includes read from the context."""
     from jinja2 import meta

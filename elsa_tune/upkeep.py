@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,8 +48,7 @@ def inventory() -> Iterator[str]:
         if layer.database is None:
             yield f"{layer.name}: {layer.place}: {layer.problem}"
             continue
-        wanted = () if layer.local is None else (layer.local,)
-        counts = Counter((m.device, m.status) for m in layer.database.measurements(*wanted))
+        counts = layer.database.counts(layer.local)
         yield f"{layer.name}: {layer.place}: {sum(counts.values())} measurements"
         for device in sorted({device for device, _ in counts}):
             of_status = ", ".join(f"{n} {status}" for (one, status), n in sorted(counts.items()) if one == device)

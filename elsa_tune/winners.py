@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from elsa_tune import places
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement, canonical
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 PATIENCE = 30.0
@@ -98,6 +101,12 @@ def _on_network(path: Path) -> bool:
     return bool(inside) and max(inside)[1] in _NETWORK_FILE_SYSTEMS
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    """What tells one file from another of the same name."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
 def _key(content: str | bytes) -> int:
     digest = hashlib.sha256(content if isinstance(content, bytes) else content.encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
@@ -124,6 +133,7 @@ class Database:
         self._ids: dict[str | bytes, int] = {}  # word -> its number
         self._contents: dict[int, str | bytes] = {}
         self._latest: float | None = None
+        self._file: tuple[int, int] | None = None  # that it was opened on, for writing
 
     # Opening.
 
@@ -169,6 +179,7 @@ class Database:
             connection.execute(f"PRAGMA journal_mode = {'DELETE' if _on_network(path) else 'WAL'}")
             connection.execute("PRAGMA synchronous = FULL")
             database = cls(connection, str(path))
+            database._file = _identity(path)
             database._create()
             return database
         except BaseException:
@@ -266,8 +277,28 @@ class Database:
 
     def note(self, name: str, value: str) -> None:
         """Keep a fact beside the measurements."""
-        with self._transaction():
-            self._connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", [name, value])
+        self._lastingly(lambda: self._connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", [name, value]))
+
+    def _lastingly(self, write: Callable[[], T]) -> T:
+        """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside."""
+        while True:
+            with self._transaction():
+                result = write()
+            if not self._is_set_aside():
+                return result
+            successor = Database.for_writing(Path(self.name))
+            self._connection.close()
+            self._connection, self._file = successor._connection, successor._file
+            self._contents.clear()
+            self._ids.clear()
+
+    def _is_set_aside(self) -> bool:
+        """Whether the file that this was opened on no longer bears its name."""
+        if self._file is None:
+            return False
+        with suppress(OSError):
+            return _identity(Path(self.name)) != self._file
+        return True
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -288,15 +319,13 @@ class Database:
 
     def record(self, measurement: Measurement) -> None:
         """Append what this machine measured; the same measurement twice is one row. Durable when this returns."""
-        with self._transaction():
-            self._insert([(measurement, True)])
+        self._lastingly(lambda: self._insert([(measurement, True)]))
 
     def add(self, measurements: Iterable[Measurement], at_once: int = 5000) -> int:
         """Append what others measured, and say how many were new. Durable in portions of ``at_once``."""
         each, new = iter(measurements), 0
-        while portion := list(islice(each, at_once)):
-            with self._transaction():
-                new += self._insert((m, False) for m in portion)
+        while portion := [(m, False) for m in islice(each, at_once)]:
+            new += self._lastingly(partial(self._insert, portion))
         return new
 
     def _insert(self, measurements: Iterable[tuple[Measurement, bool]]) -> int:
@@ -381,6 +410,15 @@ class Database:
                 return sorted((m for _, m in pairs), key=lambda m: (m.created, m.id))
             damaged += bad
             strange += odd
+
+    def counts(self, local: bool | None = None) -> dict[tuple[str, str], int]:
+        """(device, status) -> measurements."""
+        where, values = self._where(local, {})
+        condition = f"WHERE {where[0]}" if where else ""
+        rows = self._connection.execute(
+            f"SELECT device, status, COUNT(*) FROM records {condition} GROUP BY device, status", values
+        ).fetchall()
+        return {(str(self._content(device)), str(status)): int(count) for device, status, count in rows}
 
     def finals_of(self) -> list[tuple[str, str]]:
         """(device, family) pairs that a final was measured for."""
@@ -490,8 +528,7 @@ class Database:
                         rows = Database(broken, str(copy))._rows_one_by_one()
                         sound = ((m, local) for _, m, name, local in rows if m is not None and m.id == name)
                         while portion := list(islice(sound, 5000)):
-                            with self._transaction():
-                                kept += self._insert(portion)
+                            kept += self._lastingly(partial(self._insert, portion))
                     finally:
                         broken.close()
                 if kept:

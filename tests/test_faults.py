@@ -269,6 +269,23 @@ def test_others_may_not_change_ones_own(home: Path) -> None:
     assert "link" in next(layer for layer in layers.layers() if layer.name == "own").problem
 
 
+def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was writing to what another process found damaged goes on in the new file, and nothing stays behind in the old."""
+    with Database.for_writing() as writer:
+        writer.record(made(0))
+        before = writer.installation
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "damaged", lambda self: [1])
+            assert winners.verify().aside
+        writer.record(made(1))
+        writer.note("name", "value")
+        writer.add(map(made, range(2, 5)))
+        assert writer.installation != before
+    with Database.for_reading(places.database()) as database:
+        assert sorted(m.id for m in database) == sorted(made(n).id for n in range(5))
+        assert database.about("name") == "value"
+
+
 def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.jsonl"
     exchange.write([made(1)], target)
