@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -32,12 +33,13 @@ SMALL = "fp32.d16@b1.h2.q96.k96"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     if programs() is None:
         pytest.skip("no PostgreSQL server is installed; apt install postgresql")
-    server = Cluster(tmp_path_factory.mktemp("postgres") / "cluster")
-    yield server
-    server.stop()
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which nobody else may enter
+        server = Cluster(Path(folder) / "cluster")
+        yield server
+        server.stop()
 
 
 @pytest.fixture(params=["journal", "postgresql"])
