@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from victim import DEVICE, made
 
-from elsa_tune import dispatch, exchange, layers, places, winners
+from elsa_tune import dispatch, exchange, layers, places, tuning, winners
 from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.measurement import Measurement
@@ -174,6 +174,39 @@ def test_forty_readers_beside_a_writer(home: Path) -> None:
         for reader in readers:
             reader.join()
     assert not troubles, troubles[:3]
+
+
+def test_forty_processes_read_during_a_tune(home: Path) -> None:
+    """No reading fails, and nobody sees less than before."""
+    program = f"""
+import os, sys, time
+from pathlib import Path
+from elsa_tune.winners import Database
+path, done = Path({str(places.database())!r}), Path({str(home / "done")!r})
+for number in range({READERS}):
+    if not os.fork():
+        seen = set()
+        while not done.exists():
+            if path.exists():
+                with Database.for_reading(path) as database:
+                    now = {{m.id for m in database}}
+                    database.winners(True)
+                if seen - now:
+                    os._exit(3)
+                seen = now
+            time.sleep(0.05)
+        os._exit(0 if seen else 4)
+statuses = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range({READERS})]
+print(*statuses)
+"""
+    with Database.for_writing():
+        pass
+    readers = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    report = tuning.tune([SMALL], device="cpu", budget=15)
+    time.sleep(0.5)
+    (home / "done").touch()
+    out, _ = readers.communicate(timeout=60)
+    assert report.complete and out.split() == ["0"] * READERS
 
 
 def test_a_clock_that_jumps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
