@@ -19,6 +19,9 @@ from elsa_tune.variant import Variant
 SHORTLIST = 5
 """Kernels for each family."""
 
+ALLOWED = {"strict": 2.0**-18, "fp32": 2.0**-18, "fp16": 2.0**-10, "bf16": 2.0**-7, "approx": 2.0**-7}
+"""Error of a kernel on normal inputs, relative to max|v|, that the runner lets pass, by precision class."""
+
 NEEDS = {
     "cuda": "nvcc 10.2 or later",
     "opencl": "a C++ compiler, OpenCL's headers and library",
@@ -48,7 +51,7 @@ def make(
         raise KernelMissing(f"no kernel serves these problems on {goal}; give --problem one of float32 or float16")
     language = LANGUAGES[goal.kind]
     context = {
-        "target": device, "arch": goal.arch, "language": language, "needs": NEEDS[language], "problems": wanted,
+        "target": device, "arch": goal.arch, "language": language, "needs": NEEDS[language], "problems": wanted, "allowed": ALLOWED,
         "version": elsa_tune.__version__, "flags": " ".join(export.compile_flags(headers[0].variant)) if language == "cpp" else "",
         "kernels": [
             {"name": h.name, "variant": h.variant, "family": h.problem.family, "digest": _digest(h)} for h in headers

@@ -166,6 +166,7 @@ def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, in
     taken for the products, and what each score and each copied vector costs beside them is added."""
     tiling = Tiling.of(variant.axes, problem)
     products = tiling.rows * (tiling.keys * tiling.head_columns + tiling.columns * tiling.block_n)
+    products = products * tiling.stored_bytes // 4  # two at a time, if of halves
     scores, copied = tiling.rows * tiling.keys, 2 * tiling.copies * (tiling.head_slices + tiling.value_slices)
     hottest = resources.get("loop_fma", 0)
     mix = {name: resources[f"loop_{name}"] / hottest if hottest else guess for name, guess in _MIX.items()}

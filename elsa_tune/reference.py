@@ -14,8 +14,11 @@ from elsa_tune.problem import Problem
 UNIT = 2.0**-24
 """Unit round-off of float32."""
 
-CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
+CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8, "approx": 2.0**-10}
 """Unit round-off of what each precision class rounds weights and outputs to."""
+
+ROUNDS_PRODUCTS = ("tf32", "approx")
+"""Classes whose products are of rounded operands, or are summed rounded; the others' are exact in float32."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -159,6 +162,11 @@ class Error:
     allowed: bool
 
 
+def _product_unit(problem: Problem) -> float:
+    """What a logit's products are rounded to, together; halves multiply exactly in float32."""
+    return 2 * CLASS_UNITS[problem.precision] if problem.precision in ROUNDS_PRODUCTS else UNIT
+
+
 LARGEST_CONSTANT = 4.0
 """C in |err| <= C u (1 + log2 n) max|v|: above it, and above what rounding the logits may cost, a kernel is wrong."""
 
@@ -176,7 +184,7 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     unit = CLASS_UNITS[problem.precision] * (1 + math.log2(problem.kv_len)) * largest
-    products = 2 * CLASS_UNITS["tf32"] if problem.precision == "tf32" else UNIT  # halves multiply exactly in float32
+    products = _product_unit(problem)
     from_logits = 2 * products * math.sqrt(problem.head_dim) * norms * largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + from_logits)
 
@@ -259,7 +267,7 @@ def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], 
     products that each gradient passes through.
     """
     unit = CLASS_UNITS[problem.precision] * (1 + math.log2(max(problem.kv_len, problem.q_len)))
-    products = 2 * CLASS_UNITS["tf32"] if problem.precision == "tf32" else UNIT
+    products = _product_unit(problem)
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     assert inputs.forward is not None

@@ -16,7 +16,7 @@ import torch
 from contracts import kernels
 
 from elsa_tune import device as devices
-from elsa_tune import dispatch, scan, space, tuning
+from elsa_tune import dispatch, reference, scan, space, tuning
 from elsa_tune.backends import Kernel, _cuda_laws, _cuda_runtimes, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
@@ -25,6 +25,7 @@ from elsa_tune.space import Space
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 TX2 = Device("cuda", "jetson_tx2", "sm_62", 2)
+GTX_1080 = Device("cuda", "gtx_1080", "sm_61", 20)
 GTX_980 = Device("cuda", "gtx_980", "sm_52", 16)
 MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
 OPENCL = Device("opencl", "some_gpu", "shuffle8", 20)
@@ -108,8 +109,10 @@ def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[tor
     if problem.mask == "causal":
         scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
     truth = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
-    unit = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}[problem.dtype]
-    error = max(float((out - truth).abs().max()) / (64 * unit), float((lse - scores.logsumexp(-1)).abs().max()) / 4e-6)
+    unit, of_lse = reference.CLASS_UNITS[problem.precision], 8e-3 if problem.precision == "approx" else 4e-6
+    error = max(
+        float((out - truth).abs().max()) / (64 * unit), float((lse - scores.logsumexp(-1)).abs().max()) / of_lse
+    )
     return out, lse, error
 
 
@@ -120,9 +123,21 @@ ASYNC = [
 ]
 
 
+HALVES = [
+    ("serial.half2.v8.t64.x8.r4.k4.apart.{}", "fp16.approx.d64"),
+    ("serial.half2.v2.swizzled.t64.x8.r2.k4.c32.stages2.apart.{}", "fp16.approx.d40.v24.causal"),
+    ("blelloch.half2.t64.x8.r2.k4.w2.s4.two_kernels.apart.{}", "fp16.approx.d80.causal"),
+    ("hybrid.half2.v8.t128.x8.r2.k4.w4.c64.s8.last_block.apart.{}", "fp16.approx.d128"),
+    ("serial.half2.v8.t64.x8.r4.k4.c64.stages2.async.apart.{}", "fp16.approx.d96.v128.causal"),
+]
+
+
 EMULATED = [
     *((network.format("", ""), FAMILIES[i % 6]) for i, network in enumerate(networks())),
-    *((spelling.format("", "shared" if i % 2 else ""), family) for i, (spelling, family) in enumerate([*MORE, *ASYNC])),
+    *(
+        (spelling.format("", "shared" if i % 2 else ""), family)
+        for i, (spelling, family) in enumerate([*MORE, *ASYNC, *HALVES])
+    ),
 ]
 
 
@@ -138,6 +153,24 @@ def test_cuda_text_under_an_emulator(spelling: str, family: str, tmp_path: Path)
         assert torch.equal(out, again) and torch.equal(lse, lse_again), (
             "the order of threads changes the answer: a race"
         )
+
+
+@pytest.mark.parametrize(("spelling", "family"), [HALVES[0], HALVES[2]])
+def test_sums_in_halves_obey_the_contract(spelling: str, family: str, tmp_path: Path) -> None:
+    """Class approx, hostile inputs included; further from float64 than class fp16, or it would not need a name of its own."""
+    problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")
+    kernel, _ = emulated.kernel(space.parse("cuda." + spelling.format("").rstrip(".")), problem, tmp_path)
+    kernels.obeys(kernel, problem, [], keys=200)
+    floats, _ = emulated.kernel(space.parse("cuda.serial.t64.x8.r4.k4"), problem, tmp_path / "floats")
+    generator = torch.Generator().manual_seed(1)
+    small = problem.reshaped(batch=1, heads=2, kv_heads=2, q_len=37, kv_len=131)
+    inputs, rows = reference.random_inputs(small, generator), reference.every_row(small)
+    truth = reference.attention_rows(small, inputs, rows)
+    errors = [
+        reference.measure_error(small, inputs, rows, k(inputs.query, inputs.key, inputs.value), truth).relative
+        for k in (kernel, floats)
+    ]
+    assert errors[0] > errors[1]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +190,7 @@ def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_pa
         "copy_wait();\n    barrier_block();\n    slice_copy": text.replace("    copy_wait();\n", ""),
     }[barrier]
     assert without != text
-    runtime = emulated.EmulatedRuntime(variant, without, tmp_path)
+    runtime = emulated.EmulatedRuntime(variant, problem, without, tmp_path)
     kernel = cuda.CudaKernel(runtime, variant, problem)
     answers = []
     for runtime.seed in range(4):
@@ -177,6 +210,12 @@ def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_pa
         ("serial.t128.x8.r4.k4.stages2.async", "fp32.d64", TX2, "no asynchronous copies"),
         ("serial.t128.x8.r4.k4.stages2.async", "fp16.d64", H200, "cannot make floats of fp16"),
         ("serial.t128.x8.r4.k4.async", "fp32.d64", H200, "a second place"),
+        ("serial.half2.t64.x8.r4.k4.apart", "fp16.d64", TX2, "of class approx, not fp16"),
+        ("serial.half2.t64.x8.r4.k4.apart", "fp16.approx.d64", GTX_980, "does not multiply pairs"),
+        ("serial.half2.t64.x8.r4.k4.apart", "fp16.approx.d64", GTX_1080, "64th of the rate"),
+        ("serial.half2.v1.t64.x8.r4.k4.apart", "fp16.approx.d64", TX2, "half is no pair"),
+        ("serial.half2.t64.x8.r4.k4", "fp16.approx.d64", TX2, "running sum is of floats"),
+        ("serial.v8.t64.x8.r4.k4", "fp16.approx.d64", TX2, "eight floats"),
         ("serial.t128.x8.r4.k4.stages3", "fp32.d64", H200, "registers hold one slice"),
         ("serial.t32.x4.r4.k2.swizzled", "fp32.d64", H200, "no multiple of 32"),
         ("serial.t128.x16.r4.k4.c32", "fp32.d64", H200, "no multiple of 64"),
@@ -207,7 +246,7 @@ def test_shared_memory_of_old_devices_is_kept_to(capability: int) -> None:
         problem = Problem.parse(family + BIG)
         for turn in range(5):
             variant = next(SPACE.variants(problem, device, rng=random.Random(10 * seed + turn)))
-            size = 4 * _cuda_laws.Tiling.of(variant.axes, problem).shared_floats
+            size = _cuda_laws.Tiling.of(variant.axes, problem).shared_bytes
             assert size <= _cuda_laws.shared_bytes(device)
             assert capability > 62 or size <= 48 << 10
 
@@ -268,9 +307,9 @@ def test_launches_reach_the_driver(tmp_path: Path) -> None:
     for launch in launches:
         driver.launch(driver.function(b"cubin", launch.name, launch.shared), launch, stream=7)
     attribute, attend, finish = runtime.asked
-    assert attribute == ("attend", "shared", 4 * tiling.shared_floats) and 4 * tiling.shared_floats > 48 << 10
+    assert attribute == ("attend", "shared", tiling.shared_bytes) and tiling.shared_bytes > 48 << 10
     tiles = -(-2 * 70 // tiling.block_m)
-    assert attend[:9] == ("attend", 2 * tiles * 4, 1, 1, 128, 1, 1, 4 * tiling.shared_floats, 7)
+    assert attend[:9] == ("attend", 2 * tiles * 4, 1, 1, 128, 1, 1, tiling.shared_bytes, 7)
     assert finish[:9] == ("finish", -(-4 * 70 * 128 // 128), 1, 1, 128, 1, 1, 0, 7)
     for name, asked in (("attend", attend), ("finish", finish)):
         values, types = asked[9]

@@ -48,7 +48,12 @@ TEXTS = [
     ("cuda.hybrid.t64.x8.r2.k2.w2.s8.last_block.swizzled.native.apart", "bf16.d64.v96"),
     ("cuda.blelloch.t64.x16.r2.k2.w2.s4.two_kernels.v2.polynomial.stages2.shared.heads", "fp16.d40.causal"),
 ]
+HALVES = [
+    ("cuda.serial.half2.v8.t128.x8.r4.k4.c64.apart", "fp16.approx.d128.causal"),
+    ("cuda.hybrid.half2.v2.t64.x8.r2.k2.w2.s8.last_block.swizzled.native.apart", "fp16.approx.d40.v24"),
+]
 ASYNC = [
+    ("cuda.serial.half2.v8.t64.x8.r4.k4.stages2.async.apart", "fp16.approx.d64"),
     ("cuda.serial.t128.x8.r6.k6.stages2.async", "fp32.d64"),
     ("cuda.hillis_steele.t128.x8.r2.k2.c16.stages3.async.v2.w4.s4.last_block", "fp32.d80.v40.causal"),
 ]
@@ -64,7 +69,8 @@ def test_every_dialect_feature_compiles_for_every_capability(newest: bool) -> No
     jobs = []
     for capability in rtc.archs if newest else CAPABILITIES:
         device = gpu(f"sm_{capability}")
-        for spelling, family in (TEXTS[:1] if newest else TEXTS) + (ASYNC if capability >= 80 else []):
+        chosen = (HALVES if capability >= 53 and not newest else []) + (ASYNC if capability >= 80 else [])
+        for spelling, family in (TEXTS[:1] if newest else TEXTS) + chosen:
             jobs.append((space.parse(spelling), family, device, rtc if newest else _rtc.find(device)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for report in pool.map(lambda job: compiled(*job), jobs):
@@ -115,7 +121,9 @@ def default(problem: Problem, device: Device) -> tuple[Variant, dict[str, int]]:
     raise AssertionError(f"no starting variant serves {problem} on {device} without spills")
 
 
-FAMILIES = tuple(f"{f}{shape}" for f in ("fp32.d64", "fp32.d128", "fp32.strict.d64.causal") for shape in (BIG,))
+FAMILIES = tuple(
+    f + BIG for f in ("fp32.d64", "fp32.d128", "fp32.strict.d64.causal", "fp16.approx.d64", "fp16.approx.d128.causal")
+)
 OTHERS = ("fp32.d256" + BIG, "fp16.d64" + BIG, "bf16.d128.causal" + BIG, "fp32.d128" + DECODE)
 
 
@@ -147,7 +155,7 @@ def test_defaults_stay_in_registers_and_multiply_and_add() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc; NVRTC compiles the same texts")
-@pytest.mark.parametrize(("spelling", "family"), [*TEXTS[1:2], *ASYNC[1:]])
+@pytest.mark.parametrize(("spelling", "family"), [*TEXTS[1:2], *HALVES[1:], *ASYNC[1:2]])
 def test_nvcc_reads_the_same_text(spelling: str, family: str, tmp_path: Path) -> None:
     source = tmp_path / "kernel.cu"
     source.write_text(cuda.source(space.parse(spelling), Problem.parse(family)).text)

@@ -21,6 +21,7 @@ CASES = [
     ("triton.blelloch.fma.m1.n32.warps4.stages2.s16.two_kernels.apart.persistent2", "bf16.d128"),
     ("triton.serial.half.m32.n32.warps4.stages2", "bf16.d96.v64.causal.backward"),
     ("cuda.serial.t128.x8.r6.k6.stages2.async", "fp32.d64"),
+    ("cuda.serial.half2.v8.t64.x8.r8.k4.apart", "fp16.approx.d64.causal"),
     ("cuda.hybrid.hip.t128.x8.r2.k2.c32.w2.s4.last_block.native.apart", "bf16.d96.causal"),
     ("cuda.blelloch.opencl.v2.swizzled.t64.x8.r2.k4.w2.s4.two_kernels.shared.polynomial", "fp16.d64.v32"),
 ]

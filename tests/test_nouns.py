@@ -170,7 +170,7 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
 def test_cuda_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.load("cuda").axes}
     family = {"head_dim", "value_dim", "mask", "dtype", "family", "variant"}
-    derived = {"block_scan", "grid_scan", "tiling", "exp2_coefficients"}
+    derived = {"block_scan", "grid_scan", "tiling", "parts", "exp2_coefficients"}
     for name in cuda.TEMPLATES.values():
         assert undeclared(name) == axes - {"slice"} | family | derived, "slice decides tiling"
 

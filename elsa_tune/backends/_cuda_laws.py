@@ -22,13 +22,14 @@ def _padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-TILED = ("threads", "lanes", "rows", "keys", "workers", "slice", "stages", "vector", "layout")
+TILED = ("threads", "lanes", "rows", "keys", "workers", "slice", "stages", "vector", "layout", "arithmetic")
 """The axes that a tiling follows from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """What follows from a variant's axes and a family's dimensions: threads, tiles, slices and floats of shared memory."""
+    """What follows from a variant's axes and a family's dimensions: threads, tiles, slices and shared memory. Strides and sizes
+    count what shared memory holds: floats, or halves where those are computed with."""
 
     threads: int
     lanes: int
@@ -39,6 +40,7 @@ class Tiling:
     stages: int
     vector: int
     layout: str
+    arithmetic: str
     head_dim: int
     value_dim: int
 
@@ -67,6 +69,21 @@ class Tiling:
     def block_n(self) -> int:
         """Keys of a leaf."""
         return self.lanes * self.keys
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a value in shared memory."""
+        return 2 if self.arithmetic == "half2" else 4
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a vector in shared memory."""
+        return self.vector * self.stored_bytes
+
+    @property
+    def words(self) -> int:
+        """Registers of a vector."""
+        return self.vector_bytes // 4
 
     @property
     def _row(self) -> int:
@@ -126,28 +143,29 @@ class Tiling:
 
     @property
     def query_stride(self) -> int:
-        """Floats from one query row to the next in shared memory."""
+        """From one query row to the next in shared memory."""
         return self.head_columns + self._padding
 
     @property
     def slice_stride(self) -> int:
-        """Floats from one row of a slice to the next."""
+        """From one row of a slice to the next."""
         return max(self.head_slice, self.value_slice) + self._padding
 
     @property
     def p_stride(self) -> int:
-        """Floats from one row of weights to the next."""
+        """From one row of weights to the next."""
         return _padded(self.block_n, self._row) + self._padding
 
     @property
-    def stage_floats(self) -> int:
-        """Floats of a slice."""
-        return _padded(self.block_n * self.slice_stride, 4)
+    def stage_size(self) -> int:
+        """Values of a slice, so that the next begins at 16 bytes."""
+        return _padded(self.block_n * self.slice_stride, 16 // self.stored_bytes)
 
     @property
-    def p_floats(self) -> int:
-        """Floats of a worker's weights, or of what its lanes exchange."""
-        return _padded(max(self.block_m * self.p_stride, self.rows * self.team), 4)
+    def p_size(self) -> int:
+        """A worker's weights, or the floats that its lanes exchange."""
+        exchanged = self.rows * self.team * 4 // self.stored_bytes
+        return _padded(max(self.block_m * self.p_stride, exchanged), 16 // self.stored_bytes)
 
     @property
     def state_floats(self) -> int:
@@ -155,16 +173,22 @@ class Tiling:
         return self.rows * (self.columns + 2) * self.team
 
     @property
-    def shared_floats(self) -> int:
-        """Floats of shared memory of a block."""
-        folding = self.block_m * self.query_stride + self.workers * (self.stages * self.stage_floats + self.p_floats)
-        return max(folding, self.workers * self.state_floats if self.workers > 1 else 0)
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory of a block."""
+        folding = self.block_m * self.query_stride + self.workers * (self.stages * self.stage_size + self.p_size)
+        return max(self.stored_bytes * folding, 4 * self.workers * self.state_floats if self.workers > 1 else 0)
 
     @property
     def floats_of_a_thread(self) -> int:
-        """Floats that must stay in a thread's registers: scores, state, operands, what it carries."""
+        """Registers that a thread cannot do without: scores, state, operands, sums in halves."""
         states = self.rows * (self.columns + self.keys + 3)
-        return states + self.vector * (self.rows + 1)
+        scores = self.rows * self.keys if self.arithmetic == "half2" and self.head_slices > 1 else 0
+        return states + scores + self.words * (self.rows + 1)
+
+    @property
+    def floats_apart(self) -> int:
+        """Registers of a leaf's weighted values, summed apart."""
+        return self.rows * self.groups * self.words
 
 
 def shared_bytes(device: Device) -> int:
@@ -196,6 +220,22 @@ def dialect_is_the_devices(dialect: str, device: Device) -> str | None:
     return None if dialect == device.kind else f"{device} is spoken to in {device.kind}, not {dialect}"
 
 
+def halves_are_asked_for(arithmetic: str, vector: int, problem: Problem, device: Device) -> str | None:
+    if arithmetic == "float":
+        return "no vector is of eight floats" if vector == 8 else None
+    if problem.precision != "approx":
+        return f"sums in halves are of class approx, not {problem.precision}"
+    if device.kind != "cuda" or device.capability < 53:
+        return f"{device.arch} does not multiply pairs of halves"
+    if device.capability == 61:
+        return "sm_61 multiplies pairs of halves at a 64th of the rate of floats"
+    return "one half is no pair" if vector == 1 else None
+
+
+def halves_are_summed_apart(arithmetic: str, accumulate: str) -> str | None:
+    return "a running sum is of floats" if arithmetic == "half2" and accumulate == "running" else None
+
+
 def team_is_whole(threads: int, lanes: int, workers: int, device: Device) -> str | None:
     if threads // workers < lanes:
         return f"{workers} workers of {threads} threads are fewer than {lanes} lanes each"
@@ -214,12 +254,12 @@ def lanes_can_exchange(exchange: str, lanes: int, device: Device) -> str | None:
     return None
 
 
-def copies_are_there(copies: str, stages: int, device: Device, problem: Problem) -> str | None:
+def copies_are_there(copies: str, stages: int, arithmetic: str, device: Device, problem: Problem) -> str | None:
     if copies == "held":
         return f"registers hold one slice on its way, not {stages - 1}" if stages > 2 else None
     if device.kind != "cuda" or device.capability < 80:
         return f"{device.arch} has no asynchronous copies"
-    if problem.dtype != "fp32":
+    if problem.dtype != "fp32" and arithmetic == "float":
         return f"an asynchronous copy cannot make floats of {problem.dtype}"
     return "an asynchronous copy needs a second place to go to" if stages == 1 else None
 
@@ -283,9 +323,9 @@ def registers_hold_tile(tiling: Tiling) -> str | None:
 def registers_hold_the_rest(tiling: Tiling, copies: str, accumulate: str, blocks: int, registers: int) -> str | None:
     floats = tiling.floats_of_a_thread
     if copies == "held":
-        floats += tiling.copies * tiling.vector
+        floats += tiling.copies * tiling.words
     if accumulate == "apart":
-        floats += tiling.rows * tiling.groups * tiling.vector
+        floats += tiling.floats_apart
     return _beyond(floats, registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * tiling.threads)))
 
 
@@ -296,13 +336,13 @@ def _beyond(floats: int, registers: int) -> str | None:
 
 @_of_tiling
 def shared_memory_holds_tile(tiling: Tiling, device: Device) -> str | None:
-    size, most = 4 * tiling.shared_floats, shared_bytes(device)
+    size, most = tiling.shared_bytes, shared_bytes(device)
     return f"a block takes {size >> 10} KiB of shared memory; {device.arch} gives {most >> 10}" if size > most else None
 
 
 @_of_tiling
 def blocks_fit_together(tiling: Tiling, blocks: int, device: Device) -> str | None:
-    size, most = 4 * tiling.shared_floats, shared_bytes(device)
+    size, most = tiling.shared_bytes, shared_bytes(device)
     if device.kind == "cuda" and device.capability < 70:
         most = 96 << 10 if device.capability in (52, 61) else 64 << 10  # of a multiprocessor, not of a block
     return f"{blocks} blocks of {size >> 10} KiB do not fit {most >> 10}" if blocks * size > most else None
@@ -318,6 +358,7 @@ def one_cap_on_registers(blocks: int, registers: int, device: Device) -> str | N
 
 laws = (
     dialect_is_the_devices,
+    halves_are_asked_for,
     team_is_whole,
     lanes_can_exchange,
     copies_are_there,
@@ -328,6 +369,7 @@ laws = (
     keys_fill_leaves,
     one_cap_on_registers,
     registers_hold_tile,
+    halves_are_summed_apart,
     registers_hold_the_rest,
     shared_memory_holds_tile,
     blocks_fit_together,

@@ -23,7 +23,7 @@ SPILL_SHARE = 0.02
 
 _KINDS = {
     "matrix": MATRIX,
-    "fma": re.compile(r"^FFMA|^fma\.rn|^v_(pk_)?fma[ck]?_f32|^v_fmac_f32|^v_dual_fmac"),
+    "fma": re.compile(r"^(FFMA|HFMA2)|^fma\.rn|^v_(pk_)?fma[ck]?_f32|^v_fmac_f32|^v_dual_fmac"),
     "exp": re.compile(r"^MUFU|^ex2|^v_(exp|log|rcp)_f32"),
     "shared": re.compile(r"^(LDS|STS|LDSM)|^ds_|^(ld|st)\.shared"),
     "memory": re.compile(

@@ -27,7 +27,7 @@ generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 FINISH_THREADS = 128
-PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16",), "bf16": ("bf16",)}
+PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16", "approx"), "bf16": ("bf16",)}
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -36,7 +36,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
     if device.kind not in TEMPLATES:
         return f"the CUDA C backend runs on GPUs and OpenCL devices, not on {device}"
     if problem.precision not in PRECISIONS[problem.dtype]:
-        return f"the CUDA C backend multiplies and adds in float32; no kernel of it is of class {problem.precision}"
+        return f"the CUDA C backend multiplies and adds without a matrix unit; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
     return dims_are_generated(problem)
@@ -46,7 +46,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
 def source(variant: Variant, problem: Problem) -> Source:
     """The text for the problem's family, in the variant's dialect."""
     axes = variant.axes
-    strategy = scan.get(str(axes["scan"]))
+    strategy, tiling = scan.get(str(axes["scan"])), Tiling.of(axes, problem)
     return render(
         TEMPLATES[str(axes["dialect"])],
         {
@@ -60,7 +60,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
             "mask": problem.mask,
-            "tiling": Tiling.of(axes, problem),
+            "tiling": tiling,
+            "parts": [""] if tiling.words == 1 else [".x", ".y", ".z", ".w"][: tiling.words],
             "exp2_coefficients": exp2.COEFFICIENTS[5],
         },
     )
@@ -114,7 +115,7 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
             return _opencl.compile_report(text, device, str(variant))
         code, report = _rtc.compile_for(device, text, int(variant.axes["registers"]), str(variant))
         binary.write_bytes(code)
-        shared = 4 * Tiling.of(variant.axes, problem).shared_floats
+        shared = Tiling.of(variant.axes, problem).shared_bytes
         return {**report, "shared": shared, "warps": warps, "strict": int(problem.precision == "strict")}
 
     return _built(name, *_kernel_cache.add(name, BINARIES[device.kind], fill))
@@ -174,7 +175,7 @@ class CudaKernel:
                 arrivals = self._runtime.counters(query, now * tiles)
             launches.append(
                 Launch(
-                    "attend", now * tiles * splits, tiling.threads, 4 * tiling.shared_floats,
+                    "attend", now * tiles * splits, tiling.threads, tiling.shared_bytes,
                     "pppppppff" + 12 * "q" + 9 * "i",
                     (query, key, value, out, lse, partial, arrivals, c, sign, *strides, kv_heads, group, q_len, kv_len,
                      first, now, *aligned),

@@ -72,4 +72,5 @@ def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
     scores = x.query.double() @ keys.transpose(-1, -2) / shaped.head_dim**0.5
     if shaped.mask == "causal":
         scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
-    assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=4e-6)
+    allowed = 8e-3 if problem.precision == "approx" else 4e-6
+    assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=allowed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.backends import _compiler, cuda
+from elsa_tune.backends._cuda_laws import Tiling
 from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch, address
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -19,8 +20,8 @@ HEADER = Path(__file__).parent / "cuda.h"
 class EmulatedRuntime:
     """The kernels of one text. ``seed`` 0 runs threads and blocks in order; others shuffle them."""
 
-    def __init__(self, variant: Variant, text: str, folder: Path) -> None:
-        ahead, copy = int(variant.axes["stages"]) - 2, 4 * int(variant.axes["vector"])
+    def __init__(self, variant: Variant, problem: Problem, text: str, folder: Path) -> None:
+        ahead, copy = int(variant.axes["stages"]) - 2, Tiling.of(variant.axes, problem).vector_bytes
         entries = [name for name in ("attend", "finish") if f") {name}(" in text]
         calls = "".join(
             f'extern "C" const char* emulate_{name}(unsigned blocks, int threads, unsigned seed, void** arguments) {{\n'
@@ -29,6 +30,7 @@ class EmulatedRuntime:
             for name in entries
         )
         given = f"#define ASYNC_AHEAD {max(ahead, 0)}u\n#define COPY_BYTES {copy}\n"
+        folder.mkdir(exist_ok=True)
         (folder / "kernel.cpp").write_text(f'{given}#include "{HEADER}"\n{text}\n{calls}')
         compiler = _compiler.find()
         compiler.run(
@@ -68,5 +70,5 @@ class EmulatedRuntime:
 
 def kernel(variant: Variant, problem: Problem, folder: Path) -> tuple[cuda.CudaKernel, EmulatedRuntime]:
     """The variant's CUDA text on this CPU, and what runs it."""
-    runtime = EmulatedRuntime(variant, cuda.source(variant, problem).text, folder)
+    runtime = EmulatedRuntime(variant, problem, cuda.source(variant, problem).text, folder)
     return cuda.CudaKernel(runtime, variant, problem), runtime

@@ -22,12 +22,13 @@
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x; };
 alignas(16) float4 memory[1 << 14];
 
 namespace emulated {
 
-struct Copy { float* to; const float* from; int valid; };
+struct Copy { void* to; const void* from; int valid; };
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
@@ -135,7 +136,7 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 
-inline void copy_async(float* to, const float* from, int valid) { emulated::threads[emulated::running].open.push_back({to, from, valid}); }
+inline void copy_async(void* to, const void* from, int valid) { emulated::threads[emulated::running].open.push_back({to, from, valid}); }
 inline void copy_commit() {
   emulated::Thread& me = emulated::threads[emulated::running];
   me.groups.push_back(std::move(me.open));

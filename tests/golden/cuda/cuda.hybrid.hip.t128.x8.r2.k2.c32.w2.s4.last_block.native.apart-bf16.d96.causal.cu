@@ -51,9 +51,9 @@ enum {
   HEAD_SLICES = 3, VALUE_SLICES = 3,
   GROUPS = 1,          // vectors of value columns that a thread has of a slice
   COLUMNS = 12,         // value columns of a thread
-  QUERY_STRIDE = 100, SLICE_STRIDE = 36, P_STRIDE = 20,  // floats of a row in shared memory
-  STAGE_FLOATS = 576, P_FLOATS = 320, STATE_FLOATS = 1792,
-  SHARED_FLOATS = 3584
+  QUERY_STRIDE = 100, SLICE_STRIDE = 36, P_STRIDE = 20,  // values of a row in shared memory
+  STAGE_SIZE = 576, P_SIZE = 320, STATE_FLOATS = 1792,
+  SHARED_BYTES = 14336
 };
 
 // What memory holds (bf16) and what is computed with: float.
@@ -65,10 +65,13 @@ DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays N
 }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
 DEVICE float exp2_of(float x) { return exp2_native(x); }
-// 4 floats at once.
+// What shared memory holds, 4 at once.
+typedef float stored;
 typedef float4 vec;
-DEVICE vec load_vec(const SHARED float* from) { return *(const SHARED vec*)from; }
-DEVICE void store_vec(SHARED float* to, vec x) { *(SHARED vec*)to = x; }
+DEVICE vec load_vec(const SHARED stored* from) { return *(const SHARED vec*)from; }
+DEVICE void store_vec(SHARED stored* to, vec x) { *(SHARED vec*)to = x; }
+// A weight among others.
+DEVICE stored stored_from(float weight) { return weight; }
 
 // Where a row's column lies in shared memory: padded, so that lanes reading different rows meet different banks.
 DEVICE int column_at(int row, int column) {
@@ -96,10 +99,10 @@ DEVICE vec fetch(const GLOBAL element* row, int column, int dim, int aligned) {
 
 DEVICE vec zero_vec(void) {
   vec x;
-  x.x = 0.0f;
-  x.y = 0.0f;
-  x.z = 0.0f;
-  x.w = 0.0f;
+  x.x = 0;
+  x.y = 0;
+  x.z = 0;
+  x.w = 0;
   return x;
 }
 
@@ -121,7 +124,7 @@ DEVICE void slice_fetch(vec* held, const Source from, int first_row, int first_c
   }
 }
 
-DEVICE void slice_put(const vec* held, SHARED float* to, const int columns, int t) {
+DEVICE void slice_put(const vec* held, SHARED stored* to, const int columns, int t) {
   UNROLL for (int n = 0; n < COPIES; ++n) {
     const int i = t + n * TEAM, row = i / (columns / 4), column = i % (columns / 4) * 4;
     if (row < BLOCK_N) store_vec(to + place(row, column, SLICE_STRIDE), held[n]);
@@ -132,16 +135,16 @@ DEVICE index_t row_offset(int row, int group, int kv_head, index_t head_stride, 
   return (index_t)(kv_head * group + row % group) * head_stride + (index_t)(row / group) * row_stride;
 }
 
-// The tile's query rows, with the sign of the scale, into shared memory; rows past the end are zero.
-DEVICE void load_query(SHARED float* to, const GLOBAL element* query, index_t head_stride, index_t row_stride, int first, int rows, int group, int kv_head, float sign, int aligned, int t) {
+// The tile's query rows, times the sign of the scale, into shared memory; rows past the end are zero.
+DEVICE void load_query(SHARED stored* to, const GLOBAL element* query, index_t head_stride, index_t row_stride, int first, int rows, int group, int kv_head, float factor, int aligned, int t) {
   for (int i = t; i < BLOCK_M * (HEAD_COLUMNS / 4); i += THREADS) {
     const int row = i / (HEAD_COLUMNS / 4), column = i % (HEAD_COLUMNS / 4) * 4;
     vec x = zero_vec();
     if (first + row < rows) x = fetch(query + row_offset(first + row, group, kv_head, head_stride, row_stride), column, HEAD_DIM, aligned);
-    x.x = x.x * sign;
-    x.y = x.y * sign;
-    x.z = x.z * sign;
-    x.w = x.w * sign;
+    x.x = x.x * factor;
+    x.y = x.y * factor;
+    x.z = x.z * factor;
+    x.w = x.w * factor;
     store_vec(to + place(row, column, QUERY_STRIDE), x);
   }
 }
@@ -179,9 +182,9 @@ DEVICE void set_identity(State* x) {
 // A maximum over no keys must not meet itself: -infinity - -infinity is NaN.
 DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 // score[i][j] += Q row i . K row j over one slice of columns.
-DEVICE void add_scores(float score[ROWS][KEYS], const SHARED float* query, const SHARED float* key, int first_column, int team_row, int lane) {
-  const SHARED float* const query_row = query + team_row * QUERY_STRIDE + first_column;
-  const SHARED float* const key_row = key + lane * SLICE_STRIDE;
+DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
+  const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;
+  const SHARED stored* const key_row = key + lane * SLICE_STRIDE;
   UNROLL_PARTLY for (int d = 0; d < HEAD_SLICE; d += 4) {
     vec q[ROWS];
     UNROLL for (int i = 0; i < ROWS; ++i) q[i] = load_vec(query_row + i * (TEAM_ROWS * QUERY_STRIDE) + column_at(i * TEAM_ROWS + team_row, d));
@@ -205,13 +208,13 @@ DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const i
 }
 
 // The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the past.
-DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED float* p, float c, int team_row, int lane, int t) {
+DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored* p, float c, int team_row, int lane, int t) {
   float top[ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) {
     top[i] = score[i][0];
     UNROLL for (int j = 1; j < KEYS; ++j) top[i] = larger(top[i], score[i][j]);
   }
-  row_max(top, p, t, lane);
+  row_max(top, (SHARED float*)p, t, lane);
   UNROLL for (int i = 0; i < ROWS; ++i) {
     const float m = larger(x->m[i], top[i] * c), origin = origin_of(m);
     keep[i] = exp2_of(x->m[i] - origin);
@@ -220,19 +223,19 @@ DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED float* 
     UNROLL for (int j = 0; j < KEYS; ++j) {
       const float weight = exp2_of(multiply_add(score[i][j], c, -origin));
       sum += weight;
-      p[place(i * TEAM_ROWS + team_row, j * LANES + lane, P_STRIDE)] = weight;
+      p[place(i * TEAM_ROWS + team_row, j * LANES + lane, P_STRIDE)] = stored_from(weight);
     }
     x->s[i] = multiply_add(x->s[i], keep[i], sum);
   }
 }
 
 // w = w keep + P V for one slice of the value columns.
-DEVICE void add_values(State* x, const float* keep, const SHARED float* p, const SHARED float* value, const int first, int team_row, int lane) {
+DEVICE void add_values(State* x, const float* keep, const SHARED stored* p, const SHARED stored* value, const int first, int team_row, int lane) {
   float sum[ROWS][GROUPS * 4];
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int n = 0; n < GROUPS * 4; ++n) sum[i][n] = 0.0f;
-  const SHARED float* const p_row = p + team_row * P_STRIDE;
-  const SHARED float* value_row = value + lane * 4;
+  const SHARED stored* const p_row = p + team_row * P_STRIDE;
+  const SHARED stored* value_row = value + lane * 4;
   UNROLL_PARTLY for (int n = 0; n < BLOCK_N; n += 4, value_row += 4 * SLICE_STRIDE) {
     vec a[ROWS];
     UNROLL for (int i = 0; i < ROWS; ++i) a[i] = load_vec(p_row + i * (TEAM_ROWS * P_STRIDE) + column_at(i * TEAM_ROWS + team_row, n));
@@ -335,7 +338,7 @@ DEVICE void finish_value(const GLOBAL float* partial, GLOBAL element* output, GL
 }
 // Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
 // their way while one is used. From key `whole` on leaves need the mask.
-DEVICE void fold(State* x, const SHARED float* query, SHARED float* stages, SHARED float* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
+DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
   const int lane = t % LANES, team_row = t / LANES;
   float score[ROWS][KEYS], keep[ROWS];
   int slot = 0;
@@ -352,48 +355,48 @@ DEVICE void fold(State* x, const SHARED float* query, SHARED float* stages, SHAR
     slice_fetch(held, keys, first_key, 32, HEAD_SLICE, t);
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int j = 0; j < KEYS; ++j) score[i][j] = 0.0f;
-    add_scores(score, query, stages + slot * STAGE_FLOATS, 0, team_row, lane);
+    add_scores(score, query, stages + slot * STAGE_SIZE, 0, team_row, lane);
     barrier_block();
-    slice_put(held, stages + slot * STAGE_FLOATS, HEAD_SLICE, t);
+    slice_put(held, stages + slot * STAGE_SIZE, HEAD_SLICE, t);
 
     // K, columns from 32
     barrier_block();
     slice_fetch(held, keys, first_key, 64, HEAD_SLICE, t);
-    add_scores(score, query, stages + slot * STAGE_FLOATS, 32, team_row, lane);
+    add_scores(score, query, stages + slot * STAGE_SIZE, 32, team_row, lane);
     barrier_block();
-    slice_put(held, stages + slot * STAGE_FLOATS, HEAD_SLICE, t);
+    slice_put(held, stages + slot * STAGE_SIZE, HEAD_SLICE, t);
 
     // K, columns from 64
     barrier_block();
     slice_fetch(held, values, first_key, 0, VALUE_SLICE, t);
-    add_scores(score, query, stages + slot * STAGE_FLOATS, 64, team_row, lane);
+    add_scores(score, query, stages + slot * STAGE_SIZE, 64, team_row, lane);
     if (start >= whole) apply_mask(score, first_key, high, position, lane);
     weigh(score, x, keep, p, c, team_row, lane, t);
     barrier_block();
-    slice_put(held, stages + slot * STAGE_FLOATS, VALUE_SLICE, t);
+    slice_put(held, stages + slot * STAGE_SIZE, VALUE_SLICE, t);
 
     // V, columns from 0
     barrier_block();
     slice_fetch(held, values, first_key, 32, VALUE_SLICE, t);
-    add_values(x, keep, p, stages + slot * STAGE_FLOATS, 0, team_row, lane);
+    add_values(x, keep, p, stages + slot * STAGE_SIZE, 0, team_row, lane);
     barrier_block();
-    slice_put(held, stages + slot * STAGE_FLOATS, VALUE_SLICE, t);
+    slice_put(held, stages + slot * STAGE_SIZE, VALUE_SLICE, t);
 
     // V, columns from 32
     barrier_block();
     slice_fetch(held, values, first_key, 64, VALUE_SLICE, t);
-    add_values(x, keep, p, stages + slot * STAGE_FLOATS, 4, team_row, lane);
+    add_values(x, keep, p, stages + slot * STAGE_SIZE, 4, team_row, lane);
     barrier_block();
-    slice_put(held, stages + slot * STAGE_FLOATS, VALUE_SLICE, t);
+    slice_put(held, stages + slot * STAGE_SIZE, VALUE_SLICE, t);
 
     // V, columns from 64
     barrier_block();
     if (start + STEP < high) slice_fetch(held, keys, first_key + STEP, 0, HEAD_SLICE, t);
-    add_values(x, keep, p, stages + slot * STAGE_FLOATS, 8, team_row, lane);
+    add_values(x, keep, p, stages + slot * STAGE_SIZE, 8, team_row, lane);
     barrier_block();
-    if (start + STEP < high) slice_put(held, stages + slot * STAGE_FLOATS, HEAD_SLICE, t);
+    if (start + STEP < high) slice_put(held, stages + slot * STAGE_SIZE, HEAD_SLICE, t);
   }
-  row_sum(x->s, p, t, lane);
+  row_sum(x->s, (SHARED float*)p, t, lane);
 }
 // One block for each tile of query rows and split of its keys; the order is tiles.
 KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key, const GLOBAL element* value, GLOBAL element* output, GLOBAL float* lse, GLOBAL float* partial, GLOBAL int* arrivals, float c, float sign,
@@ -401,8 +404,8 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
     index_t stride_vb, index_t stride_vh, index_t stride_vn, index_t stride_ob, index_t stride_oh, index_t stride_om,
     int kv_heads, int group, int q_len, int kv_len, int first_pair, int slots, int aligned_query, int aligned_key, int aligned_value) {
   SHARED_MEMORY;
-  SHARED float* const shared = (SHARED float*)memory;
-  SHARED float* const stages = shared + BLOCK_M * QUERY_STRIDE;
+  SHARED stored* const shared = (SHARED stored*)memory;
+  SHARED stored* const stages = shared + BLOCK_M * QUERY_STRIDE;
   const int rows = group * q_len, tiles = (rows + BLOCK_M - 1) / BLOCK_M, index = block_index();
   const int split = index % SPLITS, tile = index / SPLITS % tiles, slot = index / SPLITS / tiles;
   const int pair = first_pair + slot, batch = pair / kv_heads, kv_head = pair % kv_heads, first = tile * BLOCK_M;
@@ -432,8 +435,8 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
   load_query(shared, query + batch * stride_qb, stride_qh, stride_qm, first, rows, group, kv_head, sign, aligned_query, thread);
   State x;
   set_identity(&x);
-  fold(&x, shared, stages + worker * (STAGES * STAGE_FLOATS), stages + WORKERS * (STAGES * STAGE_FLOATS) + worker * P_FLOATS, keys, values, low, whole, high, position, c, worker, t);
-  merge_workers(shared, &x, worker, t);
+  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, position, c, worker, t);
+  merge_workers((SHARED float*)shared, &x, worker, t);
 
   UNROLL for (int i = 0; i < ROWS; ++i) {
     const int row = first + i * TEAM_ROWS + team_row;

@@ -1,0 +1,431 @@
+// elsa-tune: cuda.serial.half2.v8.t64.x8.r8.k4.apart for fp16.approx.d64.causal
+// Regenerate this text: elsa-tune show cuda.serial.half2.v8.t64.x8.r8.k4.apart fp16.approx.d64.causal
+//
+// Exact softmax attention as a scan over states (m, S, W): one state, folded left to right.
+//   leaf   32 keys x 64 query rows -> scores, exp2, one state; 8 x 4 scores in the registers of a thread
+//   fold   a worker folds its leaves, state in registers
+//   block  1 worker state of one block
+//   grid   1 split of the key axis
+// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K and V
+// read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the dialect.
+// Class approx: products are summed in pairs of halves, over the columns of a slice and the keys of a leaf; states are floats.
+// CUDA: nvcc 10.2 and later, NVRTC.
+#define KERNEL(threads, blocks) extern "C" __global__ __launch_bounds__(threads) void
+#define DEVICE __device__ __forceinline__
+#define GLOBAL
+#define SHARED
+#define SHARED_MEMORY extern __shared__ float4 memory[]
+#define UNROLL _Pragma("unroll")
+#define UNROLL_PARTLY _Pragma("unroll 4")
+typedef long long index_t;
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+DEVICE void barrier_block() { __syncthreads(); }
+DEVICE float lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
+DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+DEVICE float exp2_library(float x) { return exp2f(x); }
+DEVICE float log2_library(float x) { return log2f(x); }
+
+enum {
+  HEAD_DIM = 64, VALUE_DIM = 64,
+  THREADS = 64,       // of a block
+  WORKERS = 1,         // that share a tile of query rows, each with its own leaves
+  TEAM = 64,          // threads of a worker
+  LANES = 8,           // threads that share query rows
+  TEAM_ROWS = 8,
+  ROWS = 8, KEYS = 4,  // of a thread: query rows, keys of a leaf
+  BLOCK_M = 64, BLOCK_N = 32,
+  STEP = 32,          // keys of one turn of the loop: a leaf for each worker
+  SPLITS = 1,
+  STAGES = 1,          // slices of K or V that shared memory holds
+  HEAD_COLUMNS = 64, VALUE_COLUMNS = 64,  // padded
+  HEAD_SLICE = 64, VALUE_SLICE = 64,      // columns of a slice
+  HEAD_SLICES = 1, VALUE_SLICES = 1,
+  GROUPS = 1,          // vectors of value columns that a thread has of a slice
+  COLUMNS = 8,         // value columns of a thread
+  QUERY_STRIDE = 72, SLICE_STRIDE = 72, P_STRIDE = 40,  // values of a row in shared memory
+  STAGE_SIZE = 2304, P_SIZE = 2560, STATE_FLOATS = 5120,
+  SHARED_BYTES = 18944
+};
+
+// What memory holds (fp16) and what is computed with: float.
+typedef unsigned short element;
+DEVICE float float_from(element x) {
+  const unsigned magnitude = x & 0x7fffu, sign = (x & 0x8000u) << 16;
+  const float special = float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity or NaN
+  return magnitude >= 0x7c00u ? special : float_of(sign | bits_of(float_of(magnitude << 13) * 5.192296858534828e+33f));  // 2^112
+}
+DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays NaN
+  const unsigned b = bits_of(x), sign = b >> 16 & 0x8000u, magnitude = b & 0x7fffffffu;
+  const unsigned normal = magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u);  // exponent from bias 127 to 15
+  const unsigned tiny = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;            // the sum's last bit is 2^-24
+  const unsigned rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x47800000u ? 0x7c00u : magnitude < 0x38800000u ? tiny : normal >> 13;
+  return (element)(sign | rounded);
+}
+DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
+// Two halves in one register, multiplied and added at once: sm_53 and later.
+#ifdef ELSA_EMULATED
+DEVICE unsigned pair_of(float low, float high) { return element_from(low) | (unsigned)element_from(high) << 16; }
+DEVICE float low_of(unsigned x) { return float_from((element)x); }
+DEVICE unsigned twice_low(unsigned x) { return (x & 0xffffu) | x << 16; }
+DEVICE unsigned twice_high(unsigned x) { return x >> 16 | (x & 0xffff0000u); }
+DEVICE unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+  return pair_of(multiply_add(low_of(a), low_of(b), low_of(c)), multiply_add(low_of(a >> 16), low_of(b >> 16), low_of(c >> 16)));
+}
+#else
+DEVICE unsigned pair_of(float low, float high) {
+  unsigned x;
+  asm("{ .reg .f16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }" : "=r"(x) : "f"(low), "f"(high));
+  return x;
+}
+DEVICE float low_of(unsigned x) { float y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(y) : "r"(x)); return y; }
+DEVICE unsigned twice_low(unsigned x) { unsigned y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l}; }" : "=r"(y) : "r"(x)); return y; }
+DEVICE unsigned twice_high(unsigned x) { unsigned y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h}; }" : "=r"(y) : "r"(x)); return y; }
+DEVICE unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) { unsigned y; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c)); return y; }
+#endif
+DEVICE float high_of(unsigned x) { return low_of(x >> 16); }
+DEVICE float exp2_of(float x) { return exp2_library(x); }
+// What shared memory holds, 8 at once.
+typedef element stored;
+typedef uint4 vec;
+DEVICE vec load_vec(const SHARED stored* from) { return *(const SHARED vec*)from; }
+DEVICE void store_vec(SHARED stored* to, vec x) { *(SHARED vec*)to = x; }
+// A weight among others, as a share of a leaf: a sum of BLOCK_N of them stays in range.
+DEVICE stored stored_from(float weight) { return (stored)pair_of(weight * (1.0f / BLOCK_N), 0.0f); }
+
+// Where a row's column lies in shared memory: padded, so that lanes reading different rows meet different banks.
+DEVICE int column_at(int row, int column) {
+  (void)row;
+  return column;
+}
+DEVICE int place(int row, int column, int stride) { return row * stride + column_at(row, column); }
+// A vector of a row in memory, zero from column `dim` on. `aligned`: every vector of every row is.
+DEVICE vec fetch(const GLOBAL element* row, int column, int dim, int aligned) {
+  vec x;
+  if (aligned && column + 8 <= dim) {
+    x = *(const GLOBAL vec*)(row + column);
+  } else {
+    x.x = (column + 0 < dim ? row[column + 0] : 0u) | (column + 1 < dim ? (unsigned)row[column + 1] << 16 : 0u);
+    x.y = (column + 2 < dim ? row[column + 2] : 0u) | (column + 3 < dim ? (unsigned)row[column + 3] << 16 : 0u);
+    x.z = (column + 4 < dim ? row[column + 4] : 0u) | (column + 5 < dim ? (unsigned)row[column + 5] << 16 : 0u);
+    x.w = (column + 6 < dim ? row[column + 6] : 0u) | (column + 7 < dim ? (unsigned)row[column + 7] << 16 : 0u);
+  }
+  return x;
+}
+
+DEVICE vec zero_vec(void) {
+  vec x;
+  x.x = 0;
+  x.y = 0;
+  x.z = 0;
+  x.w = 0;
+  return x;
+}
+
+// Where a slice of K or V comes from: a head's rows.
+typedef struct {
+  const GLOBAL element* rows;
+  index_t stride;
+  int length, dim, aligned;
+} Source;
+
+// A slice on its way to shared memory, in registers: fetched before the slice before it is used, put down after.
+enum { COPIES = 4 };
+DEVICE void slice_fetch(vec* held, const Source from, int first_row, int first_column, const int columns, int t) {
+  UNROLL for (int n = 0; n < COPIES; ++n) {
+    const int i = t + n * TEAM, row = i / (columns / 8), column = i % (columns / 8) * 8;
+    held[n] = zero_vec();
+    if (row < BLOCK_N && first_row + row < from.length)
+      held[n] = fetch(from.rows + (first_row + row) * from.stride, first_column + column, from.dim, from.aligned);
+  }
+}
+
+DEVICE void slice_put(const vec* held, SHARED stored* to, const int columns, int t) {
+  UNROLL for (int n = 0; n < COPIES; ++n) {
+    const int i = t + n * TEAM, row = i / (columns / 8), column = i % (columns / 8) * 8;
+    if (row < BLOCK_N) store_vec(to + place(row, column, SLICE_STRIDE), held[n]);
+  }
+}
+// Query row r of a KV head is (position r / group, head r % group).
+DEVICE index_t row_offset(int row, int group, int kv_head, index_t head_stride, index_t row_stride) {
+  return (index_t)(kv_head * group + row % group) * head_stride + (index_t)(row / group) * row_stride;
+}
+
+// The tile's query rows, times the scale, into shared memory; rows past the end are zero.
+DEVICE void load_query(SHARED stored* to, const GLOBAL element* query, index_t head_stride, index_t row_stride, int first, int rows, int group, int kv_head, float factor, int aligned, int t) {
+  for (int i = t; i < BLOCK_M * (HEAD_COLUMNS / 8); i += THREADS) {
+    const int row = i / (HEAD_COLUMNS / 8), column = i % (HEAD_COLUMNS / 8) * 8;
+    vec x = zero_vec();
+    if (first + row < rows) x = fetch(query + row_offset(first + row, group, kv_head, head_stride, row_stride), column, HEAD_DIM, aligned);
+    x.x = pair_of(low_of(x.x) * factor, high_of(x.x) * factor);
+    x.y = pair_of(low_of(x.y) * factor, high_of(x.y) * factor);
+    x.z = pair_of(low_of(x.z) * factor, high_of(x.z) * factor);
+    x.w = pair_of(low_of(x.w) * factor, high_of(x.w) * factor);
+    store_vec(to + place(row, column, QUERY_STRIDE), x);
+  }
+}
+
+// The largest of the values that the lanes of a row hold, for every row of the thread.
+DEVICE void row_max(float* x, SHARED float* scratch, int t, int lane) {
+  (void)scratch, (void)t, (void)lane;
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 4));
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 2));
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 1));
+}
+
+// Their sum.
+DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
+  (void)scratch, (void)t, (void)lane;
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 4);
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 2);
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 1);
+}
+
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, s = sum 2^(score c - m), and
+// w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
+typedef struct {
+  float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
+} State;
+
+DEVICE void set_identity(State* x) {
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    x->m[i] = no_key();
+    x->s[i] = 0.0f;
+    UNROLL for (int n = 0; n < COLUMNS; ++n) x->w[i][n] = 0.0f;
+  }
+}
+
+// A maximum over no keys must not meet itself: -infinity - -infinity is NaN.
+DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
+// score[i][j] += Q row i . K row j over one slice of columns: even columns in one half of a pair, odd ones in the other.
+DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
+  const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;
+  const SHARED stored* const key_row = key + lane * SLICE_STRIDE;
+  unsigned sum[ROWS][KEYS];
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int j = 0; j < KEYS; ++j) sum[i][j] = 0u;
+  UNROLL_PARTLY for (int d = 0; d < HEAD_SLICE; d += 8) {
+    vec q[ROWS];
+    UNROLL for (int i = 0; i < ROWS; ++i) q[i] = load_vec(query_row + i * (TEAM_ROWS * QUERY_STRIDE) + column_at(i * TEAM_ROWS + team_row, d));
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const vec k = load_vec(key_row + j * (LANES * SLICE_STRIDE) + column_at(j * LANES + lane, d));
+      UNROLL for (int i = 0; i < ROWS; ++i) sum[i][j] = multiply_add_pairs(q[i].x, k.x, sum[i][j]);
+      UNROLL for (int i = 0; i < ROWS; ++i) sum[i][j] = multiply_add_pairs(q[i].y, k.y, sum[i][j]);
+      UNROLL for (int i = 0; i < ROWS; ++i) sum[i][j] = multiply_add_pairs(q[i].z, k.z, sum[i][j]);
+      UNROLL for (int i = 0; i < ROWS; ++i) sum[i][j] = multiply_add_pairs(q[i].w, k.w, sum[i][j]);
+    }
+  }
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int j = 0; j < KEYS; ++j) score[i][j] += low_of(sum[i][j]) + high_of(sum[i][j]);
+}
+
+// Leave out keys from `high` on, and, causal and top-left, those after a row's position.
+DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const int* position, int lane) {
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const int key = first_key + j * LANES + lane;
+      if (key >= high || key > position[i]) score[i][j] = no_key();
+    }
+}
+
+// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the past.
+DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored* p, float c, int team_row, int lane, int t) {
+  float top[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    top[i] = score[i][0];
+    UNROLL for (int j = 1; j < KEYS; ++j) top[i] = larger(top[i], score[i][j]);
+  }
+  row_max(top, (SHARED float*)p, t, lane);
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const float m = larger(x->m[i], top[i] * c), origin = origin_of(m);
+    keep[i] = exp2_of(x->m[i] - origin);
+    x->m[i] = m;
+    float sum = 0.0f;
+    UNROLL for (int j = 0; j < KEYS; ++j) {
+      const float weight = exp2_of(multiply_add(score[i][j], c, -origin));
+      sum += weight;
+      p[place(i * TEAM_ROWS + team_row, j * LANES + lane, P_STRIDE)] = stored_from(weight);
+    }
+    x->s[i] = multiply_add(x->s[i], keep[i], sum);
+  }
+}
+
+// w = w keep + P V for one slice of the value columns. Weights are shares of a leaf, so that its sum is at most max |v|.
+DEVICE void add_values(State* x, const float* keep, const SHARED stored* p, const SHARED stored* value, const int first, int team_row, int lane) {
+  unsigned sum[ROWS][GROUPS * 4];
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int n = 0; n < GROUPS * 4; ++n) sum[i][n] = 0u;
+  const SHARED stored* const p_row = p + team_row * P_STRIDE;
+  const SHARED stored* value_row = value + lane * 8;
+  UNROLL_PARTLY for (int n = 0; n < BLOCK_N; n += 8, value_row += 8 * SLICE_STRIDE) {
+    vec a[ROWS];
+    UNROLL for (int i = 0; i < ROWS; ++i) a[i] = load_vec(p_row + i * (TEAM_ROWS * P_STRIDE) + column_at(i * TEAM_ROWS + team_row, n));
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 0 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_low(a[i].x), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_low(a[i].x), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_low(a[i].x), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_low(a[i].x), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 1 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_high(a[i].x), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_high(a[i].x), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_high(a[i].x), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_high(a[i].x), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 2 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_low(a[i].y), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_low(a[i].y), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_low(a[i].y), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_low(a[i].y), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 3 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_high(a[i].y), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_high(a[i].y), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_high(a[i].y), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_high(a[i].y), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 4 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_low(a[i].z), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_low(a[i].z), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_low(a[i].z), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_low(a[i].z), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 5 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_high(a[i].z), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_high(a[i].z), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_high(a[i].z), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_high(a[i].z), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 6 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_low(a[i].w), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_low(a[i].w), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_low(a[i].w), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_low(a[i].w), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+      const vec v = load_vec(value_row + 7 * SLICE_STRIDE + g * (LANES * 8));
+      UNROLL for (int i = 0; i < ROWS; ++i) {
+        sum[i][g * 4 + 0] = multiply_add_pairs(twice_high(a[i].w), v.x, sum[i][g * 4 + 0]);
+        sum[i][g * 4 + 1] = multiply_add_pairs(twice_high(a[i].w), v.y, sum[i][g * 4 + 1]);
+        sum[i][g * 4 + 2] = multiply_add_pairs(twice_high(a[i].w), v.z, sum[i][g * 4 + 2]);
+        sum[i][g * 4 + 3] = multiply_add_pairs(twice_high(a[i].w), v.w, sum[i][g * 4 + 3]);
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < ROWS; ++i)
+    UNROLL for (int n = 0; n < GROUPS * 4; ++n) {
+      float* const w = x->w[i] + first + 2 * n;
+      w[0] = multiply_add(low_of(sum[i][n]), (float)BLOCK_N, w[0] * keep[i]);
+      w[1] = multiply_add(high_of(sum[i][n]), (float)BLOCK_N, w[1] * keep[i]);
+    }
+}
+// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
+// their way while one is used. From key `whole` on leaves need the mask.
+DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
+  const int lane = t % LANES, team_row = t / LANES;
+  float score[ROWS][KEYS], keep[ROWS];
+  int slot = 0;
+  vec held[COPIES];
+  if (low < high) {
+    slice_fetch(held, keys, low + worker * BLOCK_N, 0, HEAD_SLICE, t);
+    slice_put(held, stages, HEAD_SLICE, t);
+  }
+  for (int start = low; start < high; start += STEP) {
+    const int first_key = start + worker * BLOCK_N;
+
+    // K, columns from 0
+    barrier_block();
+    slice_fetch(held, values, first_key, 0, VALUE_SLICE, t);
+    UNROLL for (int i = 0; i < ROWS; ++i)
+      UNROLL for (int j = 0; j < KEYS; ++j) score[i][j] = 0.0f;
+    add_scores(score, query, stages + slot * STAGE_SIZE, 0, team_row, lane);
+    if (start >= whole) apply_mask(score, first_key, high, position, lane);
+    weigh(score, x, keep, p, c, team_row, lane, t);
+    barrier_block();
+    slice_put(held, stages + slot * STAGE_SIZE, VALUE_SLICE, t);
+
+    // V, columns from 0
+    barrier_block();
+    if (start + STEP < high) slice_fetch(held, keys, first_key + STEP, 0, HEAD_SLICE, t);
+    add_values(x, keep, p, stages + slot * STAGE_SIZE, 0, team_row, lane);
+    barrier_block();
+    if (start + STEP < high) slice_put(held, stages + slot * STAGE_SIZE, HEAD_SLICE, t);
+  }
+  row_sum(x->s, (SHARED float*)p, t, lane);
+}
+// One block for each tile of query rows and split of its keys; the order is tiles.
+KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key, const GLOBAL element* value, GLOBAL element* output, GLOBAL float* lse, GLOBAL float* partial, GLOBAL int* arrivals, float c, float sign,
+    index_t stride_qb, index_t stride_qh, index_t stride_qm, index_t stride_kb, index_t stride_kh, index_t stride_kn,
+    index_t stride_vb, index_t stride_vh, index_t stride_vn, index_t stride_ob, index_t stride_oh, index_t stride_om,
+    int kv_heads, int group, int q_len, int kv_len, int first_pair, int slots, int aligned_query, int aligned_key, int aligned_value) {
+  SHARED_MEMORY;
+  SHARED stored* const shared = (SHARED stored*)memory;
+  SHARED stored* const stages = shared + BLOCK_M * QUERY_STRIDE;
+  const int rows = group * q_len, tiles = (rows + BLOCK_M - 1) / BLOCK_M, index = block_index();
+  const int split = index % SPLITS, tile = index / SPLITS % tiles, slot = index / SPLITS / tiles;
+  const int pair = first_pair + slot, batch = pair / kv_heads, kv_head = pair % kv_heads, first = tile * BLOCK_M;
+  const int thread = thread_index(), worker = thread / TEAM, t = thread % TEAM, lane = t % LANES, team_row = t / LANES;
+
+  const int last_row = first + BLOCK_M < rows ? first + BLOCK_M - 1 : rows - 1;
+  const int seen = last_row / group + 1 < kv_len ? last_row / group + 1 : kv_len;  // keys that some row sees
+  const int unmasked = first / group + 1 < kv_len ? first / group + 1 : kv_len;    // keys that every row sees
+  const int low = 0, high = seen;
+  const int common = high < unmasked ? high : unmasked, whole = low + (common > low ? (common - low) / STEP * STEP : 0);
+
+  Source keys, values;
+  keys.rows = key + batch * stride_kb + kv_head * stride_kh;
+  keys.stride = stride_kn;
+  keys.length = kv_len;
+  keys.dim = HEAD_DIM;
+  keys.aligned = aligned_key;
+  values.rows = value + batch * stride_vb + kv_head * stride_vh;
+  values.stride = stride_vn;
+  values.length = kv_len;
+  values.dim = VALUE_DIM;
+  values.aligned = aligned_value;
+  int position[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) position[i] = (first + i * TEAM_ROWS + team_row) / group;
+
+  load_query(shared, query + batch * stride_qb, stride_qh, stride_qm, first, rows, group, kv_head, sign * c, aligned_query, thread);
+  State x;
+  set_identity(&x);
+  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, position, 1.0f, worker, t);
+
+  UNROLL for (int i = 0; i < ROWS; ++i) {
+    const int row = first + i * TEAM_ROWS + team_row;
+    if (worker == WORKERS - 1 && row < rows) {
+      const float divisor = x.s[i] == 0.0f ? 1.0f : x.s[i];
+      if (lse && lane == 0) lse[((index_t)batch * kv_heads * group + kv_head * group + row % group) * q_len + row / group] = (x.m[i] + log2_library(x.s[i])) * 0.6931471805599453f;
+      GLOBAL element* const to = output + batch * stride_ob + row_offset(row, group, kv_head, stride_oh, stride_om);
+      UNROLL for (int n = 0; n < COLUMNS; ++n) {
+        const int g = n / 8 % GROUPS, column = n / (GROUPS * 8) * VALUE_SLICE + (g * LANES + lane) * 8 + n % 8;
+        if (column < VALUE_DIM) to[column] = element_from(x.w[i][n] / divisor);
+      }
+    }
+  }
+  (void)partial, (void)arrivals, (void)slots, (void)split;
+}
