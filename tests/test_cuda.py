@@ -4,7 +4,6 @@ every language."""
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import random
 import re
 from pathlib import Path
@@ -321,7 +320,7 @@ def test_launches_reach_the_driver(tmp_path: Path) -> None:
             c_type = ctypes.c_void_p if "*" in parameter else ctypes.c_int64 if "index_t" in parameter else None
             c_type = c_type or (ctypes.c_float if "float" in parameter else ctypes.c_int)
             assert kind is c_type, parameter
-    empty = dataclasses.replace(launches[0], blocks=0)
+    empty = launches[0]._replace(blocks=0)
     with pytest.raises(RuntimeError, match="CUDA error: invalid argument"):
         driver.launch("attend", empty, stream=0)
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from elsa_tune.backends._laws import longest_is_causal, scan_has_states, schedule_has_splits, scratch_is_bounded
+from elsa_tune.backends._laws import (
+    longest_is_causal,
+    scan_has_states,
+    schedule_has_splits,
+    scratch_is_bounded,
+    shared_bytes,
+)
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Value
@@ -189,28 +195,6 @@ class Tiling:
     def floats_apart(self) -> int:
         """Registers of a leaf's weighted values, summed apart."""
         return self.rows * self.groups * self.words
-
-
-def shared_bytes(device: Device) -> int:
-    """Bytes of shared memory that a block may take on the device."""
-    if device.kind != "cuda":
-        return (64 if device.kind == "hip" else 32) << 10
-    limits = {
-        70: 96,
-        72: 96,
-        75: 64,
-        80: 163,
-        86: 99,
-        87: 163,
-        89: 99,
-        90: 227,
-        100: 227,
-        103: 227,
-        110: 227,
-        120: 99,
-        121: 99,
-    }
-    return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
 
 
 # Laws: each says in one sentence why a combination cannot work or cannot win.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ DEVICE_FILE = "device"
 C_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """One start of a kernel: its name, blocks, threads of a block, bytes of shared memory, and its arguments: a letter each
-    (p pointer, q 64-bit and i 32-bit integer, f float) and values, tensors or None for pointers."""
+    (p pointer, q 64-bit and i 32-bit integer, f float), pointers first, and values, tensors or None for pointers."""
 
     name: str
     blocks: int
@@ -57,9 +55,21 @@ class TorchMemory:
         return torch.zeros(count, dtype=torch.int32, device=like.device)
 
 
-def address(x: Tensor | None) -> int:
+def _address(x: Tensor | None) -> int:
     """Where a tensor begins; 0 for none."""
     return 0 if x is None else x.data_ptr()
+
+
+def values(launch: Launch) -> tuple[Any, ...]:
+    """A launch's arguments as numbers."""
+    pointers = launch.types.count("p")
+    return (*map(_address, launch.arguments[:pointers]), *launch.arguments[pointers:])
+
+
+@cache
+def c_types(types: str) -> tuple[Any, ...]:
+    """The C types of a launch's arguments."""
+    return tuple(C_TYPES[letter] for letter in types)
 
 
 class GpuRuntime(TorchMemory):
@@ -111,11 +121,10 @@ class CudaDriver:
         return function
 
     def launch(self, function: Any, launch: Launch, stream: int) -> None:
-        values = tuple(address(x) if t == "p" else x for t, x in zip(launch.types, launch.arguments, strict=True))
-        kinds = tuple(C_TYPES[t] for t in launch.types)
+        given = (values(launch), c_types(launch.types))
         self._checked(
             self._api.cuLaunchKernel(
-                function, launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared, stream, (values, kinds), 0
+                function, launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared, stream, given, 0
             )
         )
 
@@ -138,7 +147,7 @@ class HipDriver:
         return function
 
     def launch(self, function: Any, launch: Launch, stream: int) -> None:
-        given = [C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)]
+        given = [kind(x) for kind, x in zip(c_types(launch.types), values(launch), strict=True)]
         pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
         sizes = (ctypes.c_uint(n) for n in (launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared))
         self._checked("hipModuleLaunchKernel", function, *sizes, ctypes.c_void_p(stream), pointers, None)

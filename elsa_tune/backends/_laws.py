@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 
 SCRATCH_BYTES = 256 << 20
@@ -45,3 +46,25 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
     return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None
+
+
+def shared_bytes(device: Device) -> int:
+    """Bytes of shared memory that a block may take on the device."""
+    if device.kind != "cuda":
+        return (64 if device.kind == "hip" else 32) << 10
+    limits = {
+        70: 96,
+        72: 96,
+        75: 64,
+        80: 163,
+        86: 99,
+        87: 163,
+        89: 99,
+        90: 227,
+        100: 227,
+        103: 227,
+        110: 227,
+        120: 99,
+        121: 99,
+    }
+    return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10

@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 
-from elsa_tune.backends._laws import longest_is_causal, scan_has_states, schedule_has_splits, scratch_is_bounded
+from elsa_tune.backends._laws import (
+    longest_is_causal,
+    scan_has_states,
+    schedule_has_splits,
+    scratch_is_bounded,
+    shared_bytes,
+)
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.problem import Problem
+from elsa_tune.problem import DTYPE_BYTES, Problem
 
 
 def version() -> str:
@@ -27,6 +33,9 @@ DOTS = {
     "bf16": ("half", "fma"),
 }
 """The arithmetic of products that each precision class allows."""
+
+LONGEST_PRODUCT = 8192
+"""Multiply-adds of a thread in a row: sixteen bytes each, they fill what GPUs since Volta cache of a program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +116,26 @@ def registers_hold_states(
     return f"sums and scores take {each} registers of each thread" if each > 208 else None
 
 
+def code_fits_its_cache(
+    dot: str, block_m: int, block_n: int, warps: int, dims: str, problem: Problem, device: Device
+) -> str | None:
+    head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
+    each = block_m * block_n * (head + value) // (device.warp * warps)
+    if dot == "ieee" and device.kind == "cuda" and each > LONGEST_PRODUCT:
+        return f"plain products unroll into {each} multiply-adds of a thread; 128 KiB of code are cached"
+    return None
+
+
+def shared_memory_holds_stages(
+    block_n: int, stages: int, workers: int, dims: str, problem: Problem, device: Device
+) -> str | None:
+    if device.kind != "cuda" or device.capability < 80 or problem.direction == "backward":
+        return None  # leaves on their way wait in registers, or are counted by the compiler alone
+    columns = sum(p.size for d in (problem.head_dim, problem.value_dim) for p in parts(d, dims))
+    size, most = (stages - 1) * workers * block_n * columns * DTYPE_BYTES[problem.dtype], shared_bytes(device)
+    return f"leaves on their way take {size >> 10} KiB; {device.arch} gives {most >> 10}" if size > most else None
+
+
 def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
     threads = device.warp * warps
     return (
@@ -155,6 +184,8 @@ laws = (
     rows_fill_tile,
     keys_fill_leaves,
     registers_hold_states,
+    code_fits_its_cache,
+    shared_memory_holds_stages,
     threads_have_work,
     scan_has_states,
     schedule_has_splits,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elsa_tune.backends import _compiler, cuda
 from elsa_tune.backends._cuda_laws import Tiling
-from elsa_tune.backends._cuda_runtimes import C_TYPES, Launch, address
+from elsa_tune.backends._cuda_runtimes import Launch, c_types, values
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -58,9 +58,7 @@ class EmulatedRuntime:
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:
-            given = [
-                C_TYPES[t](address(x) if t == "p" else x) for t, x in zip(launch.types, launch.arguments, strict=True)
-            ]
+            given = [kind(x) for kind, x in zip(c_types(launch.types), values(launch), strict=True)]
             pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
             function = getattr(self._library, f"emulate_{launch.name}")
             function.restype = ctypes.c_char_p
