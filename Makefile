@@ -8,7 +8,7 @@ tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
 
 test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

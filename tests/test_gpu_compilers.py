@@ -49,6 +49,8 @@ RECORDED = Path(__file__).parent / "recorded" / "gpu_resources.json"
         ("triton.serial.ieee.m8.n32.warps4.stages1", "fp32.d64", "sm_80", "at least 16 rows"),
         ("triton.serial.fma.m64.n64.warps4.stages1.apart", "fp32.d64", "sm_80", "terms in each thread"),
         ("triton.serial.ieee.m128.n128.warps1.stages1", "fp32.d128", "sm_80", "registers of each thread"),
+        ("triton.serial.ieee.m64.n128.warps2.stages1", "fp32.d64", "sm_89", "unroll into 16384"),
+        ("triton.blelloch.tf32x3.m16.n64.warps2.stages4.w4", "fp32.d128", "sm_90", "leaves on their way take 768 KiB"),
         ("triton.blelloch.half.m64.n32.warps4.stages2.s4", "fp16.d64", "sm_80", "somebody must merge"),
         ("triton.serial.half.m64.n32.warps4.stages2.two_kernels", "fp16.d64", "sm_80", "nothing to merge"),
         ("triton.serial.half.m64.n32.warps4.stages2.pair", "fp16.d64", "sm_80", "takes a leaf in whole"),
