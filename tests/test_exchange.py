@@ -436,14 +436,14 @@ def test_a_forged_digest_loads_nothing(home: Path) -> None:
 def test_races_settle_what_was_imported(home: Path) -> None:
     """An imported claim is raced here; afterwards this machine's own measurement decides."""
     with Database.for_writing() as database:
-        database.add([won(ratio=9.0)])
+        database.add([won(ratio=900.0)])
         assert drift.contested(database, HERE) == {SMALL: [variant_here()]}
     report = tuning.race("cpu", budget=30)
     with Database.for_reading(places.database()) as database:
         (mine,) = database.measurements(True, variant=variant_here(), stage="final")
-        assert mine.ratio and mine.ratio < 8 and database.measurements(False)[0].ratio == 9.0
+        assert mine.ratio and mine.ratio < 800 and database.measurements(False)[0].ratio == 900.0
         assert drift.contested(database, HERE) == {SMALL: [variant_here()]}, "the claims still disagree"
-    assert report.complete and report.outcomes[0].winner is not None and (report.outcomes[0].winner.ratio or 9) < 8
+    assert report.complete and report.outcomes[0].winner is not None and (report.outcomes[0].winner.ratio or 900) < 800
     dispatch.refresh()
     chosen = dispatch.explain(Problem.parse(SMALL), HERE)
     assert chosen.winner is not None and chosen.winner.layer == "own"
