@@ -176,8 +176,8 @@ class CudaKernel:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, out: Tensor, lse: Tensor | None
     ) -> list[Launch]:
         """The kernels to start, in order; as many heads at a time as the states of splits have memory for."""
-        bytes = self._tiling.vector * query.element_size()
-        begins = tuple(x.data_ptr() % bytes == 0 for x in (query, key, value))
+        width = self._tiling.vector * query.element_size()
+        begins = tuple(x.data_ptr() % width == 0 for x in (query, key, value))
         strides = (query.stride(), key.stride(), value.stride(), out.stride())
         layout = (query.shape, value.shape, strides, scale, begins)
         plan = self._plans.get(layout)
@@ -216,7 +216,7 @@ class CudaKernel:
         shapes = (query_shape, (batch, kv_heads, kv_len), (batch, kv_heads, kv_len))
         aligned = [
             int(begin and _keeps_aligned(stride, shape, tiling.vector))
-            for begin, stride, shape in zip(begins, strides, shapes, strict=False)
+            for begin, stride, shape in zip(begins, strides[:3], shapes, strict=True)
         ]
         turns = []
         for first in range(0, pairs, slots):
