@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import emulated
 import pytest
+import simulated
 import torch
 from contracts import kernels
 
@@ -92,27 +93,6 @@ def test_random_opencl_variants(seed: int, opencl_cpu: Device) -> None:
     kernels.obeys(kernel_of(str(variant), problem, opencl_cpu), problem, [], keys=500)
 
 
-def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
-    generator = torch.Generator().manual_seed(3)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
-
-    def tensor(heads: int, length: int, dim: int) -> torch.Tensor:
-        x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
-        return x if aligned else torch.nn.functional.pad(x, (1, 2))[..., 1 : dim + 1]
-
-    q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
-    lse = torch.full(q.shape[:3], float("nan"))
-    out = kernel(q, k, v, None, None, lse)
-    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
-    if problem.mask == "causal":
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
-    truth = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
-    of_out, of_lse = 64 * reference.CLASS_UNITS[problem.precision], kernels.allowed_of_lse(problem)
-    error = max(float((out - truth).abs().max()) / of_out, float((lse - scores.logsumexp(-1)).abs().max()) / of_lse)
-    return out, lse, error
-
-
 ASYNC = [
     ("serial.{}t64.x8.r4.k4.stages2.async.{}", "fp32.d64"),
     ("serial.{}t64.x8.r2.k2.c32.stages3.async.v2.{}", "fp32.d80.v40.causal"),
@@ -143,10 +123,10 @@ def test_cuda_text_under_an_emulator(spelling: str, family: str, tmp_path: Path)
     """The CUDA text itself, whatever order threads and blocks run in; shared memory begins as NaN."""
     problem = Problem.parse(family)
     kernel, runtime = emulated.kernel(space.parse("cuda." + spelling.rstrip(".")), problem, tmp_path)
-    out, lse, error = compute(kernel, problem)
+    out, lse, error = kernels.compute(kernel, problem)
     assert error < 1
     for runtime.seed, aligned in ((1, True), (2, False), (3, True)):
-        again, lse_again, _ = compute(kernel, problem, aligned)
+        again, lse_again, _ = kernels.compute(kernel, problem, aligned)
         assert torch.equal(out, again) and torch.equal(lse, lse_again), (
             "the order of threads changes the answer: a race"
         )
@@ -191,7 +171,7 @@ def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_pa
     kernel = cuda.CudaKernel(runtime, variant, problem)
     answers = []
     for runtime.seed in range(4):
-        out, _, error = compute(kernel, problem)
+        out, _, error = kernels.compute(kernel, problem)
         answers.append((out, error))
     assert any(not error < 1 for _, error in answers) or any(not torch.equal(out, answers[0][0]) for out, _ in answers)
 
@@ -226,6 +206,7 @@ def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_pa
         ("serial.t128.x8.r4.k4.c32.b4", "fp32.d64", GTX_980, "blocks of"),
         ("blelloch.t128.x8.r4.k4.s4", "fp32.d64", H200, "somebody must merge"),
         ("serial.t128.x8.r4.k4.longest", "fp32.d64", H200, "equally long"),
+        ("blelloch.opencl.t64.x8.r2.k2.s4.last_block.shared", "fp32.d64", OPENCL, "between work-groups"),
         ("blelloch.t128.x8.r1.k4.s32.two_kernels", "fp32.d64@b1.h1.q64.k512", H200, "fewer than states"),
     ],
 )
@@ -255,10 +236,10 @@ def test_splits_beyond_scratch_go_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_
     starts: list[str] = []
     run = runtime.run
     monkeypatch.setattr(runtime, "run", lambda launches: (starts.extend(x.name for x in launches), run(launches)))
-    out, _, error = compute(kernel, problem)
+    out, _, error = kernels.compute(kernel, problem)
     assert starts == ["attend", "finish"]
     monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 4 * 2 * 29 * 18 + 1)  # one pair of heads
-    again, _, _ = compute(cuda.CudaKernel(runtime, variant, problem), problem)
+    again, _, _ = kernels.compute(cuda.CudaKernel(runtime, variant, problem), problem)
     assert error < 1 and torch.equal(out, again) and starts[2:] == ["attend", "finish"] * 4
 
 
@@ -349,3 +330,35 @@ def test_opencl_mistakes(opencl_cpu: Device) -> None:
 
     with pytest.raises(BuildFailed, match="nonsense"):
         _opencl.compile_report("__kernel void attend() { nonsense; }", opencl_cpu, "a test")
+
+
+needs_oclgrind = pytest.mark.skipif(not simulated.DRIVER.is_file(), reason="needs Oclgrind: apt-get install oclgrind")
+
+
+@needs_oclgrind
+@pytest.mark.opencl
+def test_no_race_and_no_stray_access_on_a_simulated_device(tmp_path: Path) -> None:
+    """Every scan with the schedules that the laws allow, a dtype or mask with each, and every other value that changes code."""
+    chosen = [(n, FAMILIES[i % 6]) for i, n in enumerate(networks())] + MORE
+    cases = [simulated.Case("cuda." + n.format("opencl.", "shared"), f) for n, f in chosen if "last_block" not in n]
+    report = simulated.report(cases, tmp_path)
+    assert not report.said, (cases[len(report.errors)], report.said[:2000])
+    assert len(report.errors) == len(cases) and max(report.errors) < 1, report.errors
+
+
+WORKERS = "cuda.blelloch.opencl.t32.x8.r1.k2.w2.shared"
+LAST_BLOCK = "cuda.blelloch.opencl.t32.x8.r2.k2.s4.last_block.shared"
+
+
+@needs_oclgrind
+@pytest.mark.opencl
+@pytest.mark.parametrize(
+    ("spelling", "text", "other", "words"),
+    [
+        (WORKERS, "  barrier_block();\n  if (", "  if (", "data race at local memory"),
+        ("cuda.serial.opencl.t32.x8.r2.k2.shared", "1 && row < rows", "1 && row < rows + 64", "Invalid write"),
+        (LAST_BLOCK, "", "", "data race at global memory"),  # what a law refuses, see below
+    ],
+)
+def test_the_simulated_device_sees_faults(spelling: str, text: str, other: str, words: str, tmp_path: Path) -> None:
+    assert words in simulated.report([simulated.Case(spelling, "fp32.d16", text, other)], tmp_path).said

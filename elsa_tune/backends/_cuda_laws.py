@@ -298,6 +298,13 @@ def _of_tiling(law: Callable[..., str | None]) -> Callable[..., str | None]:
     return over_axes
 
 
+def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
+    """OpenCL 1.2, section 3.3.1: no guarantees of memory consistency between work-groups."""
+    if schedule == "last_block" and dialect == "opencl":
+        return "OpenCL 1.2 orders no memory between work-groups; two_kernels merges their states"
+    return None
+
+
 @_of_tiling
 def registers_hold_tile(tiling: Tiling) -> str | None:
     return _beyond(tiling.floats_of_a_thread, min(MOST_REGISTERS, 65536 // tiling.threads))
@@ -359,6 +366,7 @@ laws = (
     blocks_fit_together,
     scan_has_states,
     schedule_has_splits,
+    blocks_see_each_other,
     scratch_is_bounded,
     longest_is_causal,
 )

@@ -78,3 +78,24 @@ def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
 def allowed_of_lse(problem: Problem) -> float:
     """Error of a log-sum-exp of normal inputs: of float32 sums, or of scores summed in halves."""
     return 8e-3 if problem.precision == "approx" else 4e-6
+
+
+def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
+    """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+
+    def tensor(heads: int, length: int, dim: int) -> Tensor:
+        x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
+        return x if aligned else torch.nn.functional.pad(x, (1, 2))[..., 1 : dim + 1]
+
+    q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
+    lse = torch.full(q.shape[:3], float("nan"))
+    out = kernel(q, k, v, None, None, lse)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
+    if problem.mask == "causal":
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
+    truth = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+    of_out, of_lse = 64 * reference.CLASS_UNITS[problem.precision], allowed_of_lse(problem)
+    error = max(float((out - truth).abs().max()) / of_out, float((lse - scores.logsumexp(-1)).abs().max()) / of_lse)
+    return out, lse, error
