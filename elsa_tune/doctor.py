@@ -113,8 +113,9 @@ def _triton() -> Finding:
 
 
 def _gpu_compilers() -> Finding:
-    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc()) if rtc]
-    state = ", ".join(f"{rtc.version}{f' from sm_{min(rtc.archs)}' if rtc.archs else ''}" for rtc in found)
+    amd = any(gpu.kind == "hip" for gpu in device.gpus())
+    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
+    state = ", ".join(map(str, found))
     return Finding(
         "CUDA C and HIP compilers", bool(found) or not device.gpus(), state or "none", "" if found else _rtc.REMEDY
     )

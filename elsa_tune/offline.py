@@ -314,7 +314,7 @@ def _record(database: Database, ranking: Ranking, device: Device) -> None:
                 reason=f"not measured; place {place} of {len(ranking.candidates)} compiled for {device.arch}",
                 digest=candidate.built.digest,
                 resources=dict(candidate.built.resources),
-                provenance=backends.get(candidate.variant.backend).toolchain(),
+                provenance=backends.get(candidate.variant.backend).toolchain(device),
                 created=database.now(),
             )
         )

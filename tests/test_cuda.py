@@ -3,21 +3,19 @@ every language."""
 
 from __future__ import annotations
 
-import ctypes
 import random
-import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated
 import pytest
 import simulated
 import torch
 from contracts import kernels
+from emulated import launched
 
 from elsa_tune import device as devices
 from elsa_tune import dispatch, reference, scan, space, tuning
-from elsa_tune.backends import Kernel, _cuda_laws, _cuda_runtimes, cuda
+from elsa_tune.backends import Kernel, _cuda_laws, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.problem import Problem
@@ -115,12 +113,15 @@ EMULATED = [
         (spelling.format("", "shared" if i % 2 else ""), family)
         for i, (spelling, family) in enumerate([*MORE, *ASYNC, *HALVES])
     ),
+    ("hip.serial.t64.x16.r2.k2.native", "fp32.d40.v24.causal"),
+    ("hip.hybrid.t128.x8.r2.k2.w2.s4.last_block", "fp16.d64"),
+    ("hip.blelloch.t128.x32.r2.k2.w2.s2.two_kernels.polynomial", "fp32.d128.causal"),
 ]
 
 
 @pytest.mark.parametrize(("spelling", "family"), EMULATED)
 def test_cuda_text_under_an_emulator(spelling: str, family: str, tmp_path: Path) -> None:
-    """The CUDA text itself, whatever order threads and blocks run in; shared memory begins as NaN."""
+    """The CUDA text itself, and HIP's, whatever order threads and blocks run in; shared memory begins as NaN."""
     problem = Problem.parse(family)
     kernel, runtime = emulated.kernel(space.parse("cuda." + spelling.rstrip(".")), problem, tmp_path)
     out, lse, error = kernels.compute(kernel, problem)
@@ -249,63 +250,42 @@ def test_a_kernel_refuses_tensors_of_another_family(tmp_path: Path) -> None:
         kernel(*(torch.zeros(1, 2, 3, 32) for _ in range(3)))
 
 
-class RecordedDriver:
-    """NVIDIA's driver API as cuda-bindings offers it, answering without a GPU and keeping what it was asked."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=0)
-    CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[object, ...]] = []
-
-    def cuModuleLoadData(self, code: bytes) -> tuple[int, str]:
-        return 0, f"module of {len(code)} bytes"
-
-    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, str]:
-        return 0, name.decode()
-
-    def cuFuncSetAttribute(self, *asked: object) -> tuple[int]:
-        self.asked.append(asked)
-        return (0,)
-
-    def cuLaunchKernel(self, *asked: object) -> tuple[int]:
-        self.asked.append(asked)
-        return (0 if asked[1] else 1,)
-
-    def cuGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, b"invalid argument"
-
-
-def test_launches_reach_the_driver(tmp_path: Path) -> None:
-    """Blocks, threads, shared memory beyond 48 KB, stream, and a C type for every argument; errors carry the driver's words."""
-    problem, variant = Problem.parse("fp32.d128"), space.parse("cuda.blelloch.t128.x8.r4.k4.w1.s4.two_kernels")
-    tiling = _cuda_laws.Tiling.of(variant.axes, problem)
-    driver, runtime = _cuda_runtimes.CudaDriver.__new__(_cuda_runtimes.CudaDriver), RecordedDriver()
-    driver._api = runtime
-    launches = list[_cuda_runtimes.Launch]()
-    collect = SimpleNamespace(run=launches.extend, floats=lambda like, n: torch.empty(n), counters=None)
-    q, k = torch.randn(1, 4, 70, 128), torch.randn(1, 2, 90, 128)
-    cuda.CudaKernel(collect, variant, problem)(q, k, k)
-    for launch in launches:
-        driver.launch(driver.function(b"cubin", launch.name, launch.shared), launch, stream=7)
-    attribute, attend, finish = runtime.asked
-    assert attribute == ("attend", "shared", tiling.shared_bytes) and tiling.shared_bytes > 48 << 10
-    tiles = -(-2 * 70 // tiling.block_m)
-    assert attend[:9] == ("attend", 2 * tiles * 4, 1, 1, 128, 1, 1, tiling.shared_bytes, 7)
-    assert finish[:9] == ("finish", -(-4 * 70 * 128 // 128), 1, 1, 128, 1, 1, 0, 7)
-    for name, asked in (("attend", attend), ("finish", finish)):
-        values, types = asked[9]
-        declared = re.search(rf"\) {name}\((.*?)\) {{", cuda.source(variant, problem).text, re.S)
-        assert declared is not None
-        names = declared[1].split(",")
-        assert len(values) == len(types) == len(names)
-        for parameter, kind in zip(names, types, strict=True):
-            c_type = ctypes.c_void_p if "*" in parameter else ctypes.c_int64 if "index_t" in parameter else None
-            c_type = c_type or (ctypes.c_float if "float" in parameter else ctypes.c_int)
-            assert kind is c_type, parameter
-    empty = launches[0]._replace(blocks=0)
-    with pytest.raises(RuntimeError, match="CUDA error: invalid argument"):
-        driver.launch("attend", empty, stream=0)
+@pytest.mark.parametrize(
+    ("spelling", "family", "api"),
+    [
+        ("cuda.blelloch.t128.x8.r4.k4.w1.s4.two_kernels", "fp32.d128", "cu"),
+        ("cuda.hybrid.t64.x8.r2.k2.w2.s4.last_block", "fp16.d64.causal", "cu"),
+        ("cuda.hip.blelloch.t128.x8.r2.k2.s4.two_kernels", "fp32.d40.v24", "hip"),
+    ],
+)
+def test_launches_through_the_drivers(spelling: str, family: str, api: str, tmp_path: Path) -> None:
+    """NVIDIA's own Python and AMD's interface hand over every argument: the emulated kernels answer right. A second call only
+    starts kernels, on torch's stream; nothing is waited for. Errors carry the driver's words."""
+    found = launched.report(spelling, family, tmp_path)
+    tiling = _cuda_laws.Tiling.of(space.parse(spelling).axes, Problem.parse(family))
+    assert found["error"] < 1
+    first, second = found["calls"]
+    assert first[0][0] == f"{api}ModuleLoadData"
+    raises = [call for call in first if call[0] == "cuFuncSetAttribute"]
+    if tiling.shared_bytes > 48 << 10:
+        assert raises == [["cuFuncSetAttribute", "emulate_attend", "8", str(tiling.shared_bytes), "0", "0"]]
+    else:
+        assert not raises
+    names = ["emulate_attend", "emulate_finish"] if "two_kernels" in spelling else ["emulate_attend"]
+    assert [call[1] for call in second] == names
+    tiles, splits, launch = (
+        -(-2 * 29 // tiling.block_m),
+        4,
+        {"cu": "cuLaunchKernel", "hip": "hipModuleLaunchKernel"}[api],
+    )
+    attend = [2 * 2 * tiles * splits, tiling.threads, tiling.shared_bytes, launched.STREAM]
+    finish = [-(-2 * 4 * 29 * Problem.parse(family).value_dim // 128), 128, 0, launched.STREAM]
+    for call, expected in zip(second, (attend, finish), strict=False):
+        assert call[0] == launch and [int(n) for n in call[2:]] == expected
+    assert (
+        found["raised"]
+        == {"cu": "CUDA error: invalid argument", "hip": "HIP error: hipModuleLaunchKernel answered 1"}[api]
+    )
 
 
 @pytest.mark.opencl

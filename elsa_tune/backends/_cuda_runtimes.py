@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from elsa_tune.backends import _rocm
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 
@@ -133,8 +134,7 @@ class HipDriver:
     """AMD's driver API through the library that ROCm's torch has loaded."""
 
     def __init__(self) -> None:
-        inside = Path(torch.__file__).parent / "lib" / "libamdhip64.so"
-        self._api = ctypes.CDLL(str(inside) if inside.is_file() else "libamdhip64.so")
+        self._api = next(_rocm.libraries("amdhip64"))
 
     def _checked(self, name: str, *arguments: object) -> None:
         if failed := getattr(self._api, name)(*arguments):

@@ -50,17 +50,23 @@ def _loops(lines: list[tuple[str, str]]) -> Iterator[tuple[int, int]]:
 
 def hottest_loop(lines: list[tuple[str, str]]) -> dict[str, int]:
     """Instruction counts of the innermost loop with most arithmetic, the shorter of two alike; of everything where nothing
-    loops."""
+    loops. A loop with less than a 64th of the arithmetic around it is part of what is around it."""
 
     def counted(first: int, last: int) -> dict[str, int]:
         return count([text.split()[0] for _, text in lines[first : last + 1] if text])
 
+    def arithmetic(found: dict[str, int]) -> int:
+        return found["fma"] + found["matrix"]
+
     loops = {place: counted(*place) for place in _loops(lines)}
-    busy = {place: found for place, found in loops.items() if found["fma"] + found["matrix"]}
+    busy = {place: found for place, found in loops.items() if arithmetic(found)}
     innermost = [
         found
         for (first, last), found in busy.items()
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in busy)
+        if not any(
+            first <= a and b <= last and (a, b) != (first, last) and 64 * arithmetic(inner) > arithmetic(found)
+            for (a, b), inner in busy.items()
+        )
     ]
     hottest = max(
         innermost or [counted(0, len(lines))], key=lambda found: (found["matrix"], found["fma"], -found["all"])
@@ -78,8 +84,7 @@ def of_sass(sass: str) -> dict[str, int]:
             lines.append((label[1], ""))
         elif instruction:
             lines.append(("", instruction[1].strip()))
-    everything = count([text.split()[0] for _, text in lines if text])
-    return {"matrix": everything["matrix"], "local": everything["local"], **hottest_loop(lines)}
+    return _of_lines(lines)
 
 
 def of_ptx(ptx: str) -> dict[str, int]:
@@ -91,8 +96,7 @@ def of_ptx(ptx: str) -> dict[str, int]:
             lines.append((f".{label[1]}", ""))
         elif instruction:
             lines.append(("", re.sub(r"^bra\S*\s+\$?", "BRA .", instruction[1])))
-    everything = count([text.split()[0] for _, text in lines if text])
-    return {"matrix": everything["matrix"], "local": everything["local"], **hottest_loop(lines)}
+    return _of_lines(lines)
 
 
 def of_cubin(cubin: bytes, ptx: str, tools: Path) -> dict[str, int]:
@@ -141,6 +145,15 @@ def of_kernels(cubin: Path) -> dict[str, int]:
     return {}
 
 
+NOTES = {
+    "registers": "vgpr_count",  # AGPRs included
+    "stack": "private_segment_fixed_size",
+    "spills": "vgpr_spill_count",  # a scalar register is spilled into a lane of a vector one: no memory
+    "shared": "group_segment_fixed_size",
+}
+"""Resources as AMD's compiler notes them."""
+
+
 def of_amdgcn(assembly: str) -> dict[str, int]:
     """Registers, stack, shared memory and instruction counts from AMD assembly and its notes."""
 
@@ -155,16 +168,29 @@ def of_amdgcn(assembly: str) -> dict[str, int]:
             lines.append((label[1], ""))
         elif instruction:
             lines.append(("", instruction[1].strip()))
+    return {**{resource: note(name) for resource, name in NOTES.items()}, **_of_lines(lines)}
+
+
+def of_code_object(disassembly: str, notes: list[dict[str, int]]) -> dict[str, int]:
+    """The same of a code object, from its disassembly and the notes of its kernels: the most of any."""
+    lines, start, name = list[tuple[str, str]](), 0, ""
+    for line in disassembly.splitlines():
+        if function := re.match(r"(\w+):", line):
+            name, start = function[1], 0
+        elif found := re.match(r"\s+(\S.*?)\s+// ([0-9A-F]+):", line):
+            address = int(found[2], 16)
+            start = start or address
+            branch = re.search(r"<\w+\+0x([0-9A-Fa-f]+)>", line)
+            to = f" .LBB{name}{int(branch[1], 16)}" if branch else ""
+            lines += [(f".LBB{name}{address - start}", ""), ("", found[1].split()[0] + to if branch else found[1])]
+    most = {resource: max(kernel[note] for kernel in notes) for resource, note in NOTES.items()}
+    return {**most, **_of_lines(lines)}
+
+
+def _of_lines(lines: list[tuple[str, str]]) -> dict[str, int]:
+    """Counts over everything and of the hottest loop."""
     everything = count([text.split()[0] for _, text in lines if text])
-    return {
-        "registers": note("vgpr_count"),  # AGPRs included
-        "stack": note("private_segment_fixed_size"),
-        "spills": note("vgpr_spill_count"),  # a scalar register is spilled into a lane of a vector one: no memory
-        "shared": note("group_segment_fixed_size"),
-        "matrix": everything["matrix"],
-        "local": everything["local"],
-        **hottest_loop(lines),
-    }  # fmt: skip
+    return {"matrix": everything["matrix"], "local": everything["local"], **hottest_loop(lines)}
 
 
 def spills(resources: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from elsa_tune.backends import _gpu_report
+from elsa_tune.backends import _gpu_report, _rocm
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
 
@@ -21,16 +21,18 @@ REMEDY = "pip install 'elsa-tune[cuda]' brings NVRTC 12.9 (sm_50 to sm_121); hip
 
 @dataclass(frozen=True)
 class Rtc:
-    """One library: how its functions begin, its file, its version, and the architectures it compiles for (empty: any)."""
+    """One library: how its functions begin, its version, and the architectures it compiles for, oldest first (empty: any)."""
 
     prefix: str
-    path: str
     version: str
-    archs: tuple[int, ...]
+    archs: tuple[str, ...]
+    library: ctypes.CDLL
 
     def call(self, name: str, *arguments: object) -> int:
-        function = getattr(_loaded(self.path), self.prefix + name)
-        return int(function(*arguments))
+        return int(getattr(self.library, self.prefix + name)(*arguments))
+
+    def __str__(self) -> str:
+        return f"{self.version} from {self.archs[0]}" if self.archs else self.version
 
     def compile(self, text: str, options: list[str], what: str) -> tuple[bytes, str]:
         """The machine code and the compiler's log. Raises BuildFailed with the compiler's words."""
@@ -54,11 +56,6 @@ class Rtc:
             self.call("DestroyProgram", ctypes.byref(program))
 
 
-@cache
-def _loaded(path: str) -> ctypes.CDLL:
-    return ctypes.CDLL(path)
-
-
 def _packaged(*parts: str) -> Iterator[Path]:
     """Libraries in the folders that NVIDIA's wheels share."""
     spec = importlib.util.find_spec("nvidia")
@@ -78,15 +75,15 @@ def nvrtcs() -> tuple[Rtc, ...]:
         if "builtins" in file or ".alt." in file:
             continue
         try:
-            library, major, minor, count = _loaded(file), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+            library, major, minor, count = ctypes.CDLL(file), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
             library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
             library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
-            archs = (ctypes.c_int * count.value)()
-            library.nvrtcGetSupportedArchs(archs)
+            capabilities = (ctypes.c_int * count.value)()
+            library.nvrtcGetSupportedArchs(capabilities)
         except (OSError, AttributeError):
             continue
         name = f"nvrtc {major.value}.{minor.value}"
-        found.setdefault(name, Rtc("nvrtc", file, name, tuple(archs)))
+        found.setdefault(name, Rtc("nvrtc", name, tuple(f"sm_{n}" for n in sorted(capabilities)), library))
     return tuple(
         sorted(found.values(), key=lambda rtc: [int(n) for n in re.findall(r"\d+", rtc.version)], reverse=True)
     )
@@ -94,16 +91,14 @@ def nvrtcs() -> tuple[Rtc, ...]:
 
 @cache
 def hiprtc() -> Rtc | None:
-    """ROCm's compiler as torch's wheel or the system brings it."""
-    spec = importlib.util.find_spec("torch")
-    inside = [Path(spec.origin).parent / "lib" / "libhiprtc.so"] if spec and spec.origin else []
-    for file in [*map(str, inside), ctypes.util.find_library("hiprtc") or "", "/opt/rocm/lib/libhiprtc.so"]:
+    """ROCm's compiler; until ROCm 6 it could be part of the runtime's library. Asked for AMD's GPUs only: a process that holds
+    PoCL as well may end, where both bring an LLVM that the system shares."""
+    for library in _rocm.libraries("hiprtc", "amdhip64"):
         try:
-            if file:
-                major, minor = ctypes.c_int(), ctypes.c_int()
-                _loaded(file).hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
-                return Rtc("hiprtc", file, f"hiprtc {major.value}.{minor.value}", ())
-        except (OSError, AttributeError):
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            library.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
+            return Rtc("hiprtc", f"hiprtc {major.value}.{minor.value}", _rocm.archs(), library)
+        except AttributeError:
             continue
     return None
 
@@ -112,20 +107,21 @@ def find(device: Device) -> Rtc:
     """The newest compiler that still serves the device. Raises CompilerMissing."""
     candidates = nvrtcs() if device.kind == "cuda" else tuple(filter(None, [hiprtc()]))
     for rtc in candidates:
-        if not rtc.archs or device.capability in rtc.archs:
+        if not rtc.archs or device.arch in rtc.archs:
             return rtc
-    there = ", ".join(f"{rtc.version} from sm_{min(rtc.archs)}" for rtc in candidates if rtc.archs) or "none"
+    there = ", ".join(map(str, candidates)) or "none"
     raise CompilerMissing(f"no compiler for {device.arch} was found ({there}); {REMEDY}")
 
 
 def versions() -> dict[str, str]:
-    """The newest compiler of each maker that was found."""
-    found = [*nvrtcs()[:1], *filter(None, [hiprtc()])]
-    return {rtc.prefix: rtc.version for rtc in found}
+    """The newest of NVIDIA's compilers."""
+    return {rtc.prefix: rtc.version for rtc in nvrtcs()[:1]}
 
 
 def options(device: Device, registers: int) -> list[str]:
-    """NVRTC's options for a device; ``registers`` caps a thread's, 0 does not."""
+    """A compiler's options for a device; ``registers`` caps a thread's with NVRTC, 0 does not."""
+    if device.kind == "hip":
+        return [f"--offload-arch={device.arch}", "-std=c++14", "-O3"]
     found = [f"--gpu-architecture=sm_{device.capability}", "--std=c++14", "--ptxas-options=-v"]
     return [*found, *([f"--maxrregcount={registers}"] if registers else [])]
 
@@ -137,8 +133,8 @@ def compile_for(device: Device, text: str, registers: int, what: str) -> tuple[b
     """
     rtc = find(device)
     if device.kind == "hip":
-        code, _ = rtc.compile(text, [f"--offload-arch={device.arch}", "-std=c++14", "-O3"], what)
-        return code, {}
+        code, _ = rtc.compile(text, options(device, registers), what)
+        return code, _rocm.report(code)
     code, log = rtc.compile(text, options(device, registers), what)
     return code, {**of_log(log), **_loops(code)}
 

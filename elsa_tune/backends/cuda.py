@@ -17,7 +17,7 @@ from elsa_tune.backends._cuda_laws import Tiling, laws
 from elsa_tune.backends._cuda_runtimes import Launch, Runtime
 from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
-from elsa_tune.device import Device
+from elsa_tune.device import Device, gpus
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
@@ -240,12 +240,13 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
 
 
 def toolchain(device: Device | None = None) -> dict[str, str]:
-    """The compiler that serves the device; without one, every compiler found. Raises CompilerMissing, also where nothing could
-    start what is built."""
+    """The compiler that serves the device; without one, those of NVIDIA and OpenCL found. Raises CompilerMissing, also where the
+    device is here and nothing could start what is built."""
     if device is None or device.kind not in BINARIES:
         found = {**_rtc.versions(), **_opencl.versions()}
         if not found:
             raise CompilerMissing(f"no compiler of GPU kernels was found; {_rtc.REMEDY}, 'elsa-tune[opencl]' pyopencl")
         return found
-    _cuda_runtimes.needed(device.kind)
+    if device in gpus():
+        _cuda_runtimes.needed(device.kind)
     return _opencl.versions() if device.kind == "opencl" else {"rtc": _rtc.find(device).version}

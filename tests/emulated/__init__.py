@@ -1,4 +1,4 @@
-"""A runtime that runs CUDA C text on the CPU, for small shapes: see cuda.h."""
+"""A runtime that runs CUDA C and HIP text on the CPU, for small shapes: see cuda.h."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class EmulatedRuntime:
             f"  return emulated::fault;\n}}\n"
             for name in entries
         )
-        given = f"#define ASYNC_AHEAD {max(ahead, 0)}u\n#define COPY_BYTES {copy}\n"
+        given = "#define __HIPCC_RTC__\n#define __GFX9__\n" if variant.axes["dialect"] == "hip" else ""
+        given += f"#define ASYNC_AHEAD {max(ahead, 0)}u\n#define COPY_BYTES {copy}\n"
         folder.mkdir(exist_ok=True)
         (folder / "kernel.cpp").write_text(f'{given}#include "{HEADER}"\n{text}\n{calls}')
         compiler = _compiler.find()
@@ -67,6 +68,6 @@ class EmulatedRuntime:
 
 
 def kernel(variant: Variant, problem: Problem, folder: Path) -> tuple[cuda.CudaKernel, EmulatedRuntime]:
-    """The variant's CUDA text on this CPU, and what runs it."""
+    """The variant's CUDA or HIP text on this CPU, and what runs it."""
     runtime = EmulatedRuntime(variant, problem, cuda.source(variant, problem).text, folder)
     return cuda.CudaKernel(runtime, variant, problem), runtime

@@ -1,4 +1,4 @@
-// Runs CUDA C text on a CPU: every thread a fiber, blocks one after another. Between barriers, threads run in an order drawn
+// Runs CUDA C text on a CPU, and HIP's for a GPU whose wavefronts have 64 threads: every thread a fiber, blocks one after another. Between barriers, threads run in an order drawn
 // from a seed, so that a race changes the answer; shared memory starts as NaN; asynchronous copies land when waited for.
 #include <ucontext.h>
 
@@ -28,6 +28,12 @@ alignas(16) float4 memory[1 << 14];
 
 namespace emulated {
 
+#ifdef __GFX9__
+constexpr int WARP = 64;
+#else
+constexpr int WARP = 32;
+#endif
+
 struct Copy { void* to; const void* from; int valid; };
 struct Thread {
   ucontext_t context;
@@ -48,7 +54,7 @@ inline const char* fault = nullptr;
 inline void yield() { swapcontext(&threads[running].context, &scheduler); }
 
 inline bool passed(int thread, bool of_warp) {
-  const int first = of_warp ? thread / 32 * 32 : 0, last = of_warp ? std::min<int>(first + 32, threads.size()) : threads.size();
+  const int first = of_warp ? thread / WARP * WARP : 0, last = of_warp ? std::min<int>(first + WARP, threads.size()) : threads.size();
   for (int i = first; i < last; ++i) {
     const Thread& other = threads[i];
     const int reached = of_warp ? other.warp_waits : other.block_waits, mine = of_warp ? threads[thread].warp_waits : threads[thread].block_waits;
@@ -133,6 +139,8 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   __syncwarp();
   return y;
 }
+inline float __shfl_xor(float x, int mask) { return __shfl_xor_sync(0, x, mask); }
+extern "C" inline float __ocml_native_exp2_f32(float x) { return exp2f(x); }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 

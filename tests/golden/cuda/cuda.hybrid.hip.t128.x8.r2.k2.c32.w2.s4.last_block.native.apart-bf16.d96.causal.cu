@@ -12,6 +12,12 @@
 #ifndef __HIPCC_RTC__
 #include <hip/hip_runtime.h>
 #endif
+#if defined(__GFX9__)
+#define WAVE 64
+#else
+#define WAVE 32
+#endif
+// HIP's second bound is waves on each of the four units of a multiprocessor, where CUDA's is blocks.
 #define KERNEL(threads, blocks) extern "C" __global__ __launch_bounds__(threads) void
 #define DEVICE __device__ __forceinline__
 #define GLOBAL
@@ -28,7 +34,8 @@ DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
-DEVICE float exp2_native(float x) { float y; asm("v_exp_f32 %0, %1" : "=v"(y) : "v"(x)); return y; }
+extern "C" __device__ float __ocml_native_exp2_f32(float);
+DEVICE float exp2_native(float x) { return __ocml_native_exp2_f32(x); }
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 DEVICE void fence() { __threadfence(); }
