@@ -3,7 +3,8 @@ kernels, and compiled FlexAttention.
 
 Runs from a checkout with PYTHONPATH alone:  PYTHONPATH=. python benchmarks/gpu.py --minutes 8
 Problems that are not tuned yet are tuned first. Every kernel is checked against float64 before it is timed, on inputs that
-outgrow the last-level cache. Prints losses like wins; writes benchmarks/results/<device>.json and cache/<device>.jsonl.
+outgrow the last-level cache. Prints losses like wins; writes benchmarks/results/<device>.json and cache/<device>.jsonl; with
+--out, both go there, and every trial that was measured beside them.
 For compute-sanitizer:  compute-sanitizer python benchmarks/gpu.py --check   (small problems, this process, nothing timed)
 """
 
@@ -213,7 +214,12 @@ def main() -> None:
     }  # fmt: skip
     (results / f"{name}.json").write_text(json.dumps(content, indent=1))
     layers.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")
-    print(f"written: {name}.json, {name}.jsonl")
+    written = [f"{name}.json", f"{name}.jsonl"]
+    if options.out:  # every trial, refused ones too: a lent machine's database is gone with it
+        with Database.for_reading(places.database()) as database:
+            layers.write_lines(database.measurements(device=str(device)), results / f"{name}.trials.jsonl")
+        written.append(f"{name}.trials.jsonl")
+    print("written:", ", ".join(written))
 
 
 if __name__ == "__main__":

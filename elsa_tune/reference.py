@@ -119,7 +119,13 @@ def _given_logits(problem: Problem, logits: Tensor, generator: torch.Generator, 
 def hostile(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
     """Small problems of the same family and group that provoke the known mistakes."""
     small = problem.reshaped(batch=2, heads=2 * problem.group, kv_heads=2, q_len=37, kv_len=131)
-    lengths = {"one key": (5, 1), "one query": (1, 700), "more keys than queries": (19, 333), "more queries": (150, 67)}
+    lengths = {
+        "one key": (5, 1),
+        "one query": (1, 700),
+        "whole tiles": (64, 256),
+        "more keys than queries": (19, 333),
+        "more queries": (150, 67),
+    }
     yield small, random_inputs(small, generator)
     for name, (q_len, kv_len) in lengths.items():
         shaped = small.reshaped(q_len=q_len, kv_len=kv_len)

@@ -423,14 +423,16 @@ def test_scratch_grows_linearly_and_is_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_gpu_script_runs_from_a_checkout(tmp_path: Path) -> None:
-    """On whatever device there is: it tunes, races everyone, and writes both files."""
+    """On whatever device there is: it tunes, races everyone, and writes results, winners and trials."""
     root = Path(__file__).resolve().parent.parent
     problem = "fp32.d16@b2.h4.q96.k96"
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--problem", problem, "--minutes", "1"]
     environment = {**os.environ, "PYTHONPATH": str(root), "ELSA_TUNE_HOME": str(tmp_path / "home")}
     subprocess.run([*command, "--out", str(tmp_path)], cwd=root, env=environment, check=True, timeout=300)
     (results,) = tmp_path.glob("cpu-*.json")
+    assert len(list(tmp_path.glob("cpu-*.jsonl"))) == 2
     line = json.loads(results.read_text())["lines"][0]
     assert line["problem"] == problem and {"sdpa.flash", "sdpa.math"} <= set(line["rows"]) and line["served_by"]
     assert all(row["milliseconds"] > 0 and row["error"] < 1e-5 for row in line["rows"].values())
-    assert list(tmp_path.glob("cpu-*.jsonl"))
+    (trials,) = tmp_path.glob("cpu-*.trials.jsonl")
+    assert len(trials.read_text().splitlines()) > len(line["rows"])

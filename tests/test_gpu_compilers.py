@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import measure, offline
+from elsa_tune import measure, offline, places
 from elsa_tune.backends import _gpu_report, triton
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.measure import Worker, WorkerFailed
@@ -132,6 +132,36 @@ def test_a_sampled_space_compiles(builders: Worker) -> None:
     with ThreadPoolExecutor(host_cpu().cores) as pool:
         for name, registers in pool.map(compiled, TARGETS):
             assert registers > 0, name
+
+
+def specialised(variant: Variant, problem: Problem, device: Device) -> list[dict[str, int]]:
+    """Reports of the kernels as a launch with one query head for each KV head and even lengths has them compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    made, known = triton.source(variant, problem).digest, {"group": 1, "EVEN": True}
+    folder = places.home() / "specialised" / made
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / triton.MODULE).write_text(triton.source(variant, problem).text)
+    module = triton._module(folder / triton.MODULE)
+    names = [name for name in triton.KERNELS[problem.direction] if hasattr(module, name)]
+    return [triton.compiled(name, module, problem, device, known) for name in names]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_what_a_launch_knows_spares_registers(target: str, builders: Worker) -> None:
+    """Kernels compile with what Triton specialises on, and an even one needs fewer registers than one for any length."""
+    goal = offline.target(target).device
+    cases = [
+        ("triton.serial.half.m128.n64.warps8.stages3", "bf16.d128@b1.h16.q4096.k4096"),
+        ("triton.blelloch.half.m16.n64.warps4.stages2.s8.two_kernels", "fp16.d64.causal@b1.h16.q64.k4096"),
+        ("triton.serial.half.m32.n64.warps4.stages2", "fp16.d64.backward@b1.h16.q1024.k1024"),
+    ]
+    for spelling, text in cases:
+        variant, problem = SPACE.parse(spelling), Problem.parse(text)
+        reports = builders.run(specialised, variant, problem, goal, timeout=240.0)
+        general = builders.run(measure.build, variant, problem, goal, timeout=240.0).resources["registers"]
+        assert all(report["registers"] > 0 for report in reports)
+        if "bf16" in text:
+            assert reports[-1]["registers"] < general, (reports[-1]["registers"], general)
 
 
 def test_strict_is_proven_by_the_assembly(builders: Worker) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 MATRIX = re.compile(r"^[A-Z]{0,2}G?MMA\b|^U?TC\w*MMA|^v_(s?mfma|smfmac|wmma|swmmac)|^(mma|wmma|wgmma)\.|^tcgen05\.mma")
 """Matrix instructions as SASS, PTX and AMD assembly spell them."""
 
-LARGEST_STACK = 128
+LARGEST_STACK = 512
 """Bytes of a thread's stack above which too much was spilled."""
 
 SPILL_SHARE = 0.02

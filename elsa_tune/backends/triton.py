@@ -151,8 +151,9 @@ KERNELS = {"forward": ("finish", "attend"), "backward": ("prepare", "grad_query"
 SIDE_KERNELS = ("finish", "prepare")
 """Those launched with a module's SIDE_OPTIONS."""
 
+_FLAGS = {"WITH_LSE", "EVEN"}
 _FLOATS = {"partial", "sums", "deltas"}
-_SCALARS = {"c", "sign", "scale"}
+_SCALARS = {"c", "scale"}
 _COUNTS = {"pair", "kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"}
 
 
@@ -162,9 +163,7 @@ def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> di
     alone = splits is not None and splits.value == 1  # nothing is left in memory, and the query stands in
     types = {}
     for name in names:
-        if name == "WITH_LSE":
-            types[name] = "constexpr"
-        elif name in _SCALARS:
+        if name in _SCALARS:
             types[name] = "fp32"
         elif name in _COUNTS or name.startswith("stride_"):
             types[name] = "i32"
@@ -177,20 +176,27 @@ def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> di
     return types
 
 
-def _compiled(name: str, module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
-    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here."""
+def compiled(
+    name: str, module: ModuleType, problem: Problem, device: Device, known: Mapping[str, Any] | None = None
+) -> dict[str, int]:
+    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here: the kernel for any length and
+    group, or one that knows some arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, options = getattr(module, name), module.SIDE_OPTIONS if name in SIDE_KERNELS else module.OPTIONS
     signature = _signature(kernel.arg_names, problem, module)
+    constants = {name: False for name in signature if name in _FLAGS} | {
+        n: v for n, v in (known or {}).items() if n in signature
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
     even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
     aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or (name[:7] == "stride_" and even)]
     made = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={name: False for name in signature if name == "WITH_LSE"},
+        constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     arch: Any = device.capability if device.kind == "cuda" else device.arch
@@ -205,7 +211,7 @@ def _compiled(name: str, module: ModuleType, problem: Problem, device: Device) -
 
 def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
     """The most registers, stack and shared memory, all spills and matrix instructions, and the main kernel's hottest loop."""
-    reports = [_compiled(name, module, problem, device) for name in KERNELS[problem.direction] if hasattr(module, name)]
+    reports = [compiled(name, module, problem, device) for name in KERNELS[problem.direction] if hasattr(module, name)]
     summed = {name: sum(r.get(name, 0) for r in reports) for name in ("spills", "local", "matrix")}
     largest = {name: max(r[name] for r in reports) for name in ("registers", "stack", "shared")}
     return {**reports[-1], **summed, **largest, "warps": module.OPTIONS["num_warps"]}

@@ -349,5 +349,5 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
       }
     }
   }
-  (void)partial, (void)arrivals, (void)slots, (void)split;
+  (void)partial, (void)arrivals, (void)slots, (void)split, (void)tiles;
 }

@@ -206,7 +206,7 @@ def finish_rows(
     if WITH_LSE:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "first_pair", "slots"])
+@triton.jit(do_not_specialize=["kv_heads", "q_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"])
 def finish(
     partial, output, lse, stride_ob, stride_oh, stride_om,
     kv_heads, group, q_len, first_pair, slots, WITH_LSE: tl.constexpr,
@@ -222,10 +222,10 @@ def finish(
 @triton.jit
 def attend_tile(
     pair, slot, tile, split, slots,
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -238,7 +238,6 @@ def attend_tile(
     values_of_head = value + batch * stride_vb + kv_head * stride_vh
     step_k, step_v = kv_head * 0 + stride_kn, kv_head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0)
-    q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
 
     seen, unmasked = kv_len, kv_len
     each = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
@@ -263,23 +262,24 @@ def attend_tile(
         x0_s = x0_s * keep + tl.sum(p, 1)
         v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :])
         x0_w0 = x0_w0 * keep[:, None] + tl.sum(p.to(v.dtype).to(tl.float32)[:, :, None] * v.to(tl.float32)[None, :, :], 1)
-    for start in tl.range(whole, high, STEP):
-        keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * step_k
-        value_rows = values_of_head + start * step_v + keys * step_v
-        inside = start + keys < high
-        k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
-        scores = tl.where(inside[None, :], scores, NONE)
-        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
-        origin = tl.where(m == NONE, 0.0, m)
-        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
-        p = tl.exp2(p)
-        keep = tl.exp2(x0_m - origin)
-        x0_m = m
-        x0_s = x0_s * keep + tl.sum(p, 1)
-        v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
-        x0_w0 = x0_w0 * keep[:, None] + tl.sum(p.to(v.dtype).to(tl.float32)[:, :, None] * v.to(tl.float32)[None, :, :], 1)
+    if not EVEN:  # some leaf is not whole
+        for start in tl.range(whole, high, STEP, num_stages=1):  # one at most
+            keys = tl.arange(0, BLOCK_N)
+            key_rows = keys_of_head + start * step_k + keys * step_k
+            value_rows = values_of_head + start * step_v + keys * step_v
+            inside = start + keys < high
+            k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
+            scores = tl.where(inside[None, :], scores, NONE)
+            m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+            origin = tl.where(m == NONE, 0.0, m)
+            p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
+            p = tl.exp2(p)
+            keep = tl.exp2(x0_m - origin)
+            x0_m = m
+            x0_s = x0_s * keep + tl.sum(p, 1)
+            v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
+            x0_w0 = x0_w0 * keep[:, None] + tl.sum(p.to(v.dtype).to(tl.float32)[:, :, None] * v.to(tl.float32)[None, :, :], 1)
 
     state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows
     size = slots.to(tl.int64) * group * q_len * SPLITS
@@ -288,12 +288,14 @@ def attend_tile(
     partial_rows = partial + 2 * size + state_rows * VALUE_DIM
     tl.store(partial_rows[:, None] + tl.arange(0, 128)[None, :], x0_w0, mask=valid[:, None])
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+)
 def attend(
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile after another; the order is tiles."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -302,10 +304,10 @@ def attend(
         split, tile, slot = index % SPLITS, index // SPLITS % tiles, index // SPLITS // tiles
         attend_tile(
             first_pair + slot, slot, tile, split, slots,
-            query, key, value, output, lse, partial, arrivals, c, sign,
+            query, key, value, output, lse, partial, arrivals, c,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
             stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-            kv_heads, group, q_len, kv_len, WITH_LSE,
+            kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
         )  # fmt: skip
         index += tl.num_programs(0)
 
@@ -325,7 +327,9 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     if out is None:
         out = query.new_empty((batch, heads, q_len, 128))
     scale = 1 / math.sqrt(128) if scale is None else scale
-    c, sign = (abs(scale) * LOG2_E, math.copysign(1.0, scale)) if scale else (1.0, 0.0)
+    c = abs(scale) * LOG2_E or 1.0
+    if scale <= 0:  # c S is largest where S is, for c > 0
+        query = query * (-1.0 if scale else 0.0)
     group, pairs = heads // kv_heads, batch * kv_heads
     tiles = -(-group * q_len // 1)
     q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
@@ -338,9 +342,9 @@ def attention(query, key, value, scale=None, out=None, lse=None):
         programs = now * tiles * 16
         programs = min(programs, 2 * processors(query.device))
         attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c, sign,
+            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, lse is not None, kv_len % 512 == 0, **OPTIONS,
         )  # fmt: skip
         finish[(now * -(-group * q_len // 1),)](
             partial, out, query if lse is None else lse, o[0], o[1], o[2],

@@ -89,10 +89,10 @@ def finish_rows(
 @triton.jit
 def attend_tile(
     pair, slot, tile, split, slots,
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -105,9 +105,7 @@ def attend_tile(
     values_of_head = value + batch * stride_vb + kv_head * stride_vh
     step_k, step_v = kv_head * 0 + stride_kn, kv_head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
-    q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
     q1 = tl.load(query_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0)
-    q1 = (q1.to(tl.float32) * sign).to(query.dtype.element_ty)
 
     seen = tl.minimum(kv_len, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, q_len - 1) + 1)  # by some row
     unmasked = tl.minimum(kv_len, tile * BLOCK_M // group + 1)  # seen by every row
@@ -179,69 +177,70 @@ def attend_tile(
         x1_m = leaf_m
         x1_w0 = leaf_w0
         x1_w1 = leaf_w1
-    for start in tl.range(whole, high, STEP):
-        keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * step_k
-        value_rows = values_of_head + start * step_v + keys * step_v
-        inside = start + keys < high
-        k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
-        k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
-        scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
-        leaf_m = tl.max(scores, 1) * c
-        origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
-        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
-        p = tl.exp2(p)
-        leaf_s = tl.sum(p, 1)
-        leaf_m = leaf_m + tl.log2(leaf_s)
-        divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
-        v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
-        leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        x = leaf_m - x0_m
-        share = tl.where(leaf_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
-        more = tl.log2(1 + tl.exp2(-tl.abs(x)))
-        m = tl.maximum(x0_m, leaf_m)
-        leaf_m = m + tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
-        leaf_w0 = x0_w0 + share[:, None] * (leaf_w0 - x0_w0)
-        leaf_w1 = x0_w1 + share[:, None] * (leaf_w1 - x0_w1)
+    if not EVEN:  # some leaf is not whole
+        for start in tl.range(whole, high, STEP):
+            keys = tl.arange(0, BLOCK_N)
+            key_rows = keys_of_head + start * step_k + keys * step_k
+            value_rows = values_of_head + start * step_v + keys * step_v
+            inside = start + keys < high
+            k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
+            k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
+            scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
+            leaf_m = tl.max(scores, 1) * c
+            origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
+            p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
+            p = tl.exp2(p)
+            leaf_s = tl.sum(p, 1)
+            leaf_m = leaf_m + tl.log2(leaf_s)
+            divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
+            v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
+            v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
+            leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
+            x = leaf_m - x0_m
+            share = tl.where(leaf_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
+            more = tl.log2(1 + tl.exp2(-tl.abs(x)))
+            m = tl.maximum(x0_m, leaf_m)
+            leaf_m = m + tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
+            leaf_w0 = x0_w0 + share[:, None] * (leaf_w0 - x0_w0)
+            leaf_w1 = x0_w1 + share[:, None] * (leaf_w1 - x0_w1)
 
-        x0_m = leaf_m
-        x0_w0 = leaf_w0
-        x0_w1 = leaf_w1
-        keys = tl.arange(0, BLOCK_N) + 32
-        key_rows = keys_of_head + start * step_k + keys * step_k
-        value_rows = values_of_head + start * step_v + keys * step_v
-        inside = start + keys < high
-        k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
-        k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
-        scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
-        leaf_m = tl.max(scores, 1) * c
-        origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
-        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
-        p = tl.exp2(p)
-        leaf_s = tl.sum(p, 1)
-        leaf_m = leaf_m + tl.log2(leaf_s)
-        divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
-        v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
-        leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        x = leaf_m - x1_m
-        share = tl.where(leaf_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
-        more = tl.log2(1 + tl.exp2(-tl.abs(x)))
-        m = tl.maximum(x1_m, leaf_m)
-        leaf_m = m + tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
-        leaf_w0 = x1_w0 + share[:, None] * (leaf_w0 - x1_w0)
-        leaf_w1 = x1_w1 + share[:, None] * (leaf_w1 - x1_w1)
+            x0_m = leaf_m
+            x0_w0 = leaf_w0
+            x0_w1 = leaf_w1
+            keys = tl.arange(0, BLOCK_N) + 32
+            key_rows = keys_of_head + start * step_k + keys * step_k
+            value_rows = values_of_head + start * step_v + keys * step_v
+            inside = start + keys < high
+            k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
+            k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
+            scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
+            leaf_m = tl.max(scores, 1) * c
+            origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
+            p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
+            p = tl.exp2(p)
+            leaf_s = tl.sum(p, 1)
+            leaf_m = leaf_m + tl.log2(leaf_s)
+            divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
+            v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
+            v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
+            leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
+            x = leaf_m - x1_m
+            share = tl.where(leaf_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
+            more = tl.log2(1 + tl.exp2(-tl.abs(x)))
+            m = tl.maximum(x1_m, leaf_m)
+            leaf_m = m + tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
+            leaf_w0 = x1_w0 + share[:, None] * (leaf_w0 - x1_w0)
+            leaf_w1 = x1_w1 + share[:, None] * (leaf_w1 - x1_w1)
 
-        x1_m = leaf_m
-        x1_w0 = leaf_w0
-        x1_w1 = leaf_w1
+            x1_m = leaf_m
+            x1_w0 = leaf_w0
+            x1_w1 = leaf_w1
     # hillis_steele, round 1: 1 merge, reaching back 1
     x = x1_m - x0_m
     share = tl.where(x1_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
@@ -268,12 +267,14 @@ def attend_tile(
                 stride_ob, stride_oh, stride_om, kv_heads, group, q_len, WITH_LSE,
             )  # fmt: skip
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+)
 def attend(
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile and split; the order is longest."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -281,10 +282,10 @@ def attend(
     split, slot, tile = index % SPLITS, index // SPLITS % slots, tiles - 1 - index // SPLITS // slots
     attend_tile(
         first_pair + slot, slot, tile, split, slots,
-        query, key, value, output, lse, partial, arrivals, c, sign,
+        query, key, value, output, lse, partial, arrivals, c,
         stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
         stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-        kv_heads, group, q_len, kv_len, WITH_LSE,
+        kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
     )  # fmt: skip
 
 LOG2_E = 1.4426950408889634
@@ -302,7 +303,9 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     if out is None:
         out = query.new_empty((batch, heads, q_len, 80))
     scale = 1 / math.sqrt(80) if scale is None else scale
-    c, sign = (abs(scale) * LOG2_E, math.copysign(1.0, scale)) if scale else (1.0, 0.0)
+    c = abs(scale) * LOG2_E or 1.0
+    if scale <= 0:  # c S is largest where S is, for c > 0
+        query = query * (-1.0 if scale else 0.0)
     group, pairs = heads // kv_heads, batch * kv_heads
     tiles = -(-group * q_len // 32)
     q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
@@ -314,8 +317,8 @@ def attention(query, key, value, scale=None, out=None, lse=None):
         arrivals = query.new_zeros(now * tiles, dtype=torch.int32)
         programs = now * tiles * 4
         attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c, sign,
+            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, lse is not None, False, **OPTIONS,
         )  # fmt: skip
     return out

@@ -27,10 +27,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def attend_tile(
     pair, slot, tile, split, slots,
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -43,7 +43,6 @@ def attend_tile(
     values_of_head = value + batch * stride_vb + kv_head * stride_vh
     step_k, step_v = kv_head * 0 + stride_kn, kv_head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
-    q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
 
     seen, unmasked = kv_len, kv_len
     low, high = 0, seen
@@ -67,24 +66,25 @@ def attend_tile(
         v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
         x0_w0 = x0_w0 * keep[:, None]
         x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
-    for start in tl.range(whole, high, STEP):
-        keys = tl.arange(0, BLOCK_N)
-        key_rows = keys_of_head + start * step_k + keys * step_k
-        value_rows = values_of_head + start * step_v + keys * step_v
-        inside = start + keys < high
-        k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
-        scores = tl.where(inside[None, :], scores, NONE)
-        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
-        origin = tl.where(m == NONE, 0.0, m)
-        p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
-        p = tl.exp2(p)
-        keep = tl.exp2(x0_m - origin)
-        x0_m = m
-        x0_s = x0_s * keep + tl.sum(p, 1)
-        v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        x0_w0 = x0_w0 * keep[:, None]
-        x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
+    if not EVEN:  # some leaf is not whole
+        for start in tl.range(whole, high, STEP, num_stages=1):  # one at most
+            keys = tl.arange(0, BLOCK_N)
+            key_rows = keys_of_head + start * step_k + keys * step_k
+            value_rows = values_of_head + start * step_v + keys * step_v
+            inside = start + keys < high
+            k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
+            scores = tl.where(inside[None, :], scores, NONE)
+            m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+            origin = tl.where(m == NONE, 0.0, m)
+            p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
+            p = tl.exp2(p)
+            keep = tl.exp2(x0_m - origin)
+            x0_m = m
+            x0_s = x0_s * keep + tl.sum(p, 1)
+            v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+            x0_w0 = x0_w0 * keep[:, None]
+            x0_w0 = tl.dot(p.to(v.dtype), v, x0_w0, input_precision="ieee")
 
     divisor = tl.where(x0_s == 0.0, 1.0, x0_s)
     x0_w0 = x0_w0 / divisor[:, None]
@@ -95,12 +95,14 @@ def attend_tile(
     if WITH_LSE:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+)
 def attend(
-    query, key, value, output, lse, partial, arrivals, c, sign,
+    query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile and split; the order is tiles."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -108,10 +110,10 @@ def attend(
     split, tile, slot = index % SPLITS, index // SPLITS % tiles, index // SPLITS // tiles
     attend_tile(
         first_pair + slot, slot, tile, split, slots,
-        query, key, value, output, lse, partial, arrivals, c, sign,
+        query, key, value, output, lse, partial, arrivals, c,
         stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
         stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-        kv_heads, group, q_len, kv_len, WITH_LSE,
+        kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
     )  # fmt: skip
 
 LOG2_E = 1.4426950408889634
@@ -129,7 +131,9 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     if out is None:
         out = query.new_empty((batch, heads, q_len, 64))
     scale = 1 / math.sqrt(64) if scale is None else scale
-    c, sign = (abs(scale) * LOG2_E, math.copysign(1.0, scale)) if scale else (1.0, 0.0)
+    c = abs(scale) * LOG2_E or 1.0
+    if scale <= 0:  # c S is largest where S is, for c > 0
+        query = query * (-1.0 if scale else 0.0)
     group, pairs = heads // kv_heads, batch * kv_heads
     tiles = -(-group * q_len // 128)
     q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
@@ -139,8 +143,8 @@ def attention(query, key, value, scale=None, out=None, lse=None):
         arrivals = query
         programs = now * tiles * 1
         attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c, sign,
+            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, lse is not None, kv_len % 64 == 0, **OPTIONS,
         )  # fmt: skip
     return out

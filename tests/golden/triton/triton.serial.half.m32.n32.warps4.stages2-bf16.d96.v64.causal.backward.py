@@ -21,7 +21,7 @@ BLOCK_N = tl.constexpr(32)  # keys of a tile
 NONE = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len"])
+@triton.jit(do_not_specialize=["kv_heads", "q_len"], do_not_specialize_on_alignment=["group"])
 def prepare(
     output, grad, lse, sums, deltas,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, kv_heads, group, q_len,
@@ -42,9 +42,9 @@ def prepare(
     tl.store(sums + pair * q_len + rows, tl.where(total == NONE, -NONE, total * LOG2_E), mask=valid)
     tl.store(deltas + pair * q_len + rows, delta, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"], do_not_specialize_on_alignment=["group"])
 def grad_query(
-    query, key, value, grad, sums, deltas, out, c, sign, scale,
+    query, key, value, grad, sums, deltas, out, c, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om, kv_heads, group, q_len, kv_len,
 ):  # fmt: skip
@@ -60,7 +60,6 @@ def grad_query(
     values_of_head = value + batch * stride_vb + (head // group) * stride_vh
     step_k, step_v = head * 0 + stride_kn, head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
-    q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
     dq0 = tl.zeros([BLOCK_M, 128], tl.float32)
     g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
     sums = tl.load(sums + pair * q_len + rows, mask=valid, other=-NONE)
@@ -84,9 +83,9 @@ def grad_query(
     out_rows = out + batch * stride_ob + head * stride_oh + rows.to(tl.int64) * stride_om
     tl.store(out_rows[:, None] + tl.arange(0, 128)[None, :], (dq0 * scale).to(out.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "q_len", "kv_len"])
+@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"], do_not_specialize_on_alignment=["group"])
 def grad_key_value(
-    query, key, value, grad, sums, deltas, out_k, out_v, c, sign, scale,
+    query, key, value, grad, sums, deltas, out_k, out_v, c, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn,
     kv_heads, group, q_len, kv_len,
@@ -115,7 +114,6 @@ def grad_key_value(
             query_rows = queries_of_head + rows.to(tl.int64) * stride_qm
             grad_rows = grads_of_head + rows.to(tl.int64) * stride_gm
             q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
-            q0 = (q0.to(tl.float32) * sign).to(query.dtype.element_ty)
             g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
             total = tl.load(sums + facts + rows, mask=valid, other=-NONE)
             delta = tl.load(deltas + facts + rows, mask=valid, other=0.0)
@@ -131,7 +129,7 @@ def grad_key_value(
             dk0 = tl.dot(dturned.to(q0.dtype), q0, dk0, input_precision="ieee")
     out_k_rows = out_k + batch * stride_xb + kv_head * stride_xh + keys.to(tl.int64) * stride_xn
     out_v_rows = out_v + batch * stride_yb + kv_head * stride_yh + keys.to(tl.int64) * stride_yn
-    tl.store(out_k_rows[:, None] + tl.arange(0, 128)[None, :], (dk0 * (scale * sign)).to(out_k.dtype.element_ty), mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
+    tl.store(out_k_rows[:, None] + tl.arange(0, 128)[None, :], (dk0 * scale).to(out_k.dtype.element_ty), mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
     tl.store(out_v_rows[:, None] + tl.arange(0, 64)[None, :], dv0.to(out_v.dtype.element_ty), mask=inside[:, None])
 
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -146,7 +144,9 @@ def gradients(query, key, value, output, lse, grad, scale=None):
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
     scale = 1 / math.sqrt(96) if scale is None else scale
-    c, sign = (abs(scale) * 1.4426950408889634, math.copysign(1.0, scale)) if scale else (1.0, 0.0)
+    c = abs(scale) * 1.4426950408889634 or 1.0
+    if scale <= 0:  # as the forward kernel does
+        query = query * (-1.0 if scale else 0.0)
     group = heads // kv_heads
     sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -154,11 +154,11 @@ def gradients(query, key, value, output, lse, grad, scale=None):
     tiles = batch * heads * -(-q_len // 32)
     prepare[(tiles,)](output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len, **SIDE_OPTIONS)
     grad_query[(tiles,)](
-        query, key, value, grad, sums, deltas, dq, c, sign, scale * sign * sign,
+        query, key, value, grad, sums, deltas, dq, c, scale,
         *q, *k, *v, *g, *dq.stride()[:3], kv_heads, group, q_len, kv_len, **OPTIONS,
     )  # fmt: skip
     grad_key_value[(batch * kv_heads * -(-kv_len // 32),)](
-        query, key, value, grad, sums, deltas, dk, dv, c, sign, scale,
+        query, key, value, grad, sums, deltas, dk, dv, c, abs(scale),
         *q, *k, *v, *g, *dk.stride()[:3], *dv.stride()[:3], kv_heads, group, q_len, kv_len, **OPTIONS,
     )  # fmt: skip
     return dq, dk, dv
