@@ -134,7 +134,10 @@ class HipDriver:
     """AMD's driver API through the library that ROCm's torch has loaded."""
 
     def __init__(self) -> None:
-        self._api = next(_rocm.libraries("amdhip64"))
+        api = next(_rocm.libraries("amdhip64"), None)
+        if api is None:
+            raise CompilerMissing("libamdhip64.so was not found, so no HIP kernel can start; ROCm's torch brings it")
+        self._api = api
 
     def _checked(self, name: str, *arguments: object) -> None:
         if failed := getattr(self._api, name)(*arguments):

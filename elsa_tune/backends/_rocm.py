@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import importlib.util
@@ -22,14 +23,13 @@ class _Handle(ctypes.Structure):
 def libraries(*names: str) -> Iterator[ctypes.CDLL]:
     """Those of ROCm's libraries called so that can be loaded: torch's own first, then the system's."""
     spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent / "lib"] if spec and spec.origin else []
     for name in names:
-        inside = Path(spec.origin).parent / "lib" / f"lib{name}.so" if spec and spec.origin else Path()
-        for file in (str(inside), ctypes.util.find_library(name) or "", f"/opt/rocm/lib/lib{name}.so"):
-            try:
-                if file and (file != str(inside) or inside.is_file()):
+        own = [str(folder / f"lib{name}.so") for folder in folders]
+        for file in (*own, ctypes.util.find_library(name), f"/opt/rocm/lib/lib{name}.so"):
+            with contextlib.suppress(OSError):
+                if file:
                     yield ctypes.CDLL(file)
-            except OSError:
-                continue
 
 
 @cache
@@ -58,9 +58,15 @@ def archs() -> tuple[str, ...]:
 
 
 def report(code: bytes) -> dict[str, int]:
-    """Registers, spills and instructions of a code object; nothing where there is no code object manager."""
+    """Registers, spills and instructions of a code object; nothing where no code object manager reads it."""
     if _comgr() is None:
         return {}
+    with contextlib.suppress(RuntimeError):
+        return _read(code)
+    return {}
+
+
+def _read(code: bytes) -> dict[str, int]:
     data = _Handle()
     _ask("create_data", _EXECUTABLE, ctypes.byref(data))
     try:

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from elsa_tune import device as devices
 from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, _cuda_runtimes, _gpu_report, _kernel_cache, _opencl, _rtc
 from elsa_tune.backends._cuda_laws import Tiling, laws
 from elsa_tune.backends._cuda_runtimes import Launch, Runtime
 from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
-from elsa_tune.device import Device, gpus
+from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
@@ -247,6 +248,6 @@ def toolchain(device: Device | None = None) -> dict[str, str]:
         if not found:
             raise CompilerMissing(f"no compiler of GPU kernels was found; {_rtc.REMEDY}, 'elsa-tune[opencl]' pyopencl")
         return found
-    if device in gpus():
+    if device in devices.gpus():
         _cuda_runtimes.needed(device.kind)
     return _opencl.versions() if device.kind == "opencl" else {"rtc": _rtc.find(device).version}

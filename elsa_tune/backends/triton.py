@@ -81,14 +81,24 @@ def command(variant: Variant) -> list[str]:
 
 
 def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
-    """What a built kernel is filed under: code, target and Triton's version."""
-    made = [source(variant, problem).digest, problem.dtype, problem.precision, _target(device), version()]
+    """What a built kernel is filed under: code, what a launch of the problem knows, target and Triton's version."""
+    facts = [problem.dtype, problem.precision, repr(known(variant, problem)), _target(device), version()]
+    made = [source(variant, problem).digest, *facts]
     return hashlib.sha256("\0".join(made).encode()).hexdigest()[:20]
 
 
 def _target(device: Device | None) -> str:
     """What is compiled for; the interpreter where no GPU is meant."""
     return device.arch if device and device.is_gpu else "interpreter"
+
+
+def known(variant: Variant, problem: Problem) -> dict[str, Any]:
+    """Arguments that Triton compiles a kernel anew for, as a launch of the problem has them: one query head for each KV head,
+    and whole leaves alone."""
+    axes = variant.axes
+    whole = problem.kv_len % (int(axes["block_n"]) * int(axes["workers"]) * int(axes["splits"])) == 0
+    even = whole and problem.mask == "none" and axes["edges"] == "peeled" and problem.direction == "forward"
+    return {**({"group": 1} if problem.group == 1 else {}), "EVEN": even, "WITH_LSE": False}
 
 
 def find(digest: str) -> Built | None:
@@ -115,7 +125,7 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
             return {}
         assert device is not None
         try:
-            report = compile_report(_module(folder / MODULE), problem, device)
+            report = compile_report(_module(folder / MODULE), problem, device, known(variant, problem))
         except Exception as error:  # whatever the compiler raises is its answer
             raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error
         return {**report, "strict": int(problem.precision == "strict")}
@@ -151,7 +161,6 @@ KERNELS = {"forward": ("finish", "attend"), "backward": ("prepare", "grad_query"
 SIDE_KERNELS = ("finish", "prepare")
 """Those launched with a module's SIDE_OPTIONS."""
 
-_FLAGS = {"WITH_LSE", "EVEN"}
 _FLOATS = {"partial", "sums", "deltas"}
 _SCALARS = {"c", "scale"}
 _COUNTS = {"pair", "kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"}
@@ -176,20 +185,18 @@ def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> di
     return types
 
 
-def compiled(
-    name: str, module: ModuleType, problem: Problem, device: Device, known: Mapping[str, Any] | None = None
+def _compiled(
+    name: str, module: ModuleType, problem: Problem, device: Device, constants: Mapping[str, Any]
 ) -> dict[str, int]:
-    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here: the kernel for any length and
-    group, or one that knows some arguments."""
+    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here; ``constants`` are arguments
+    that it knows."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, options = getattr(module, name), module.SIDE_OPTIONS if name in SIDE_KERNELS else module.OPTIONS
     signature = _signature(kernel.arg_names, problem, module)
-    constants = {name: False for name in signature if name in _FLAGS} | {
-        n: v for n, v in (known or {}).items() if n in signature
-    }
+    constants = {name: value for name, value in constants.items() if name in signature}
     signature |= dict.fromkeys(constants, "constexpr")
     even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
     aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or (name[:7] == "stride_" and even)]
@@ -209,9 +216,12 @@ def compiled(
     return {**report, "shared": max(report["shared"], compiled.metadata.shared)}
 
 
-def compile_report(module: ModuleType, problem: Problem, device: Device) -> dict[str, int]:
+def compile_report(
+    module: ModuleType, problem: Problem, device: Device, constants: Mapping[str, Any]
+) -> dict[str, int]:
     """The most registers, stack and shared memory, all spills and matrix instructions, and the main kernel's hottest loop."""
-    reports = [compiled(name, module, problem, device) for name in KERNELS[problem.direction] if hasattr(module, name)]
+    names = [name for name in KERNELS[problem.direction] if hasattr(module, name)]
+    reports = [_compiled(name, module, problem, device, constants) for name in names]
     summed = {name: sum(r.get(name, 0) for r in reports) for name in ("spills", "local", "matrix")}
     largest = {name: max(r[name] for r in reports) for name in ("registers", "stack", "shared")}
     return {**reports[-1], **summed, **largest, "warps": module.OPTIONS["num_warps"]}
