@@ -212,6 +212,20 @@ def test_instructions_are_counted() -> None:
         1,
     )
     assert found["loop_all"] == 5
+    waits = """
+.L_x_1:
+        /*0000*/              @P0  EXIT ;
+        /*0010*/                   FFMA R0, R1, R2, R0 ;
+.L_x_2:
+        /*0020*/                   FFMA R0, R1, R2, R0 ;
+        /*0030*/              @P1  BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   SYNCS.PHASECHK P0, [UR4] ;
+        /*0060*/              @!P0 BRA `(.L_x_3) ;
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+    assert _gpu_report.of_sass(waits)["loop_all"] == 4, "what waits beyond the end is no loop around what is before it"
     ptx = "$L__BB0_1:\n\tfma.rn.f32 \t%f1, %f2, %f3, %f1;\n\twgmma.mma_async.sync x;\n\t@%p1 bra \t$L__BB0_1;\n"
     assert _gpu_report.of_ptx(ptx)["matrix"] == 1 and _gpu_report.of_ptx(ptx)["loop_fma"] == 1
     for name in (

@@ -40,11 +40,18 @@ def count(instructions: list[str]) -> dict[str, int]:
 
 
 def _loops(lines: list[tuple[str, str]]) -> Iterator[tuple[int, int]]:
-    """Where backward branches jump from and to. ``lines`` are (label, "") or ("", instruction)."""
+    """Where loops begin and end. ``lines`` are (label, "") or ("", instruction).
+
+    A backward branch makes a loop, unless the kernel ends in between: what lies beyond its end (waiting for a barrier, say) was put
+    out of the way, and jumps back to where it was left.
+    """
     at = {label: i for i, (label, _) in enumerate(lines) if label}
+    end = -1  # the last place so far where the kernel ends
     for i, (_, instruction) in enumerate(lines):
+        if instruction in ("EXIT", "s_endpgm", "ret"):
+            end = i
         target = re.search(r"(?:BRA\S*|s_c?branch\S*)\s+.*?`?\(?(\.L\w+|\.LBB\w+)", instruction)
-        if target and at.get(target[1], i) < i:
+        if target and end < at.get(target[1], i) < i:
             yield at[target[1]], i
 
 
@@ -79,11 +86,12 @@ def of_sass(sass: str) -> dict[str, int]:
     lines = []
     for line in sass.splitlines():
         label = re.match(r"\s*(\.L\w+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([^;}]+)[;}]", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([^;}]+)[;}]", line)
         if label:
             lines.append((label[1], ""))
         elif instruction:
-            lines.append(("", instruction[1].strip()))
+            perhaps = instruction[1] and instruction[2].strip() == "EXIT"
+            lines.append(("", "EXIT.PERHAPS" if perhaps else instruction[2].strip()))
     return _of_lines(lines)
 
 
