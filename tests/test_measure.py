@@ -36,7 +36,8 @@ def worker() -> Iterator[Worker]:
 def verdict(worker: Worker, fault: str) -> tuple[str, str] | None:
     """(status, reason) of what stopped a planted kernel, or None."""
     try:
-        reason = worker.run(check_family, PROBLEM, planted(fault, PROBLEM), peers(PROBLEM), timeout=8.0).reason
+        limit = 8.0 if fault == "hang" else 60.0
+        reason = worker.run(check_family, PROBLEM, planted(fault, PROBLEM), peers(PROBLEM), timeout=limit).reason
     except WorkerFailed as failure:
         return failure.status, failure.reason
     return ("wrong", reason) if reason else None
