@@ -203,6 +203,7 @@ def main() -> None:
                 continue
             lines.append(side_by_side(Problem.parse(text), device, worker, database))
             show(lines[-1], peaks)
+        trials = database.measurements(device=str(device))
         shipped = [m for m in database.winners(device=str(device)) if (m.ratio_low or 0) > 1 and m.error is not None]
     if options.problem and not options.out:
         return
@@ -214,12 +215,9 @@ def main() -> None:
     }  # fmt: skip
     (results / f"{name}.json").write_text(json.dumps(content, indent=1))
     layers.write_lines([m for m in shipped if not m.variant.startswith("sdpa.")], cache / f"{name}.jsonl")
-    written = [f"{name}.json", f"{name}.jsonl"]
     if options.out:  # every trial, refused ones too: a lent machine's database is gone with it
-        with Database.for_reading(places.database()) as database:
-            layers.write_lines(database.measurements(device=str(device)), results / f"{name}.trials.jsonl")
-        written.append(f"{name}.trials.jsonl")
-    print("written:", ", ".join(written))
+        layers.write_lines(trials, results / f"{name}.trials.jsonl")
+    print(f"written: {name}.json, {name}.jsonl{f', {name}.trials.jsonl' if options.out else ''}")
 
 
 if __name__ == "__main__":

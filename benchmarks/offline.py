@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,6 @@ from elsa_tune.device import host_cpu
 from elsa_tune.measure import Worker, WorkerFailed, build
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
-from elsa_tune.variant import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = {"m": (16, 32, 64, 128), "n": (32, 64, 128), "warps": (2, 4, 8), "stages": (1, 2, 3)}
@@ -57,7 +55,7 @@ def ranked(target: str, dim: int, workers: Worker, pool: ThreadPoolExecutor) -> 
 
     def predicted(point: tuple[int, ...]) -> float | None:
         m, n, warps, stages = point
-        variant: Variant = space.parse(f"triton.serial.half.m{m}.n{n}.warps{warps}.stages{stages}")
+        variant = space.parse(f"triton.serial.half.m{m}.n{n}.warps{warps}.stages{stages}")
         if searched.refusal(variant, problem, goal.device):
             return None
         try:
@@ -95,9 +93,8 @@ def main() -> None:
                 flush=True,
             )
     out.write_text(
-        json.dumps({"shape": SHAPE, "torch": torch.__version__, **triton.toolchain(), "python": platform.python_version(),
-                    "results": rows}, indent=1) + "\n"
-    )  # fmt: skip
+        json.dumps({"shape": SHAPE, "torch": torch.__version__, **triton.toolchain(), "results": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

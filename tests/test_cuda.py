@@ -273,19 +273,16 @@ def test_launches_through_the_drivers(spelling: str, family: str, api: str, tmp_
         assert not raises
     names = ["emulate_attend", "emulate_finish"] if "two_kernels" in spelling else ["emulate_attend"]
     assert [call[1] for call in second] == names
-    tiles, splits, launch = (
-        -(-2 * 29 // tiling.block_m),
-        4,
-        {"cu": "cuLaunchKernel", "hip": "hipModuleLaunchKernel"}[api],
-    )
-    attend = [2 * 2 * tiles * splits, tiling.threads, tiling.shared_bytes, launched.STREAM]
-    finish = [-(-2 * 4 * 29 * Problem.parse(family).value_dim // 128), 128, 0, launched.STREAM]
+    start, words = {
+        "cu": ("cuLaunchKernel", "CUDA error: invalid argument"),
+        "hip": ("hipModuleLaunchKernel", "HIP error: hipModuleLaunchKernel answered 1"),
+    }[api]
+    blocks = 2 * 2 * -(-2 * 29 // tiling.block_m) * 4  # batch, KV heads, tiles, splits
+    attend = [blocks, tiling.threads, tiling.shared_bytes, launched.STREAM]
+    finish = [-(-2 * 4 * 29 * tiling.value_dim // 128), 128, 0, launched.STREAM]
     for call, expected in zip(second, (attend, finish), strict=False):
-        assert call[0] == launch and [int(n) for n in call[2:]] == expected
-    assert (
-        found["raised"]
-        == {"cu": "CUDA error: invalid argument", "hip": "HIP error: hipModuleLaunchKernel answered 1"}[api]
-    )
+        assert call[0] == start and [int(n) for n in call[2:]] == expected
+    assert found["raised"] == words
 
 
 @pytest.mark.opencl
@@ -337,7 +334,7 @@ LAST_BLOCK = "cuda.blelloch.opencl.t32.x8.r2.k2.s4.last_block.shared"
     [
         (WORKERS, "  barrier_block();\n  if (", "  if (", "data race at local memory"),
         ("cuda.serial.opencl.t32.x8.r2.k2.shared", "1 && row < rows", "1 && row < rows + 64", "Invalid write"),
-        (LAST_BLOCK, "", "", "data race at global memory"),  # what a law refuses, see below
+        (LAST_BLOCK, "", "", "data race at global memory"),  # what a law refuses
     ],
 )
 def test_the_simulated_device_sees_faults(spelling: str, text: str, other: str, words: str, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ SPACE = Space.load("cuda")
 RECORDED = Path(__file__).parent / "recorded" / "cuda_resources.json"
 CAPABILITIES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 120)
 DEFAULTS = (50, 62, 70, 80, 90, 120)
-WHOLE = ("sm_50", "sm_62", "sm_70", "sm_80", "sm_120")
 BIG = "@b1.h8.q4096.k4096"
 DECODE = "@b1.h32.kv8.q1.k4096"
 
@@ -66,19 +65,15 @@ ASYNC = [
 @needs_nvrtc
 @pytest.mark.parametrize("newest", [False, True])
 def test_every_dialect_feature_compiles_for_every_capability(newest: bool) -> None:
-    """sm_50 to sm_120 with the compiler that serves each, and what the newest compiler lists; every text for one target of each
-    kind."""
+    """sm_50 to sm_120 with the compiler that serves each, and what the newest compiler lists."""
     rtc = _rtc.nvrtcs()[0]
     if newest and "sm_50" in rtc.archs:
         pytest.skip("no NVRTC newer than the one that serves sm_50 is installed")
     jobs = []
-    for turn, arch in enumerate(rtc.archs if newest else [f"sm_{n}" for n in CAPABILITIES]):
+    for arch in rtc.archs if newest else [f"sm_{n}" for n in CAPABILITIES]:
         device = gpu(arch)
         chosen = (HALVES if device.capability >= 53 and not newest else []) + (ASYNC if device.capability >= 80 else [])
-        texts = TEXTS[:1] if newest else TEXTS + chosen
-        if not newest and arch not in WHOLE:  # two each in turn: these differ in the assembler alone
-            texts = [texts[(turn + i) % len(texts)] for i in (0, len(texts) // 2)]
-        for spelling, family in texts:
+        for spelling, family in (TEXTS[:1] if newest else TEXTS) + chosen:
             jobs.append((space.parse(spelling), family, device, rtc if newest else _rtc.find(device)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for report in pool.map(lambda job: compiled(*job), jobs):
@@ -212,19 +207,22 @@ def test_hip_compiles_for_amd(spelling: str, family: str, arch: str, elsewhere: 
     report, log = elsewhere.submit(hip_report, spelled, family, device, "-Wall", "-Wextra", "-Werror").result()
     assert not log.strip() and report["matrix"] == 0 and report["loop_fma"] > 0
     assert report["spills"] == 0 or (spelling, family) != TEXTS[0], "a starting variant spills"
-    if ".b4" in spelling:  # of four blocks, each of the multiprocessor's four units has a wave each or two
-        waves = 4 * 128 // device.warp // 4
-        assert report["registers"] <= {"gfx906": 256, "gfx90a": 512, "gfx1030": 1024}[arch] // waves
+    if (
+        ".b4" in spelling
+    ):  # four blocks are two waves of 64 threads, or four of 32, on each of a multiprocessor's four units
+        waves, there = 4 * 128 // device.warp // 4, {"gfx906": 256, "gfx90a": 512, "gfx1030": 1024}[arch]
+        assert report["registers"] <= there // waves
+        assert waves == 4 or report["registers"] > there // 4, "four waves' bound, as if blocks were waves"
 
 
 @needs_hiprtc
-@pytest.mark.parametrize(("arch", "share"), [("gfx906", 0.85), ("gfx1030", 0.85)])
-def test_hip_is_proven_as_cuda_is(arch: str, share: float, elsewhere: Executor) -> None:
+@pytest.mark.parametrize("arch", ["gfx906", "gfx1030"])
+def test_hip_is_proven_as_cuda_is(arch: str, elsewhere: Executor) -> None:
     """What is built for AMD carries its registers and its proof, read from the machine code."""
     spelling, posed = STARTING
     built = elsewhere.submit(cuda.build, space.parse(spelling), Problem.parse(posed), gpu(arch)).result()
     assert built.resources["strict"] and built.resources["registers"] > 0 and not built.flaw
-    assert built.resources["loop_fma"] / built.resources["loop_all"] >= share
+    assert built.resources["loop_fma"] / built.resources["loop_all"] >= 0.85
 
 
 def matrix_instructions(arch: str) -> int:

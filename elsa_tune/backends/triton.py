@@ -82,7 +82,7 @@ def command(variant: Variant) -> list[str]:
 
 def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
     """What a built kernel is filed under: code, what a launch of the problem knows, target and Triton's version."""
-    facts = [problem.dtype, problem.precision, repr(known(variant, problem)), _target(device), version()]
+    facts = [problem.dtype, problem.precision, repr(_known(variant, problem)), _target(device), version()]
     made = [source(variant, problem).digest, *facts]
     return hashlib.sha256("\0".join(made).encode()).hexdigest()[:20]
 
@@ -92,7 +92,7 @@ def _target(device: Device | None) -> str:
     return device.arch if device and device.is_gpu else "interpreter"
 
 
-def known(variant: Variant, problem: Problem) -> dict[str, Any]:
+def _known(variant: Variant, problem: Problem) -> dict[str, Any]:
     """Arguments that Triton compiles a kernel anew for, as a launch of the problem has them: one query head for each KV head,
     and whole leaves alone."""
     axes = variant.axes
@@ -125,7 +125,7 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
             return {}
         assert device is not None
         try:
-            report = compile_report(_module(folder / MODULE), problem, device, known(variant, problem))
+            report = compile_report(_module(folder / MODULE), problem, device, _known(variant, problem))
         except Exception as error:  # whatever the compiler raises is its answer
             raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error
         return {**report, "strict": int(problem.precision == "strict")}

@@ -1,4 +1,5 @@
-// Runs CUDA C text on a CPU, and HIP's for a GPU whose wavefronts have 64 threads: every thread a fiber, blocks one after another. Between barriers, threads run in an order drawn
+// Runs CUDA C text on a CPU, and HIP's for a GPU whose wavefronts have 64 threads. Every thread is a fiber, blocks run one
+// after another. Between barriers, threads run in an order drawn
 // from a seed, so that a race changes the answer; shared memory starts as NaN; asynchronous copies land when waited for.
 #include <ucontext.h>
 

@@ -31,8 +31,8 @@ def report(spelling: str, family: str, folder: Path) -> dict[str, Any]:
     source = Path(__file__).parent / "driver.cpp"
     options = ["-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-ldl", "-o", str(driver)]
     _compiler.find().run(options, "the drivers")
-    path = [str(folder), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join([path[0], *path[2:]]), "PYTHONPATH": path[1]}
+    libraries = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, __file__, spelling, family, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
