@@ -1,6 +1,7 @@
-"""Polynomials for 2^f on [-1/2, 1/2] with the smallest possible relative error, lowest power first.
+"""Polynomials for 2^f on [-1/2, 1/2] that are exactly 1 at 0, with the smallest possible relative error, lowest power first.
 
-Found by Remez's exchange algorithm on p(f) / 2^f - 1; run ``python -m elsa_tune.exp2`` to derive and check them.
+A state that meets no larger score is multiplied by 2^0: were that not 1, the error would grow with the number of leaves.
+Found by Remez's exchange algorithm; run ``python -m elsa_tune.exp2`` to derive and check them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 
 COEFFICIENTS: dict[int, tuple[str, ...]] = {
-    4: ("0.999999285", "0.693121791", "0.240247443", "0.0559178591", "0.00957010221"),
-    5: ("1.00000012", "0.693146944", "0.240221202", "0.0555071346", "0.00967554096", "0.00132764678"),
-    6: ("1.0", "0.693147182", "0.240226462", "0.0555032864", "0.00961848907", "0.00133999309", "0.000153458212"),
+    4: ("1.0", "0.693124175", "0.240240991", "0.0559064262", "0.00958285294"),
+    5: ("1.0", "0.693147004", "0.240222424", "0.0555073358", "0.00967151299", "0.00132647273"),
+    6: ("1.0", "0.693147182", "0.240226477", "0.0555033237", "0.00961843692", "0.00133988739", "0.00015353362"),
 }
 """Degree -> float32 coefficients."""
 
@@ -26,20 +27,31 @@ def relative_error(degree: int) -> float:
 
 
 def remez(degree: int, iterations: int = 12) -> list[float]:
-    """Minimax coefficients of the relative error, lowest power first, in float64."""
-    grid = np.linspace(-0.5, 0.5, 20001)
-    points: Any = -0.5 * np.cos(np.pi * np.arange(degree + 2) / (degree + 1))
-    coefficients = np.zeros(degree + 1)
+    """Minimax coefficients of the relative error among polynomials 1 + f q(f), lowest power first, in float64.
+
+    That error is weight(f) (q(f) - g(f)) with weight |f| / 2^f, up to its sign, and g(f) = (2^f - 1) / f: q is the best
+    weighted approximation of g, whose error alternates at degree + 1 points.
+    """
+    grid = np.linspace(-0.5, 0.5, 20000)  # without 0, where the weight vanishes
+    points: Any = -0.5 * np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+
+    def weight(f: Any) -> Any:
+        return np.abs(f) / np.exp2(f)
+
+    def target(f: Any) -> Any:
+        return np.expm1(f * np.log(2)) / f
+
+    coefficients = np.zeros(degree)
     for _ in range(iterations):
-        powers = points[:, None] ** np.arange(degree + 1) / np.exp2(points)[:, None]
-        signs = (-1.0) ** np.arange(degree + 2)
-        coefficients = np.linalg.solve(np.column_stack([powers, signs]), np.ones(degree + 2))[:-1]
-        error = np.polyval(coefficients[::-1], grid) / np.exp2(grid) - 1
+        powers = points[:, None] ** np.arange(degree)
+        signs = (-1.0) ** np.arange(degree + 1) / weight(points)
+        coefficients = np.linalg.solve(np.column_stack([powers, signs]), target(points))[:-1]
+        error = (np.polyval(coefficients[::-1], grid) - target(grid)) * weight(grid)
         runs = np.split(np.arange(grid.size), np.flatnonzero(np.diff(np.sign(error))) + 1)
-        if len(runs) != degree + 2:
+        if len(runs) != degree + 1:
             break
         points = np.array([grid[run[np.argmax(np.abs(error[run]))]] for run in runs])
-    return [float(c) for c in coefficients]
+    return [1.0, *(float(c) for c in coefficients)]
 
 
 if __name__ == "__main__":

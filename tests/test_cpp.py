@@ -136,7 +136,16 @@ def test_exp2_polynomials_are_minimax(degree: int) -> None:
     derived = exp2.remez(degree)
     stored = [float(c) for c in exp2.COEFFICIENTS[degree]]
     assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < 2e-7
-    assert exp2.relative_error(degree) < {4: 2.7e-6, 5: 1.8e-7, 6: 2e-8}[degree]
+    assert stored[0] == derived[0] == 1
+    assert exp2.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
+
+
+def test_a_polynomial_that_is_not_1_at_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, problem = space.parse(here(SAMPLED[0][0])), Problem.parse(SAMPLED[0][1])
+    assert Space.load("cpp").refusal(variant, problem, HERE) is None
+    almost = ("1.00000012", *exp2.COEFFICIENTS[5][1:])
+    monkeypatch.setitem(exp2.COEFFICIENTS, 5, almost)
+    assert "2^0" in str(Space.load("cpp").refusal(variant, problem, HERE))
 
 
 def test_a_kernel_refuses_tensors_of_another_family() -> None:

@@ -94,21 +94,22 @@ INLINE void transpose(vec* x) {
   }
 }
 // 2^x: split x into an integer, placed in the exponent, and f in [-1/2, 1/2],
-// a polynomial of degree 5. Below 2^-126 the answer is exactly 0; NaN stays NaN.
+// a polynomial of degree 5 that is 1 at 0, so whole powers of 2 are exact. Below 2^-126 the answer is exactly 0; NaN stays NaN.
 INLINE vec exp2(vec x) {
   const vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become the integer
   const vec f = x - (shifted - 12582912.0f);
-  vec p = splat(0.00132764678f);
-  p = p * f + 0.00967554096f;
-  p = p * f + 0.0555071346f;
-  p = p * f + 0.240221202f;
-  p = p * f + 0.693146944f;
-  p = p * f + 1.00000012f;
+  vec p = splat(0.00132647273f);
+  p = p * f + 0.00967151299f;
+  p = p * f + 0.0555073358f;
+  p = p * f + 0.240222424f;
+  p = p * f + 0.693147004f;
+  p = p * f + 1.0f;
   const ivec bits = reinterpret_cast<ivec>(p) + (reinterpret_cast<ivec>(shifted) << 23);
   return reinterpret_cast<vec>((x < -126.0f) ? ivec{} : bits);
 }
 // The state of QV vectors of query rows over some set of keys, in base 2:
-//   m = max score log2(e),  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W / S.
+//   m = max score log2(e), rounded up,  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W / S.
+// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
 constexpr float LOG2_E = 1.44269504f;
 constexpr int HEAD_STEPS = HEAD_DIM / CHUNK;
 constexpr int VALUE_STEPS = VALUE_DIM / CHUNK;
@@ -126,6 +127,13 @@ struct State {
 
 // The reference point of exponents: -inf (no key yet) must not meet itself, inf - inf is NaN.
 INLINE vec reference(vec m) { return m == -INF ? vec{} : m; }
+
+// The smallest whole number that is not below x; what is too large to have a fraction that matters stays as it is.
+INLINE vec whole(vec x) {
+  const vec near = (x + 12582912.0f) - 12582912.0f;
+  const vec up = near < x ? near + 1.0f : near;
+  return (x < 4194304.0f) & (x > -4194304.0f) ? up : x;
+}
 // b := a merged with b, the associative operation of the scan.
 template <int QV>
 inline void merge(const State<QV>& a, State<QV>& b) {
@@ -338,10 +346,10 @@ struct Tile {
     }
     if (masked) apply_mask<QV>(score, rows.position, first, n, top);
 
-    // Weights: 2^(score log2(e) - m), one multiply-add and one exp2, and the running sum. m is rounded once
-    // and then only ever met in differences, so large scores lose nothing to it.
+    // Weights: 2^(score log2(e) - m), one multiply-add and one exp2, and the running sum. m is met in
+    // differences only, so large scores lose nothing to its rounding.
     for (int i = 0; i < QV; ++i) {
-      const vec m = max(x.m[i], top[i] * LOG2_E);
+      const vec m = max(x.m[i], whole(top[i] * LOG2_E));
       keep[i] = exp2(x.m[i] - reference(m));
       x.m[i] = m;
       x.s[i] *= keep[i];

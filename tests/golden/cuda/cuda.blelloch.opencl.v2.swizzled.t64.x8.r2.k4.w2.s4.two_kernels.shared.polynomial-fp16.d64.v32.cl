@@ -68,12 +68,12 @@ DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over
 DEVICE float exp2_of(float x) {
   const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become the integer
   const float f = x - (shifted - 12582912.0f);
-  float p = 0.00132764678f;
-  p = multiply_add(p, f, 0.00967554096f);
-  p = multiply_add(p, f, 0.0555071346f);
-  p = multiply_add(p, f, 0.240221202f);
-  p = multiply_add(p, f, 0.693146944f);
-  p = multiply_add(p, f, 1.00000012f);
+  float p = 0.00132647273f;
+  p = multiply_add(p, f, 0.00967151299f);
+  p = multiply_add(p, f, 0.0555073358f);
+  p = multiply_add(p, f, 0.240222424f);
+  p = multiply_add(p, f, 0.693147004f);
+  p = multiply_add(p, f, 1.0f);
   const float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
   return x < -126.0f ? 0.0f : y;
 }
