@@ -270,8 +270,8 @@ def call_overhead() -> dict[str, float]:
     built = cpp.build(served.variant, problem)
     kernel = cpp.load(built, served.variant, problem)
     q = torch.randn(1, 1, 1, 64)
-    bound = kernel.bind(q.shape, q.shape)
-    dispatch._serving[(q.shape, q.shape, q.shape, False, False)] = bound
+    bound = kernel.bind(q, q, q)
+    dispatch._serving[dispatch._entry(q, q, q, False, False)] = bound
     out = bound(q, q, q)
     layout = cpp._LAYOUT(1, 1, 1, 1, 1, *[64] * 12, 0.125, torch.get_num_threads(), cpp.openmp()[1])
     packed = cpp._POINTERS(*(t.data_ptr() for t in (q, q, q, out)), 0) + layout

@@ -38,13 +38,15 @@ class Choice:
 
 
 def distance(a: Problem, b: Problem) -> float:
-    """Octaves between two shapes: of independent tasks, of query rows that share keys, of keys; one for the launch."""
+    """Octaves between two shapes: of independent tasks, of query rows that share keys, of keys; half of one for each operand
+    in another memory order, one for the launch."""
     pairs = (
         (a.batch * a.kv_heads, b.batch * b.kv_heads),
         (a.q_len * a.group, b.q_len * b.group),
         (a.kv_len, b.kv_len),
     )
-    return sum(abs(math.log2(x / y)) for x, y in pairs) + (a.launch != b.launch)
+    orders = sum(x != y for x, y in zip(a.orders, b.orders, strict=True))
+    return sum(abs(math.log2(x / y)) for x, y in pairs) + orders / 2 + (a.launch != b.launch)
 
 
 def choose(problem: Problem, device: Device, winners: Iterable[Winner], slower: set[tuple[str, str]]) -> Choice:

@@ -13,18 +13,35 @@ Timer = Callable[[int], float]
 """Seconds per call, over at least so many calls."""
 
 
-def timer(calls: Sequence[Call], device: Device, launch: str) -> Timer:
+def timer(calls: Sequence[Call], device: Device, launch: str, before: Sequence[Call] = ()) -> Timer:
     """Times ``calls`` in turn: they do the same on different inputs, so that caches do not hold what is read next.
 
+    On a CPU ``before`` holds what is done, and not timed, before each of them: a model writes what attention then reads.
     On a GPU, launch "eager" is timed call by call, as a program without graphs would; "graph" captures all calls into one
     CUDA graph and replays it. A call that cannot be captured raises what torch raises.
     """
     if not device.is_gpu:
-        return _Called(calls)
+        return _Called(calls, before) if before else _Repeated(calls)
     return _Graph(calls) if launch == "graph" else _Events(calls)
 
 
 class _Called:
+    def __init__(self, calls: Sequence[Call], before: Sequence[Call]) -> None:
+        self._calls, self._before, self._turn = calls, before, 0
+
+    def __call__(self, repeats: int) -> float:
+        total = 0.0
+        for _ in range(repeats):
+            self._turn = (self._turn + 1) % len(self._calls)
+            call = self._calls[self._turn]
+            self._before[self._turn]()
+            start = time.perf_counter()
+            call()
+            total += time.perf_counter() - start
+        return total / repeats
+
+
+class _Repeated:
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls, self._turn = calls, 0
 
@@ -39,7 +56,7 @@ class _Called:
         return (time.perf_counter() - start) / repeats
 
 
-class _Events(_Called):
+class _Events(_Repeated):
     def __init__(self, calls: Sequence[Call]) -> None:
         super().__init__(calls)
         calls[0]()  # warm up: libraries and compilers do things once

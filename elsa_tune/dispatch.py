@@ -25,6 +25,7 @@ from elsa_tune.device import Device, detect, of_tensor
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.gradients import differentiable
 from elsa_tune.measurement import Winner
+from elsa_tune.order import joined, order_of
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source
 from elsa_tune.space import Space
@@ -106,9 +107,10 @@ def serve_with_lse(
 
 def _entry(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> _Key:
     """Where the tables keep what was decided for such tensors."""
+    layout = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), is_causal, enable_gqa)
     if query.dtype is key.dtype is value.dtype is _FLOAT32 and query.is_cpu and key.is_cpu and value.is_cpu:
-        return query.shape, key.shape, value.shape, is_causal, enable_gqa
-    return query.shape, key.shape, value.shape, is_causal, enable_gqa, _place(query, key, value)
+        return layout
+    return layout, _place(query, key, value)
 
 
 def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
@@ -170,16 +172,17 @@ _lock = threading.RLock()
 
 def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
     """Decide who serves a shape, and remember it."""
-    shapes, shelf = (query.shape, value.shape), _shelf
+    shelf = _shelf
+    like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (query, key, value)]
 
     def ready(kernel: Kernel) -> None:
         if shelf is _shelf:  # nothing was tuned meanwhile
-            _serving[entry] = kernel.bind(*shapes)
+            _serving[entry] = kernel.bind(*like)
 
     kernel = _ready_kernel(problem_of(query, key, value, is_causal, enable_gqa), query, ready)
     if len(_serving) >= _MOST_SHAPES:
         _serving.clear()
-    return _serving.setdefault(entry, kernel.bind(*shapes) if kernel else _torch_serves)
+    return _serving.setdefault(entry, kernel.bind(query, key, value) if kernel else _torch_serves)
 
 
 def _gradients_for(
@@ -238,6 +241,7 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
         dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",
         head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
+        order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),
     )  # fmt: skip
 
 

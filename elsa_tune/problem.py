@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from elsa_tune.errors import BadProblem
+from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
 
 DTYPES = ("fp32", "fp16", "bf16")
 MASKS = ("none", "causal")
@@ -24,7 +25,8 @@ _FAMILY = re.compile(
     re.ASCII,
 )
 _SHAPE = re.compile(
-    r"b(?P<batch>\d{1,13})\.h(?P<heads>\d{1,13})(\.kv(?P<kv_heads>\d{1,13}))?\.q(?P<q_len>\d{1,13})\.k(?P<kv_len>\d{1,13})(\.(?P<launch>graph))?",
+    r"b(?P<batch>\d{1,13})\.h(?P<heads>\d{1,13})(\.kv(?P<kv_heads>\d{1,13}))?\.q(?P<q_len>\d{1,13})\.k(?P<kv_len>\d{1,13})"
+    rf"(\.(?P<order>({'|'.join(ORDERS)})(-({'|'.join(ORDERS)})){{0,2}}))?(\.(?P<launch>graph))?",
     re.ASCII,
 )
 _EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
@@ -36,7 +38,8 @@ class Problem:
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` "causal" is torch's: key j is seen by query i iff j <= i.
-    ``precision`` is the arithmetic class; by default the dtype's own. ``launch`` is how a GPU is told: call by call
+    ``precision`` is the arithmetic class; by default the dtype's own. ``order`` is how query, key and value lie in memory
+    (elsa_tune.order): one word for all, or three, and the plainest among those that are alike for these lengths. ``launch`` is how a GPU is told: call by call
     (eager), or as part of a captured graph.
     """
 
@@ -51,6 +54,7 @@ class Problem:
     kv_heads: int = 0
     q_len: int = 1
     kv_len: int = 1
+    order: str = CONTIGUOUS
     launch: str = "eager"
 
     def __post_init__(self) -> None:
@@ -68,6 +72,17 @@ class Problem:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
             )
+        object.__setattr__(self, "order", self._plainest_order())
+
+    def _plainest_order(self) -> str:
+        orders = split(self.order)
+        if orders is None:
+            raise BadProblem(
+                f"order {self.order[:60]!r} is unknown; use one of {', '.join(ORDERS)}, or three joined by '-'"
+            )
+        query = alike(orders[0], self.heads, self.q_len)
+        key, value = (alike(order, self.kv_heads, self.kv_len) for order in orders[1:])
+        return joined(key if self.q_len == 1 else query, key, value)
 
     @property
     def family(self) -> str:
@@ -90,7 +105,15 @@ class Problem:
         """What a kernel is called with, as spelled after the ``@``."""
         grouped = f".kv{self.kv_heads}" if self.kv_heads != self.heads else ""
         launch = f".{self.launch}" if self.launch != "eager" else ""
-        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{launch}"
+        order = f".{self.order}" if self.order != CONTIGUOUS else ""
+        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{order}{launch}"
+
+    @property
+    def orders(self) -> tuple[str, str, str]:
+        """The memory orders of query, key and value."""
+        found = split(self.order)
+        assert found is not None
+        return found
 
     @property
     def group(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
 
 UNIT = 2.0**-24
@@ -47,6 +48,12 @@ class Inputs:
         """The same case with every tensor changed."""
         query, key, value, *rest = map(change, self.tensors)
         return replace(self, query=query, key=key, value=value, forward=(rest[0], rest[1], rest[2]) if rest else None)
+
+    def ordered(self, orders: Sequence[str]) -> Inputs:
+        """A copy in fresh memory with query, key and value in the given memory orders (elsa_tune.order)."""
+        copy = self.with_tensors(torch.clone)
+        query, key, value = arranged(orders, self.query, self.key, self.value)
+        return replace(copy, query=query, key=key, value=value)
 
     def to(self, device: str) -> Inputs:
         """The same case on another device."""

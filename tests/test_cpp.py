@@ -49,6 +49,8 @@ SAMPLED = [
     ("cpp.blelloch.{isa}.q1.k8.v8.n48.s16.p32", "fp32.d128@b1.h8.kv2.q64.k64"),
     ("cpp.hybrid.{isa}.q2.k4.v4.n16.w4.s4", "fp32.d64.causal@b1.h4.kv1.q64.k64"),
     ("cpp.hybrid.{isa}.q4.k2.v2.n16.w2.s16.packed.e6", "fp32.d1.v3@b1.h2.q64.k64"),
+    ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp32.d48.v72@b1.h2.q64.k64"),
+    ("cpp.blelloch.{isa}.q1.k4.v4.n16.w4.head.p8", "fp32.d64.causal@b1.h6.kv2.q64.k64"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32", "fp32.d64@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.c{lanes}.q4.k1.v4.n32", "fp32.d64@b1.h4.kv1.q1.k64"),
     ("cpp.blelloch.{isa}.c2.q2.k4.v4.n32.s4", "fp32.d256@b1.h4.kv2.q2.k64"),
@@ -129,6 +131,19 @@ def test_splits_are_bounded_by_bytes() -> None:
         *(x.double() for x in (inputs.query, inputs.key, inputs.value))
     )
     assert float((out - expected).abs().max()) < 1e-5
+
+
+def test_heads_too_large_to_be_packed_are_read_where_they_are() -> None:
+    """Where copies of a head for every thread would outgrow their budget, or there are fewer heads than threads, or more, the
+    answer is the same bits."""
+    problem = Problem.parse("fp32.d16@b1.h2.q300.k200")
+    variant = space.parse(here("cpp.serial.{isa}.q1.k4.v4.n16.head"))
+    small = cpp.source(variant, problem).text.replace(f"SCRATCH_BYTES = {cpp.SCRATCH_BYTES}", "SCRATCH_BYTES = 4096")
+    unpacked = cpp.load(cpp.build_text(small, "small-head", variant), variant, problem)
+    packed = kernel_of(str(variant), problem)
+    for heads in (1, 2, 7):
+        x = reference.random_inputs(problem.reshaped(heads=heads, kv_heads=heads), torch.Generator().manual_seed(1))
+        assert torch.equal(unpacked(*x.tensors), packed(*x.tensors))
 
 
 @pytest.mark.parametrize("degree", sorted(exp2.COEFFICIENTS))

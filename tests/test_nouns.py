@@ -6,13 +6,15 @@ import random
 from itertools import islice
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elsa_tune import backends, space, workload
+from elsa_tune import backends, dispatch, reference, space, workload
 from elsa_tune.backends import cpp, cuda, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
+from elsa_tune.order import ORDERS
 from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
 from elsa_tune.render import undeclared
 from elsa_tune.space import Space
@@ -135,7 +137,9 @@ def test_nearest_variants_come_first() -> None:
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
         ("cpp.blelloch.avx512.l16.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
         ("cpp.hybrid.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
-        ("cpp.blelloch.avx512.l16.q6.k4.v4.n288.w8", "fp32.d256@b1.h8.q99.k99", "stack_is_bounded"),
+        ("cpp.blelloch.avx512.l16.q4.k6.v6.n96.s4.head", "fp32.d64@b1.h8.q99.k99", "packed_heads_are_read_again"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q64.k99", "packed_heads_are_read_again"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q99.k99999", "packed_heads_fit"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.e4", "fp32.d64@b1.h8.q99.k99", "exp_is_exact"),
     ],
 )
@@ -193,3 +197,35 @@ def test_bad_workload(content: str, tmp_path: object) -> None:
 def test_missing_workload() -> None:
     with pytest.raises(BadWorkload, match="default"):
         workload.load("no-such-workload", host_cpu())
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        ("fp32.d64@b8.h12.q512.k512.bshd", "fp32.d64@b8.h12.q512.k512.bshd"),
+        ("fp32.d64@b8.h12.q512.k512.bhsd-bhsd-bhsd", "fp32.d64@b8.h12.q512.k512"),
+        ("fp32.d64@b8.h12.q512.k512.bshd-bhsd-bhsd.graph", "fp32.d64@b8.h12.q512.k512.bshd-bhsd-bhsd.graph"),
+        ("fp32.d64@b8.h12.q1.k512.bshd-cache-cache", "fp32.d64@b8.h12.q1.k512.cache"),  # one row has no order
+        ("fp32.d64@b8.h1.q512.k512.bshd", "fp32.d64@b8.h1.q512.k512"),  # nor has one head
+    ],
+)
+def test_memory_orders_are_spelled_in_the_plainest_way(given: str, spelled: str) -> None:
+    problem = Problem.parse(given)
+    assert str(problem) == spelled and Problem.parse(spelled) == problem
+
+
+@pytest.mark.parametrize("order", ["bshd-bshd", "sbhd"])
+def test_an_unknown_memory_order_is_refused(order: str) -> None:
+    with pytest.raises(BadProblem, match="order"):
+        Problem(head_dim=64, heads=2, q_len=8, kv_len=8, order=order)
+
+
+@pytest.mark.parametrize("orders", [*ORDERS, "bshd-bhsd-bhsd", "bshd-cache-cache", "bhsd-bhsd-fused"])
+@pytest.mark.parametrize("shape", ["b2.h4.q9.k9", "b1.h4.kv2.q9.k9", "b3.h6.kv1.q5.k8", "b1.h4.q1.k9", "b2.h1.q7.k7"])
+def test_a_memory_order_is_recognised_as_it_is_made(orders: str, shape: str) -> None:
+    """Tensors arranged in an order hold the same values, and pose the problem that spells the order."""
+    problem = Problem.parse(f"fp32.d8@{shape}.{orders}")
+    plain = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    made = plain.ordered(problem.orders)
+    assert all(torch.equal(a, b) for a, b in zip(made.tensors, plain.tensors, strict=True))
+    assert dispatch.problem_of(*made.tensors, is_causal=False, enable_gqa=True) == problem

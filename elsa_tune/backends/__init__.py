@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -42,8 +42,8 @@ class Call(Protocol):
 class Kernel(Call, Protocol):
     """A built variant: computes one family for any shape."""
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
-        """A call for exactly these shapes, with everything that can be computed beforehand done."""
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """A call for tensors of exactly these shapes and strides, with everything that can be computed beforehand done."""
 
 
 class Gradients(Protocol):

@@ -27,7 +27,6 @@ from elsa_tune.variant import Variant
 
 TEMPLATE = "cpp/attention.cpp.j2"
 LIBRARY = "kernel.so"
-STACK_BYTES = 1 << 20
 SCRATCH_BYTES = 64 << 20
 SPILL_SHARE = 0.1
 
@@ -49,7 +48,15 @@ ISAS = {
     "neon": Isa(4, 32, ()),
     "portable": Isa(4, 16, ()),
 }
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fvisibility=hidden",
+)
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
 
@@ -111,13 +118,23 @@ def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None
     return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
 
 
-def stack_is_bounded(
-    lanes: int, chunk: int, query_vectors: int, block_n: int, workers: int, problem: Problem
+def packed_heads_are_read_again(
+    lanes: int, chunk: int, query_vectors: int, splits: int, packing: str, problem: Problem
 ) -> str | None:
-    head_steps, value_steps = problem.head_dim // chunk, problem.value_dim // chunk
-    tile_bytes = 4 * lanes * query_vectors * (head_steps + block_n + workers * (value_steps + 2))
-    size = tile_bytes + 4 * block_n * problem.head_dim
-    return f"a tile takes {size >> 10} KiB of stack, more than {STACK_BYTES >> 10}" if size > STACK_BYTES else None
+    if packing != "head":
+        return None
+    if splits > 1:
+        return "splits of a head are taken by several threads, each of which would pack its own"
+    rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
+    return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
+
+
+def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Device) -> str | None:
+    leaves = math.ceil(problem.kv_len / block_n)
+    size = 4 * device.cores * leaves * block_n * (problem.head_dim + problem.value_dim)
+    if packing == "head" and size > SCRATCH_BYTES:
+        return f"a head for each thread takes {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}"
+    return None
 
 
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
@@ -138,7 +155,8 @@ laws = (
     leaf_holds_key_tiles,
     value_tile_fits,
     scan_has_states,
-    stack_is_bounded,
+    packed_heads_are_read_again,
+    packed_heads_fit,
     exp_is_exact,
 )
 generated = True
@@ -295,16 +313,27 @@ class CppKernel:
         lse: Tensor | None = None,
     ) -> Tensor:
         check_dims(self._problem, query, key, value)
-        return self.bind(query.shape, value.shape)(query, key, value, scale, out, lse)
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            query, key, value = map(rows_contiguous, (query, key, value))
+        return self.bind(query, key, value)(query, key, value, scale, out, lse)
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
-        """A call for exactly these shapes. What a memory layout decides is computed when the layout changes."""
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """A call for exactly these shapes and strides. What the scale and torch's threads decide is computed when they change."""
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            return self  # rows are copied at every call
         function, threads, pool, empty_like = self._function, torch.get_num_threads, Pool, torch.empty_like
-        head_dim, value_dim, launch = self._problem.head_dim, self._problem.value_dim, openmp()[1]
-        default_scale = 1 / math.sqrt(head_dim)
-        batch, heads, q_len, _ = query_shape
-        _, kv_heads, kv_len, _ = value_shape
+        value_dim, launch = self._problem.value_dim, openmp()[1]
+        default_scale, alike = 1 / math.sqrt(self._problem.head_dim), value_dim == self._problem.head_dim
+        batch, heads, q_len, _ = query.shape
+        _, kv_heads, kv_len, _ = value.shape
+        strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
+
+        def packed(out: Sequence[int], scale: float | None) -> bytes:
+            return _LAYOUT(
+                batch, heads, kv_heads, q_len, kv_len, *strides, *out,
+                default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
+            )  # fmt: skip
 
         def call(
             query: Tensor,
@@ -315,28 +344,21 @@ class CppKernel:
             lse: Tensor | None = None,
         ) -> Tensor:
             nonlocal known
-            layout = (query.stride(), key.stride(), value.stride(), scale, threads(), pool.usable)
-            made = empty_like(query) if value_dim == head_dim and out is None else out
-            decided = known
-            if layout != decided[0] or out is not None or made is None:
-                if made is None:
-                    made = new_output(query, value_dim)
-                q, k, v, o = query.stride(), key.stride(), value.stride(), made.stride()
-                if not q[3] == k[3] == v[3] == 1:
-                    q_rows, k_rows, v_rows = map(rows_contiguous, (query, key, value))
-                    return call(q_rows, k_rows, v_rows, scale, out, lse)
-                packed = _LAYOUT(
-                    batch, heads, kv_heads, q_len, kv_len, *q[:3], *k[:3], *v[:3], *o[:3],
-                    default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
-                )  # fmt: skip
-                decided = (layout, packed)
-                if out is None and value_dim == head_dim:
-                    known = decided
+            if out is None:  # always laid out alike
+                out, settings = (
+                    empty_like(query) if alike else new_output(query, value_dim),
+                    (scale, threads(), pool.usable),
+                )
+                decided = known
+                if settings != decided[0]:
+                    decided = known = (settings, packed(out.stride()[:3], scale))
+                layout = decided[1]
+            else:
+                layout = packed(out.stride()[:3], scale)
             sums = lse.data_ptr() if lse is not None else 0
-            pointers = _POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), made.data_ptr(), sums)
-            if function(pointers + decided[1]):
+            if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")
-            return made
+            return out
 
         return call
 

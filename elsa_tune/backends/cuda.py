@@ -169,7 +169,7 @@ class CudaKernel:
         self._runtime.run(self._launches(query, key, value, scale, out, lse))
         return out
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The kernel itself: it remembers what it computed for shapes and strides."""
         return self
 

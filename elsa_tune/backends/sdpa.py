@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ class SdpaKernel:
                 query, key, value, is_causal=self._is_causal, scale=scale, enable_gqa=grouped
             )
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
         return self
 
@@ -150,7 +150,7 @@ class FlexKernel:
         lse.copy_(sums)
         return made
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
         return self
 

@@ -260,7 +260,7 @@ class TritonKernel:
             made: Tensor = self._launch(query, key, value, scale, out, lse)
         return made
 
-    def bind(self, query_shape: Sequence[int], value_shape: Sequence[int]) -> Call:
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
         return self
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from elsa_tune import check, reference
 from elsa_tune.backends import Kernel
+from elsa_tune.order import ORDERS
 from elsa_tune.problem import Problem
 
 
@@ -40,6 +41,9 @@ def strides(kernel: Kernel, problem: Problem) -> None:
 
     for layout in (padded, last_stride_two, lambda t: t.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)):
         assert torch.equal(kernel(*map(layout, (x.query, x.key, x.value))), expected)
+    for order in ORDERS:
+        y = x.ordered([order] * 3)
+        assert torch.equal(kernel(y.query, y.key, y.value), expected), order
     one = kernel(x.query[:1], x.key[:1], x.value[:1])
     again = kernel(
         x.query[:1].expand(3, -1, -1, -1), x.key[:1].expand(3, -1, -1, -1), x.value[:1].expand(3, -1, -1, -1)

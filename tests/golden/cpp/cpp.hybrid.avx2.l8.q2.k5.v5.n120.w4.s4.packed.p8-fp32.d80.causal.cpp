@@ -314,6 +314,56 @@ struct Rows {
     }
   }
 };
+// Where a thread reads the keys and values of a leaf.
+struct Leaf {
+  const float* key;
+  const float* value;
+  int64_t key_row, value_row;  // floats from one key to the next
+};
+
+struct Keys {
+  const Call& c;
+  float* const packed;  // this thread's copies; null: leaves are read where the caller has them
+  const float* key = nullptr;
+  const float* value = nullptr;
+
+  Keys(const Call& call, float* memory) : c(call), packed(memory) {}
+
+  // The head that is read from now on.
+  void head(const float* k, const float* v) {
+    key = k, value = v;
+  }
+
+  INLINE Leaf leaf(int64_t index) {
+    const Leaf there{key + index * BLOCK_N * c.k.row, value + index * BLOCK_N * c.v.row, c.k.row, c.v.row};
+    if (!packed) return there;
+    float* const here = packed;
+    pack(here, there, index);
+    return {here, here + BLOCK_N * HEAD_DIM, HEAD_DIM, VALUE_DIM};
+  }
+
+  static constexpr int64_t LEAF_FLOATS = BLOCK_N * (HEAD_DIM + VALUE_DIM);
+
+  // What a thread's copies take.
+  static int64_t bytes([[maybe_unused]] int64_t kv_len) {
+    return LEAF_FLOATS * sizeof(float);
+  }
+
+  INLINE void pack(float* to, const Leaf& from, int64_t index) const {
+    const int64_t left = c.kv_len - index * BLOCK_N;
+    const int n = static_cast<int>(left < BLOCK_N ? left : BLOCK_N);
+    copy(to, from.key, from.key_row, n, HEAD_DIM);
+    copy(to + BLOCK_N * HEAD_DIM, from.value, from.value_row, n, VALUE_DIM);
+  }
+
+  INLINE static void copy(float* to, const float* from, int64_t row, int n, int size) {
+    for (int j = 0; j < n; ++j, to += size, from += row) {
+      const uintptr_t ahead = reinterpret_cast<uintptr_t>(from) + sizeof(float) * PREFETCH * row;
+      for (int d = 0; d < size; d += 16) __builtin_prefetch(reinterpret_cast<const void*>(ahead + sizeof(float) * d));
+      std::memcpy(to, from, size * sizeof(float));
+    }
+  }
+};
 // One tile of QV vectors of query rows against a range of leaves.
 template <int QV>
 struct Tile {
@@ -323,20 +373,19 @@ struct Tile {
   vec query[HEAD_STEPS][QV];
   vec score[PADDED_N][QV];
   State<QV> worker[WORKERS];
-  alignas(64) float packed[PADDED_N * HEAD_DIM];
+  alignas(64) float rest[KT * HEAD_DIM];  // the last keys of a leaf, where they do not fill a tile
 
   // Fold one leaf, keys [first, first + n), into a state.
-  INLINE void fold(const Call& c, [[maybe_unused]] const Rows<QV>& rows, const float* key, const float* value,
-                   [[maybe_unused]] int64_t first, int n, [[maybe_unused]] bool masked, State<QV>& x) {
+  INLINE void fold([[maybe_unused]] const Rows<QV>& rows, const Leaf& leaf, [[maybe_unused]] int64_t first, int n,
+                   [[maybe_unused]] bool masked, State<QV>& x) {
     vec top[QV], keep[QV];
     for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
 
     // Scores.
     int j = 0;
-    for (; j < n; ++j) std::memcpy(packed + j * HEAD_DIM, key + j * c.k.row, HEAD_DIM * sizeof(float));
-    for (j = 0; j + KT <= n; j += KT) dot_keys<QV, KT>(query, packed + j * HEAD_DIM, HEAD_DIM, score + j, top);
-    float* const rest = packed + j * HEAD_DIM;
+    for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, leaf.key + j * leaf.key_row, leaf.key_row, score + j, top);
     if (j < n) {  // fewer than KT keys remain: zeros fill the tile. Stale bits may be denormal: slow.
+      for (int r = j; r < n; ++r) std::memcpy(rest + (r - j) * HEAD_DIM, leaf.key + r * leaf.key_row, HEAD_DIM * sizeof(float));
       std::memset(rest + (n - j) * HEAD_DIM, 0, (KT - (n - j)) * HEAD_DIM * sizeof(float));
       vec unused[QV];
       for (int i = 0; i < QV; ++i) unused[i] = vec{};
@@ -367,42 +416,54 @@ struct Tile {
 
     // Weighted values.
     int t = 0;
-    for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
     constexpr int REST = VALUE_STEPS % VT;
-    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
   }
 
   // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
-  INLINE void total(const Call& c, const Rows<QV>& rows, const float* key, const float* value, int64_t begin, int64_t end,
-                    int64_t limit, int64_t unmasked) {
+  INLINE void total(const Rows<QV>& rows, Keys& keys, int64_t begin, int64_t end, int64_t limit, int64_t unmasked) {
     for (int w = 0; w < WORKERS; ++w) {
       worker[w].identity();
       const int64_t from = begin + (end - begin) * w / WORKERS, to = begin + (end - begin) * (w + 1) / WORKERS;
       for (int64_t leaf = from; leaf < to; ++leaf) {
         const int64_t first = leaf * BLOCK_N, n = limit - first < BLOCK_N ? limit - first : BLOCK_N;
-        fold(c, rows, key + first * c.k.row, value + first * c.v.row, first, static_cast<int>(n), first + n > unmasked, worker[w]);
+        fold(rows, keys.leaf(leaf), first, static_cast<int>(n), first + n > unmasked, worker[w]);
       }
     }
     merge_workers(worker, WORKERS);
   }
 };
+// Scratch of one call; none is asked for where size is 0.
+struct Memory {
+  char* const bytes;
+  const bool ok;
+
+  explicit Memory(int64_t size)
+      : bytes(size ? static_cast<char*>(aligned_alloc(64, (size + 63) / 64 * 64)) : nullptr), ok(bytes || !size) {}
+  Memory(const Memory&) = delete;
+  ~Memory() { std::free(bytes); }
+};
+
 // The whole problem: tasks are (batch, KV head, tile of query rows, split of the key axis),
 // taken in turn by the threads.
 struct Grid {
   const Call& c;
   int64_t rows, tiles, groups;  // query rows and tiles of a KV head; (batch, KV head) pairs
-  int splits;
-  State<QUERY_VECTORS>* states;  // [groups * tiles][splits]
-  std::atomic<int32_t>* unfinished;  // [groups * tiles]: splits that are still at work
+  int splits = 1;
+  State<QUERY_VECTORS>* states = nullptr;  // [groups * tiles][splits]
+  std::atomic<int32_t>* unfinished = nullptr;  // [groups * tiles]: splits that are still at work
+  char* packed = nullptr;  // the threads' copies of keys; null where they are too large
+  int64_t packed_bytes = 0;  // of one thread
+  std::atomic<int64_t> workers{0};
   std::atomic<int64_t> next{0};
 
   template <int QV>
-  void task(int64_t group, int64_t tile, int split) {
+  void task(Keys& keys, int64_t group, int64_t tile, int split) {
     const int64_t b = group / c.kv_heads, head = group % c.kv_heads, first = tile * QUERY_VECTORS * ROWS;
     alignas(64) float sink[VALUE_DIM];
     const Rows<QV> query_rows(c, b, head, first, sink);
-    const float* const key = c.key + b * c.k.batch + head * c.k.head;
-    const float* const value = c.value + b * c.v.batch + head * c.v.head;
+    keys.head(c.key + b * c.k.batch + head * c.k.head, c.value + b * c.v.batch + head * c.v.head);
     const int64_t per_position = c.heads / c.kv_heads;
     const int64_t last = first + QV * ROWS < rows ? first + QV * ROWS : rows;
     const int64_t seen = (last - 1) / per_position + 1, unmasked = first / per_position + 1;
@@ -410,7 +471,7 @@ struct Grid {
     const int64_t leaves = (limit + BLOCK_N - 1) / BLOCK_N;
     Tile<QV> work;
     query_rows.load_query(work.query, static_cast<float>(c.scale));
-    work.total(c, query_rows, key, value, leaves * split / splits, leaves * (split + 1) / splits, limit, unmasked);
+    work.total(query_rows, keys, leaves * split / splits, leaves * (split + 1) / splits, limit, unmasked);
     if (splits > 1) {
       State<QUERY_VECTORS>* const slots = states + (group * tiles + tile) * splits;
       State<QV>* const mine = reinterpret_cast<State<QV>*>(slots);  // QV <= QUERY_VECTORS: they fit
@@ -423,42 +484,43 @@ struct Grid {
     query_rows.store_output(work.worker[WORKERS - 1]);
   }
 
-  void work() {
-    const int64_t tasks = groups * tiles * splits;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const int split = static_cast<int>(i % splits);
-      const int64_t group = i / splits / tiles, tile = tiles - 1 - i / splits % tiles;
-      const int64_t vectors = (rows - tile * QUERY_VECTORS * ROWS + ROWS - 1) / ROWS;
-      switch (vectors) {
-        case 1: task<1>(group, tile, split); break;
-        default: task<QUERY_VECTORS>(group, tile, split);
-      }
+  void tile_task(Keys& keys, int64_t group, int64_t tile, int split) {
+    const int64_t vectors = (rows - tile * QUERY_VECTORS * ROWS + ROWS - 1) / ROWS;
+    switch (vectors) {
+      case 1: task<1>(keys, group, tile, split); break;
+      default: task<QUERY_VECTORS>(keys, group, tile, split);
     }
+  }
+
+  void work() {
+    Keys keys(c, packed ? reinterpret_cast<float*>(packed + packed_bytes * workers.fetch_add(1)) : nullptr);
+    const int64_t tasks = groups * tiles * splits;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      tile_task(keys, i / splits / tiles, tiles - 1 - i / splits % tiles, static_cast<int>(i % splits));
   }
 };
 
 int run(const Call& c) {
   const int64_t rows = c.q_len * (c.heads / c.kv_heads), tile_rows = QUERY_VECTORS * ROWS;
-  Grid grid{c, rows, (rows + tile_rows - 1) / tile_rows, c.batch * c.kv_heads, 1, nullptr, nullptr};
+  Grid grid{c, rows, (rows + tile_rows - 1) / tile_rows, c.batch * c.kv_heads};
   const int64_t cells = grid.groups * grid.tiles, leaves = (c.kv_len + BLOCK_N - 1) / BLOCK_N;
   const int64_t cell_bytes = sizeof(State<QUERY_VECTORS>);
   grid.splits = SPLITS;
   while (grid.splits > 1 && (grid.splits > leaves || grid.splits * cells * cell_bytes > SCRATCH_BYTES)) grid.splits /= 2;
-  if (grid.splits > 1) {
-    const int64_t bytes = grid.splits * cells * cell_bytes;
-    char* const memory = static_cast<char*>(aligned_alloc(64, (bytes + cells * sizeof(std::atomic<int32_t>) + 63) / 64 * 64));
-    if (!memory) return 1;
-    grid.states = reinterpret_cast<State<QUERY_VECTORS>*>(memory);
-    grid.unfinished = reinterpret_cast<std::atomic<int32_t>*>(memory + bytes);
-    for (int64_t i = 0; i < cells; ++i) new (grid.unfinished + i) std::atomic<int32_t>(grid.splits);
-  }
+  Memory states(grid.splits > 1 ? grid.splits * cells * cell_bytes : 0), unfinished(cells * sizeof(std::atomic<int32_t>));
+  if (!states.ok || !unfinished.ok) return 1;
+  grid.states = reinterpret_cast<State<QUERY_VECTORS>*>(states.bytes);
+  grid.unfinished = reinterpret_cast<std::atomic<int32_t>*>(unfinished.bytes);
+  for (int64_t i = 0; i < cells; ++i) new (grid.unfinished + i) std::atomic<int32_t>(grid.splits);
+  const int64_t tasks = grid.groups * grid.tiles * grid.splits, threads = c.launch && c.threads < tasks ? c.threads : c.launch ? tasks : 1;
+  grid.packed_bytes = Keys::bytes(c.kv_len);
+  Memory packed(threads * grid.packed_bytes <= SCRATCH_BYTES ? threads * grid.packed_bytes : 0);
+  grid.packed = packed.bytes;
   const auto body = [](void* data) { static_cast<Grid*>(data)->work(); };
-  const int64_t tasks = grid.groups * grid.tiles * grid.splits, threads = c.threads < tasks ? c.threads : tasks;
-  if (c.launch && threads > 1)
+  if (threads > 1)
     c.launch(body, &grid, static_cast<unsigned>(threads), 0);
   else
     body(&grid);
-  std::free(grid.states);
   return 0;
 }
 

@@ -260,6 +260,31 @@ struct Rows {
     }
   }
 };
+// Where a thread reads the keys and values of a leaf.
+struct Leaf {
+  const float* key;
+  const float* value;
+  int64_t key_row, value_row;  // floats from one key to the next
+};
+
+struct Keys {
+  const Call& c;
+  float* const packed;  // this thread's copies; null: leaves are read where the caller has them
+  const float* key = nullptr;
+  const float* value = nullptr;
+
+  Keys(const Call& call, float* memory) : c(call), packed(memory) {}
+
+  // The head that is read from now on.
+  void head(const float* k, const float* v) {
+    key = k, value = v;
+  }
+
+  INLINE Leaf leaf(int64_t index) {
+    const Leaf there{key + index * BLOCK_N * c.k.row, value + index * BLOCK_N * c.v.row, c.k.row, c.v.row};
+    return there;
+  }
+};
 // One tile of QV vectors of query rows against a range of leaves.
 template <int QV>
 struct Tile {
@@ -269,20 +294,19 @@ struct Tile {
   vec query[HEAD_STEPS][QV];
   vec score[PADDED_N][QV];
   State<QV> worker[WORKERS];
-  alignas(64) float packed[KT * HEAD_DIM];
+  alignas(64) float rest[KT * HEAD_DIM];  // the last keys of a leaf, where they do not fill a tile
 
   // Fold one leaf, keys [first, first + n), into a state.
-  INLINE void fold(const Call& c, [[maybe_unused]] const Rows<QV>& rows, const float* key, const float* value,
-                   [[maybe_unused]] int64_t first, int n, [[maybe_unused]] bool masked, State<QV>& x) {
+  INLINE void fold([[maybe_unused]] const Rows<QV>& rows, const Leaf& leaf, [[maybe_unused]] int64_t first, int n,
+                   [[maybe_unused]] bool masked, State<QV>& x) {
     vec top[QV], keep[QV];
     for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
 
     // Scores.
     int j = 0;
-    for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, key + j * c.k.row, c.k.row, score + j, top);
-    float* const rest = packed;
-    for (int r = j; r < n; ++r) std::memcpy(packed + (r - j) * HEAD_DIM, key + r * c.k.row, HEAD_DIM * sizeof(float));
+    for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, leaf.key + j * leaf.key_row, leaf.key_row, score + j, top);
     if (j < n) {  // fewer than KT keys remain: zeros fill the tile. Stale bits may be denormal: slow.
+      for (int r = j; r < n; ++r) std::memcpy(rest + (r - j) * HEAD_DIM, leaf.key + r * leaf.key_row, HEAD_DIM * sizeof(float));
       std::memset(rest + (n - j) * HEAD_DIM, 0, (KT - (n - j)) * HEAD_DIM * sizeof(float));
       vec unused[QV];
       for (int i = 0; i < QV; ++i) unused[i] = vec{};
@@ -312,20 +336,19 @@ struct Tile {
 
     // Weighted values.
     int t = 0;
-    for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
     constexpr int REST = VALUE_STEPS % VT;
-    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, value + t * CHUNK, c.v.row, n, keep, x.w + t);
+    if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
   }
 
   // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
-  INLINE void total(const Call& c, const Rows<QV>& rows, const float* key, const float* value, int64_t begin, int64_t end,
-                    int64_t limit, int64_t unmasked) {
+  INLINE void total(const Rows<QV>& rows, Keys& keys, int64_t begin, int64_t end, int64_t limit, int64_t unmasked) {
     for (int w = 0; w < WORKERS; ++w) {
       worker[w].identity();
       const int64_t from = begin + (end - begin) * w / WORKERS, to = begin + (end - begin) * (w + 1) / WORKERS;
       for (int64_t leaf = from; leaf < to; ++leaf) {
         const int64_t first = leaf * BLOCK_N, n = limit - first < BLOCK_N ? limit - first : BLOCK_N;
-        fold(c, rows, key + first * c.k.row, value + first * c.v.row, first, static_cast<int>(n), first + n > unmasked, worker[w]);
+        fold(rows, keys.leaf(leaf), first, static_cast<int>(n), first + n > unmasked, worker[w]);
       }
     }
   }
@@ -335,47 +358,46 @@ struct Tile {
 struct Grid {
   const Call& c;
   int64_t rows, tiles, groups;  // query rows and tiles of a KV head; (batch, KV head) pairs
-  int splits;
-  State<QUERY_VECTORS>* states;  // [groups * tiles][splits]
-  std::atomic<int32_t>* unfinished;  // [groups * tiles]: splits that are still at work
+  int splits = 1;
   std::atomic<int64_t> next{0};
 
   template <int QV>
-  void task(int64_t group, int64_t tile, int split) {
+  void task(Keys& keys, int64_t group, int64_t tile, int split) {
     const int64_t b = group / c.kv_heads, head = group % c.kv_heads, first = tile * QUERY_VECTORS * ROWS;
     alignas(64) float sink[VALUE_DIM];
     const Rows<QV> query_rows(c, b, head, first, sink);
-    const float* const key = c.key + b * c.k.batch + head * c.k.head;
-    const float* const value = c.value + b * c.v.batch + head * c.v.head;
+    keys.head(c.key + b * c.k.batch + head * c.k.head, c.value + b * c.v.batch + head * c.v.head);
     const int64_t limit = c.kv_len, unmasked = limit;
     const int64_t leaves = (limit + BLOCK_N - 1) / BLOCK_N;
     Tile<QV> work;
     query_rows.load_query(work.query, static_cast<float>(c.scale));
-    work.total(c, query_rows, key, value, leaves * split / splits, leaves * (split + 1) / splits, limit, unmasked);
+    work.total(query_rows, keys, leaves * split / splits, leaves * (split + 1) / splits, limit, unmasked);
     query_rows.store_output(work.worker[WORKERS - 1]);
   }
 
-  void work() {
-    const int64_t tasks = groups * tiles * splits;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const int split = static_cast<int>(i % splits);
-      const int64_t group = i / splits / tiles, tile = i / splits % tiles;
-      const int64_t vectors = (rows - tile * QUERY_VECTORS * ROWS + ROWS - 1) / ROWS;
-      switch (vectors) {
-        case 1: task<1>(group, tile, split); break;
-        case 2: task<2>(group, tile, split); break;
-        default: task<QUERY_VECTORS>(group, tile, split);
-      }
+  void tile_task(Keys& keys, int64_t group, int64_t tile, int split) {
+    const int64_t vectors = (rows - tile * QUERY_VECTORS * ROWS + ROWS - 1) / ROWS;
+    switch (vectors) {
+      case 1: task<1>(keys, group, tile, split); break;
+      case 2: task<2>(keys, group, tile, split); break;
+      default: task<QUERY_VECTORS>(keys, group, tile, split);
     }
+  }
+
+  void work() {
+    Keys keys(c, nullptr);
+    const int64_t tasks = groups * tiles * splits;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      tile_task(keys, i / splits / tiles, i / splits % tiles, static_cast<int>(i % splits));
   }
 };
 
 int run(const Call& c) {
   const int64_t rows = c.q_len * (c.heads / c.kv_heads), tile_rows = QUERY_VECTORS * ROWS;
-  Grid grid{c, rows, (rows + tile_rows - 1) / tile_rows, c.batch * c.kv_heads, 1, nullptr, nullptr};
+  Grid grid{c, rows, (rows + tile_rows - 1) / tile_rows, c.batch * c.kv_heads};
+  const int64_t tasks = grid.groups * grid.tiles * grid.splits, threads = c.launch && c.threads < tasks ? c.threads : c.launch ? tasks : 1;
   const auto body = [](void* data) { static_cast<Grid*>(data)->work(); };
-  const int64_t tasks = grid.groups * grid.tiles * grid.splits, threads = c.threads < tasks ? c.threads : tasks;
-  if (c.launch && threads > 1)
+  if (threads > 1)
     c.launch(body, &grid, static_cast<unsigned>(threads), 0);
   else
     body(&grid);
