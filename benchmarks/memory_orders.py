@@ -31,7 +31,7 @@ def memory_order(x: Tensor) -> str:
 
     A dimension of one element has no say: one query of a transposed view is contiguous too.
     """
-    batch, heads, length, dim = x.shape
+    heads, length, dim = x.shape[1:]
     rows, head_rows = x.stride(2) if length > 1 else x.stride(0), x.stride(1)
 
     def lies(*strides: int) -> bool:
@@ -133,16 +133,18 @@ def _tokens(length: int = LENGTH, batch: int = 2) -> Tensor:
     return torch.arange(batch * length).reshape(batch, length) % 50
 
 
-def _decoding(model: Any, static: bool = False) -> Run:
-    """A prompt and then two tokens, one at a time."""
+def _decoding(model: Any, static: bool = False, seen: Tensor | None = None) -> Run:
+    """A prompt and then two tokens, one at a time; ``seen`` [batch, LENGTH] is 0 where the prompt is padding."""
 
     def run() -> None:
         import transformers
 
         made = partial(transformers.StaticCache, max_cache_len=CAPACITY) if static else transformers.DynamicCache
         cache = made(config=model.config)
+        known = seen
         for length in (LENGTH, 1, 1):
-            model(input_ids=_tokens(length), past_key_values=cache, use_cache=True)
+            model(input_ids=_tokens(length), past_key_values=cache, use_cache=True, attention_mask=known)
+            known = None if known is None else torch.cat([known, known.new_ones(2, 1)], 1)
 
     return run
 
@@ -160,14 +162,14 @@ def transformers_models() -> Iterator[tuple[str, Run]]:
         config = getattr(t, f"{name}Config")(**options)
         return getattr(t, f"{name}Model")._from_config(config, attn_implementation="sdpa").eval()
 
+    everything = torch.ones(2, LENGTH, dtype=torch.long)
+    padded = everything.clone()
+    padded[1, :3] = 0
     for name in ("Bert", "Roberta", "ModernBert"):
         more = dict(cls_token_id=1, sep_token_id=2, eos_token_id=2, bos_token_id=1) if name == "ModernBert" else {}
         encoder = build(name, **sizes, **text, **more)
         yield f"{name}, no mask given", partial(encoder, input_ids=_tokens())
-        everything = torch.ones(2, LENGTH, dtype=torch.long)
         yield f"{name}, mask of ones", partial(encoder, input_ids=_tokens(), attention_mask=everything)
-        padded = everything.clone()
-        padded[1, -3:] = 0
         yield f"{name}, padded", partial(encoder, input_ids=_tokens(), attention_mask=padded)
     for name in ("ViT", "Dinov2"):
         yield name, partial(build(name, **sizes, **image), pixel_values=pixels)
@@ -185,6 +187,11 @@ def transformers_models() -> Iterator[tuple[str, Run]]:
         yield f"{name}, prefill without a cache", partial(decoder, input_ids=_tokens(), use_cache=False)
         yield f"{name}, prefill and decoding, DynamicCache", _decoding(decoder)
         yield f"{name}, prefill and decoding, StaticCache", _decoding(decoder, static=True)
+        if name == "Llama":
+            yield f"{name}, the same, DynamicCache, mask of ones", _decoding(decoder, seen=everything)
+            yield f"{name}, the same, DynamicCache, padded", _decoding(decoder, seen=padded)
+    windowed = build("Mistral", **sizes, **text, **grouped, sliding_window=4)
+    yield "Mistral past its window of 4, DynamicCache", _decoding(windowed)
     gpt2 = build("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=32, vocab_size=50)
     yield "GPT2, prefill without a cache", partial(gpt2, input_ids=_tokens(), use_cache=False)
     yield "GPT2, prefill and decoding, DynamicCache", _decoding(gpt2)
@@ -218,6 +225,16 @@ def timm_models() -> Iterator[tuple[str, Run]]:
         model = timm.create_model(name, **options).eval()
         size = int(options["img_size"])  # type: ignore[call-overload]
         yield f"timm {name}", partial(model, torch.randn(2, 3, size, size))
+    timm.layers.set_fused_attn(True, experimental=True)
+    try:
+        size = int(swin["img_size"])  # type: ignore[call-overload]
+        model = timm.create_model("swin_tiny_patch4_window7_224", **swin).eval()
+        yield (
+            "timm swin_tiny_patch4_window7_224, set_fused_attn(experimental=True)",
+            partial(model, torch.randn(2, 3, size, size)),
+        )
+    finally:
+        timm.layers.set_fused_attn(True)
 
 
 def without_torchvision() -> mock._patch_dict:
