@@ -19,6 +19,7 @@ types: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/models.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

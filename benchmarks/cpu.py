@@ -8,7 +8,6 @@ benchmarks/results/<device>.json and prints losses like wins.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import dispatch, layers, measure, reference, tuning
+from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune import dispatch, measure, reference
 from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.problem import Problem
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 15
 SECONDS_A_PROBLEM = 12.0
 PAUSE = 0.003
@@ -324,20 +322,6 @@ def tuning_seconds() -> dict[str, float]:
     return found
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def was_tuned(problem: str) -> bool:
-    """Whether a generated variant was in a final for the problem on this device."""
-    found = next((layer.database for layer in layers.layers() if layer.name == "own"), None)
-    rows = found.measurements(device=str(host_cpu()), problem=problem, stage="final") if found else []
-    return any(not m.variant.startswith("sdpa.") for m in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", action="append", help="only these problems; repeatable; nothing is written")
@@ -345,10 +329,7 @@ def main() -> None:
     options = parser.parse_args()
     every = list(dict.fromkeys(p for goal in GOALS for p in goal.problems))
     chosen = list(options.problem or every)
-    untuned = [p for p in chosen if not was_tuned(p)]
-    if untuned:
-        print(f"tuning {len(untuned)} problems first", flush=True)
-        tuning.tune(untuned, budget=options.tune_seconds * len(untuned))
+    tune_first(chosen, options.tune_seconds)
     results = {}
     for name in chosen:
         problem = Problem.parse(name)
@@ -385,9 +366,9 @@ def main() -> None:
         "versions": {p: version(p) for p in ("elsa-tune", "torch", "onnxruntime", "openvino", "numpy")},
         "toolchain": cpp.toolchain(), "date": time.strftime("%Y-%m-%d"), "goals": verdicts, **small, "results": results,
     }  # fmt: skip
-    path = RESULTS / f"{str(host_cpu()).replace(':', '-')}.json"
+    path = results_file()
     path.write_text(json.dumps(content, indent=1))
-    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    print(f"written to {shown(path)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What the benchmarks share: tuning what is not tuned yet, versions, and where results go."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+
+from elsa_tune import layers, tuning
+from elsa_tune.device import host_cpu
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def version(package: str) -> str:
+    """The installed version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def was_tuned(problem: str) -> bool:
+    """Whether a generated variant was in a final for the problem on this device."""
+    found = next((layer.database for layer in layers.layers() if layer.name == "own"), None)
+    rows = found.measurements(device=str(host_cpu()), problem=problem, stage="final") if found else []
+    return any(not m.variant.startswith("sdpa.") for m in rows)
+
+
+def tune_first(problems: Iterable[str], seconds: float) -> None:
+    """Tune those that are not tuned yet on this CPU, ``seconds`` for each."""
+    untuned = [p for p in problems if not was_tuned(p)]
+    if untuned:
+        print(f"tuning {len(untuned)} problems first", flush=True)
+        tuning.tune(untuned, device="cpu", budget=seconds * len(untuned))
+
+
+def results_file(prefix: str = "") -> Path:
+    """Where this CPU's results go."""
+    return RESULTS / f"{prefix}{str(host_cpu()).replace(':', '-')}.json"
+
+
+def shown(path: Path) -> Path:
+    """A path as a reader in the current folder writes it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

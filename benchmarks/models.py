@@ -1,0 +1,309 @@
+"""Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what a user of transformers gains.
+
+`make bench` runs it last. The models are transformers' own code in float32 with random weights; only the function that
+transformers calls, torch.nn.functional.scaled_dot_product_attention, is replaced, in the same model object. The problems
+the models pose are recorded and tuned first. Writes benchmarks/results/models-<device>.json and prints losses like wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune import dispatch, measure
+from elsa_tune.device import host_cpu
+from elsa_tune.problem import Problem
+
+ROUNDS = 15
+SECONDS_A_MODEL = 60.0
+"""Half for whole models, half for the calls inside them; five rounds of each are taken however long they last."""
+
+TOKENS = 4
+"""Tokens that a round of decoding adds to the cache."""
+
+Attention = Callable[..., Tensor]
+Forward = Callable[[int], Tensor]
+"""Round -> the model's last hidden state. Rounds are called in order and may be repeated from 0."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its input; ``make`` builds it with random weights."""
+
+    name: str
+    about: str
+    make: Callable[[], Forward]
+
+
+def encoder(kind: str, inputs: dict[str, Tensor], **options: Any) -> Forward:
+    """A transformers encoder, one batch a round."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa").eval()
+    return lambda number: model(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+
+def bert(batch: int, length: int, **options: Any) -> Forward:
+    """BERT-base. The tokenizer's mask of ones is given: transformers looks at it and calls attention without a mask."""
+    inputs = {"input_ids": _tokens(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
+    return encoder("Bert", inputs, **options)
+
+
+def vit(batch: int, size: int, **options: Any) -> Forward:
+    """ViT-B/16."""
+    return encoder("ViT", {"pixel_values": torch.randn(batch, 3, size, size)}, image_size=size, **options)
+
+
+LLAMA_1B: dict[str, Any] = dict(
+    hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=16384,
+    vocab_size=1000, num_hidden_layers=2,
+)  # fmt: skip
+"""The widths of LLaMA 3.2 1B; two of its 16 equal layers, and neither its vocabulary nor the product with it."""
+
+
+def _llama(**options: Any) -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(**options)
+    return transformers.LlamaModel._from_config(config, attn_implementation="sdpa").eval()
+
+
+def prefill(length: int, **options: Any) -> Forward:
+    """A prompt that fills an empty cache, as `generate` begins."""
+    model, tokens = _llama(**options), _tokens(1, length)
+    return lambda number: model(input_ids=tokens, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+
+
+def decoding(length: int, **options: Any) -> Forward:
+    """TOKENS tokens a round, one at a time, upon a cache that grows from ``length`` as `generate`'s does."""
+    import transformers
+
+    model = _llama(**options)
+    cache = transformers.DynamicCache(config=model.config)
+    for layer in range(model.config.num_hidden_layers):
+        rows = 1, model.config.num_key_value_heads, length, model.config.head_dim
+        cache.update(torch.randn(rows), torch.randn(rows), layer)
+
+    def forward(number: int) -> Tensor:
+        surplus = cache.get_seq_length() - length - TOKENS * number
+        if surplus:
+            cache.crop(-surplus)
+        last = [model(input_ids=_tokens(1, 1), past_key_values=cache).last_hidden_state for _ in range(TOKENS)]
+        return torch.cat(last)
+
+    return forward
+
+
+def _tokens(batch: int, length: int) -> Tensor:
+    return torch.arange(batch * length).reshape(batch, length) % 997
+
+
+CASES = (
+    Case("bert-base-8x128", "BERT-base, 8 texts of 128 tokens", lambda: bert(8, 128)),
+    Case("bert-base-8x512", "BERT-base, 8 texts of 512 tokens", lambda: bert(8, 512)),
+    Case("vit-b16-224", "ViT-B/16, 8 images of 224 px", lambda: vit(8, 224)),
+    Case("vit-b16-768", "ViT-B/16, 1 image of 768 px", lambda: vit(1, 768)),
+    Case("llama-1b-prefill-2k", "LLaMA-1B, two layers, a prompt of 2048", lambda: prefill(2048, **LLAMA_1B)),
+    Case("llama-1b-decode-8k", "LLaMA-1B, two layers, a cache of 8192", lambda: decoding(8192, **LLAMA_1B)),
+)  # fmt: skip
+
+
+@contextmanager
+def attention_by(function: Attention) -> Iterator[None]:
+    """Everything that calls torch.nn.functional.scaled_dot_product_attention by that name gets ``function`` meanwhile."""
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", function):
+        yield
+
+
+@dataclass
+class Recorder:
+    """Serves by torch and counts the problems posed, and by reason the calls that pose none."""
+
+    problems: Counter[Problem] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        posed = dispatch.problem_of(query, key, value, is_causal, enable_gqa)
+        if attn_mask is not None:
+            self.others[f"a mask {attn_mask.dtype} {list(attn_mask.shape)}"] += 1
+        elif dropout_p or posed is None:
+            self.others["dropout" if dropout_p else f"tensors {query.dtype} {list(query.shape)}"] += 1
+        else:
+            self.problems[posed] += 1
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    def to_tune(self) -> list[Problem]:
+        """One for each that differ only in their keys: a growing cache poses a new one with every token."""
+        first: dict[Problem, Problem] = {}
+        for posed in self.problems:
+            first.setdefault(posed.reshaped(kv_len=1), posed)
+        return list(first.values())
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the seconds spent in an attention function."""
+
+    serve: Attention
+    seconds: float = 0.0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        start = time.perf_counter()
+        out = self.serve(*arguments, **options)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+WAYS: dict[str, Attention] = {"torch": scaled_dot_product_attention, "elsa-tune": elsa_tune.attention}
+
+
+def whole_seconds(forward: Forward, function: Attention, number: int) -> float:
+    """Of one round of the model."""
+    with attention_by(function):
+        start = time.perf_counter()
+        forward(number)
+        return time.perf_counter() - start
+
+
+def attention_seconds(forward: Forward, function: Attention, number: int) -> float:
+    """Of the attention calls in one round of the model."""
+    watch = Stopwatch(function)
+    with attention_by(watch):
+        forward(number)
+    return watch.seconds
+
+
+def interleaved(
+    forward: Forward, clock: Callable[[Forward, Attention, int], float], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Rounds in which both ways are timed once, in random order: five of them or more until ``seconds`` have passed."""
+    samples: dict[str, list[float]] = {way: [] for way in WAYS}
+    end = time.perf_counter() + seconds
+    for number in range(rounds):
+        if number >= 5 and time.perf_counter() > end:
+            break
+        for way in random.Random(number).sample(list(WAYS), len(WAYS)):
+            samples[way].append(clock(forward, WAYS[way], number))
+    return samples
+
+
+def attention_share(forward: Forward) -> float:
+    """The part of the model's time that torch's profiler finds in scaled_dot_product_attention, by torch's own kernels."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU]) as found, record_function("whole model"):
+        forward(0)
+    total = {event.key: event.cpu_time_total for event in found.key_averages()}
+    return float(total["aten::scaled_dot_product_attention"] / total["whole model"])
+
+
+def served(problem: Problem, calls: int) -> dict[str, Any]:
+    """Who serves a problem here, and why; a kernel that must be built is built now."""
+    chosen = dispatch.explain(problem, host_cpu())
+    if not chosen.by_sdpa:
+        elsa_tune.load(problem, "cpu")
+    measured = chosen.winner.measurement.ratio if chosen.winner else None
+    return {
+        "problem": str(problem), "calls": calls, "rung": chosen.rung, "variant": str(chosen.variant or "torch's SDPA"),
+        "measured_ratio": measured,
+    }  # fmt: skip
+
+
+def amdahl(gain: float, share: float, kernel_ratio: float) -> tuple[float, float | None]:
+    """The gain of a model whose attention, ``share`` of its time, runs ``kernel_ratio`` times as fast, and how much of
+    that was reached; None where less than 1 % is to be had."""
+    possible = 1 / (1 - share + share / kernel_ratio)
+    return possible, (gain - 1) / (possible - 1) if possible > 1.01 else None
+
+
+@torch.inference_mode()
+def measured(case: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
+    """Everything about one model; see the fields."""
+    torch.manual_seed(0)
+    forward, recorder = case.make(), Recorder()
+    with attention_by(recorder):
+        expected = forward(0)
+    tune_first(map(str, recorder.to_tune()), tune_seconds)
+    lines = [served(problem, calls) for problem, calls in recorder.problems.items()]
+    with attention_by(elsa_tune.attention):
+        difference = float((forward(0) - expected).abs().max() / expected.abs().max())
+    whole = interleaved(forward, whole_seconds, rounds, SECONDS_A_MODEL / 2)
+    inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
+    attention_share(forward)  # the profiler's own first time
+    share = statistics.median(attention_share(forward) for _ in range(3))
+    gain, kernels = (measure.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
+    possible, reached = amdahl(gain.median, share, kernels.median)
+    return {
+        "about": case.about, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),
+        "possible_gain": possible, "reached": reached, "difference": difference, "served": lines,
+        "not_ours": dict(recorder.others), "seconds": whole, "attention_seconds": inside,
+        "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
+        "versions": {p: version(p) for p in ("elsa-tune", "torch", "transformers")},
+    }  # fmt: skip
+
+
+HEAD = "model | gain [95 %] | attention of torch's run | kernels [95 %] | possible | reached | difference"
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """A line under HEAD."""
+    gain, kernels = found["gain"], found["kernel_ratio"]
+    reached = "-" if found["reached"] is None else f"{found['reached']:.2f}"
+    return (
+        f"{name} | {gain['median']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}] | {found['attention_share']:.3f} | "
+        f"{kernels['median']:.2f} [{kernels['low']:.2f}, {kernels['high']:.2f}] | {found['possible_gain']:.3f} | {reached} | "
+        f"{found['difference']:.1e}"
+    )
+
+
+def main() -> None:
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", choices=names, help="only these models; repeatable")
+    parser.add_argument("--tune-seconds", type=float, default=15.0, help="for each problem that is not tuned yet")
+    options = parser.parse_args()
+    path = results_file("models-")
+    known = json.loads(path.read_text())["results"] if path.exists() else {}
+    chosen = [case for case in CASES if case.name in (options.model or names)]
+    for case in chosen:
+        known[case.name] = found = measured(case, ROUNDS, options.tune_seconds)
+        print(f"{row(case.name, found)}", flush=True)
+        for line in found["served"]:
+            print(f"  {line['calls']} x {line['problem']}: {line['variant']} ({line['rung']})")
+        for why, calls in found["not_ours"].items():
+            print(f"  {calls} x torch: {why}")
+        content = {
+            "device": str(host_cpu()),
+            "name": host_cpu().name,
+            "results": {n: known[n] for n in names if n in known},
+        }
+        path.write_text(json.dumps(content, indent=1))
+    print(f"\n{HEAD}")
+    for case in chosen:
+        print(row(case.name, known[case.name]))
+    print(f"written to {shown(path)}")
+
+
+if __name__ == "__main__":
+    main()
