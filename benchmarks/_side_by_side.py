@@ -29,7 +29,7 @@ def was_tuned(problem: str) -> bool:
 
 def tune_first(problems: Iterable[str], seconds: float) -> None:
     """Tune those that are not tuned yet on this CPU, ``seconds`` for each."""
-    untuned = [p for p in problems if not was_tuned(p)]
+    untuned = [p for p in dict.fromkeys(problems) if not was_tuned(p)]
     if untuned:
         print(f"tuning {len(untuned)} problems first", flush=True)
         tuning.tune(untuned, device="cpu", budget=seconds * len(untuned))
