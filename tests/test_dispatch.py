@@ -21,6 +21,7 @@ from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
 from elsa_tune.measurement import Measurement
+from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
 
@@ -105,6 +106,41 @@ def test_ours_serves_what_it_won(served: Served, causal: bool, scale: float | No
     out = elsa_tune.attention(q, k, v, is_causal=causal, scale=scale)
     assert served.by_torch == 0
     assert close(out, (truth(logits, -1) @ v.double()).float())
+
+
+def test_a_call_looks_for_its_own_memory_order_first() -> None:
+    """Views as models hand them over are served by what won in their order, else by the nearest if it won by far."""
+    shape, slower = "b2.h6.q40.k40", VARIANT.replace("n48", "n16")
+    record(
+        won(f"fp32.d24@{shape}", VARIANT, 1.1),
+        won(f"fp32.d24@{shape}.bshd", slower, 1.1),
+        won(f"fp32.d24@{shape}.fused", "sdpa.flash", 1.0, incumbent="sdpa.flash"),
+    )
+    plain = [torch.randn(2, 6, 40, 24) for _ in range(3)]
+
+    def serves(*orders: str) -> dispatch.Choice:
+        x = arranged(orders, *plain)
+        problem = dispatch.problem_of(*x, is_causal=False, enable_gqa=False)
+        assert problem is not None
+        return dispatch.explain(problem, HERE)
+
+    assert str(serves("bhsd", "bhsd", "bhsd").variant) == VARIANT
+    assert str(serves("bshd", "bshd", "bshd").variant) == slower
+    assert serves("fused", "fused", "fused").by_sdpa
+    mixed = serves("bshd", "cache", "cache")
+    assert mixed.rung != "exact" and not any("won fp32.d24@b2.h6.q40.k40 by" in step for step in mixed.steps)
+    x = arranged(["bshd"] * 3, *plain)
+    out = elsa_tune.attention(*x)
+    assert close(out, scaled_dot_product_attention(*x)) and out.stride() == x[0].stride()
+
+
+def test_a_shape_in_two_memory_orders_is_two_entries(served: Served) -> None:
+    """One shape, views and contiguous tensors in turns: each is answered from its own strides."""
+    plain = tensors()
+    for orders in (["bhsd"] * 3, ["bshd"] * 3, ["fused"] * 3, ["bshd", "cache", "cache"], ["bhsd"] * 3):
+        x = arranged(orders, *plain)
+        assert close(elsa_tune.attention(*x), scaled_dot_product_attention(*plain)), orders
+    assert served.by_torch == 0
 
 
 def test_grouped_heads_need_enable_gqa(served: Served) -> None:
