@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from filelock import FileLock
 
-from elsa_tune import backends, places
+from elsa_tune import backends, drift, places
 from elsa_tune.backends import Built, sdpa
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
@@ -202,9 +202,14 @@ class Trials:
         self._record(problem, contender.variant, status, **facts)
 
     def _record(self, problem: Problem, variant: Variant, status: str, **facts: object) -> None:
-        versions = {**self.versions(variant.backend), "installation": self.database.installation}
+        versions: dict[str, str | float] = {
+            **self.versions(variant.backend),
+            "installation": self.database.installation,
+        }
         if source := backends.get(variant.backend).source(variant, problem):
             versions["source"] = source.digest
+        if era := drift.era(self.database, self.device, str(problem)):
+            versions["era"] = era
         measurement = Measurement(
             device=str(self.device),
             problem=str(problem),

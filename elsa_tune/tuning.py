@@ -18,7 +18,7 @@ from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
 from elsa_tune.fleet import Fleet
 from elsa_tune.layers import known_winners, layers, refresh_all
 from elsa_tune.measure import Contender, Worker, WorkerFailed
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.outcome import Outcome, Report, least_seconds, outcome
 from elsa_tune.problem import Problem
 from elsa_tune.search import Search
@@ -272,6 +272,7 @@ class _Run:
             if moved:
                 moved += [task for task in known[drift.CANARIES :] if self.left() > 0 and self.has_moved(task)]
             for task in moved:
+                drift.reopen(self.database, self.device, str(task.problem))
                 task.trials = task.finals = 0
             timed = len(known) if moved else min(len(known), drift.CANARIES)
             self.notes.append(f"{timed} winners timed again, {len(moved)} have moved and are tuned anew")
@@ -284,10 +285,10 @@ class _Run:
         if before is None or before.variant.startswith("sdpa."):
             return False
         self.final(task, min(1.0, self.final_seconds(task)), [parse(before.variant)])
-        after = self.winner(task)
-        return after is not None and (after.variant != before.variant or drift.moved(before, after))
+        after = task.latest[before.variant]
+        return after.created > before.measurement.created and drift.moved(before, after)
 
-    def winner(self, task: Task) -> Measurement | None:
+    def winner(self, task: Task) -> Evidence | None:
         """What the database says is best here."""
         return next(iter(self.database.winners(True, device=str(self.device), problem=str(task.problem))), None)
 
@@ -388,9 +389,9 @@ class _Run:
     def uncertainty(self, task: Task) -> float:
         """Relative width of the winner's interval."""
         winner = self.winner(task)
-        if winner is None or not winner.ratio:
+        if winner is None:
             return float("inf")
-        return ((winner.ratio_high or 0) - (winner.ratio_low or 0)) / winner.ratio
+        return (winner.ratio_high - winner.ratio_low) / winner.ratio
 
     def turn(self, task: Task) -> None:
         """Ask for a few new variants, build them side by side, then check and time each alone.
