@@ -98,7 +98,7 @@ def side_by_side(problem: Problem, device: Device, worker: Worker, database: Dat
             absent[spelling] = error.reason[:200]
     if not racing:
         return {"problem": str(problem), "absent": absent}
-    samples = worker.run(measure.race, problem, [c for c, _ in racing], ROUNDS, 1.5, timeout=300.0)
+    samples = worker.run(measure.race, problem, [c for c, _ in racing], ROUNDS, 1.5, timeout=300.0).samples
     rows = {}
     for (one, error), own in zip(racing, samples, strict=True):
         seconds = statistics.median(own)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from elsa_tune.measurement import DISTURBED
+
 TIED = 0.98
 """Within this share of the best ratio, or with overlapping intervals, variants are tied."""
-
-DISTURBED = 0.25
-"""A final of which a larger share of samples stayed disturbed is a disturbed one."""
 
 NARROWEST = 0.02
 """What is added to a final's relative spread before it weighs: an interval may be narrow by luck."""

@@ -12,6 +12,9 @@ STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
 LONGEST_REASON = 2000
 
+DISTURBED = 0.25
+"""A measurement of which a larger share of samples stayed disturbed by others is a disturbed one."""
+
 
 canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 """One spelling of a mapping in JSON."""
@@ -63,6 +66,16 @@ class Measurement:
     def family(self) -> str:
         """The problem's family."""
         return self.problem.partition("@")[0]
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others wanted the machine while this was measured."""
+        return float(self.provenance.get("disturbed", 0.0)) > DISTURBED
+
+    @property
+    def no_verdict(self) -> bool:
+        """Whether this says nothing of the variant: it took too long on a machine that was busy with something else."""
+        return self.status == "timeout" and self.disturbed
 
     @property
     def line(self) -> str:

@@ -22,7 +22,7 @@ from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.offline import Ranking, Target, occupancy
 from elsa_tune.outcome import Outcome, Report
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import Progress, Task
+from elsa_tune.task import Progress, Task
 
 _LINE_EVERY = 15.0
 
