@@ -249,6 +249,8 @@ class _Run:
                 task.trials = task.finals = 0
             timed = len(known) if moved else min(len(known), drift.CANARIES)
             self.notes.append(f"{timed} winners timed again, {len(moved)} have moved and are tuned anew")
+            if any(task.busy for task in known[: drift.CANARIES]):
+                return  # nobody knows yet: the next run asks again
         if versions and peaks:
             drift.remember(self.database, self.device, versions, peaks)
 
@@ -401,7 +403,8 @@ class _Run:
     def is_near_the_limit(self, task: Task) -> bool:
         """Whether what is left is within the noise of the physical limit itself; then the search of a problem ends."""
         least = least_seconds(task.problem, self.trials.limits)
-        near = bool(least and task.trials and task.seconds and least * task.best / task.seconds > ENOUGH)
+        searched = task.trials >= min(HARDLY, task.target)
+        near = bool(least and searched and task.seconds and least * task.best / task.seconds > ENOUGH)
         if near:
             task.target = task.trials
         return near
