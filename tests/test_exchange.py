@@ -489,9 +489,9 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
     def noting_moves(run: tuning._Run, task: tuning.Task) -> bool:
         return moved.setdefault(str(task.problem), has_moved(run, task))
 
-    def noting_turns(run: tuning._Run, task: tuning.Task) -> None:
+    def noting_turns(run: tuning._Run, task: tuning.Task, reserve: float = 0.0) -> None:
         turned.add(str(task.problem))
-        turn(run, task)
+        turn(run, task, reserve)
 
     monkeypatch.setattr(tuning._Run, "has_moved", noting_moves)
     monkeypatch.setattr(tuning._Run, "turn", noting_turns)
