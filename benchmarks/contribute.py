@@ -24,7 +24,7 @@ best kernel on the same device, in the same race.
 def shipped(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
     """Device -> winners that beat torch's kernels."""
     found: dict[str, list[Measurement]] = {}
-    for m in Database.in_memory(measurements, "contributed").winners():
+    for m in (w.measurement for w in Database.in_memory(measurements, "contributed").winners()):
         if not m.variant.startswith("sdpa.") and m.error is not None:
             found.setdefault(m.device, []).append(m)
     return found

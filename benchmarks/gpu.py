@@ -98,7 +98,7 @@ def side_by_side(problem: Problem, device: Device, worker: Worker, database: Dat
             absent[spelling] = error.reason[:200]
     if not racing:
         return {"problem": str(problem), "absent": absent}
-    samples = worker.run(measure.race, problem, [c for c, _ in racing], ROUNDS, 1.5, timeout=300.0)
+    samples = worker.run(measure.race, problem, [c for c, _ in racing], ROUNDS, 1.5, timeout=300.0).samples
     rows = {}
     for (one, error), own in zip(racing, samples, strict=True):
         seconds = statistics.median(own)
@@ -204,7 +204,8 @@ def main() -> None:
             lines.append(side_by_side(Problem.parse(text), device, worker, database))
             show(lines[-1], peaks)
         trials = database.measurements(device=str(device))
-        shipped = [m for m in database.winners(device=str(device)) if (m.ratio_low or 0) > 1 and m.error is not None]
+        winners = database.winners(device=str(device))
+        shipped = [w.measurement for w in winners if w.ratio_low > 1 and w.measurement.error is not None]
     if options.problem and not options.out:
         return
     name = str(device).replace(":", "-", 1)

@@ -5,6 +5,7 @@ Wrong answers never reach the clock.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,19 +77,35 @@ def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_
     return Verdict(error.relative, error.constant, f"{name}: {reason}" if reason else "")
 
 
-def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel], device: str) -> Verdict:
-    rows = reference.every_row(problem)
-    truth = reference.attention_rows(problem, inputs, rows)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One hostile input and what does not depend on who is checked: its truth, and the least error of torch's own kernels."""
 
-    def error_of(out: Tensor) -> reference.Error:
-        return reference.measure_error(problem, inputs, rows, out, truth)
+    problem: Problem
+    inputs: Inputs
+    there: Inputs  # the same on the device
+    rows: reference.Rows
+    truth: Tensor
+    peer_error: float | None
 
-    there, errors = inputs.to(device), []
-    out, stray = run(kernel, there)
-    for peer in peers if inputs.natural else ():
-        with suppress(RuntimeError):  # torch's kernels on GPUs do not take every shape
-            errors.append(error_of(run(peer, there)[0]).relative)
-    return judge(problem, inputs.name, error_of(out), stray, min(errors, default=None))
+    def verdict(self, kernel: Kernel) -> Verdict:
+        """What is to be said of a kernel's answer."""
+        out, stray = run(kernel, self.there)
+        error = reference.measure_error(self.problem, self.inputs, self.rows, out, self.truth)
+        return judge(self.problem, self.inputs.name, error, stray, self.peer_error)
+
+
+def cases(problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Iterator[Case]:
+    """The hostile cases of a problem's family."""
+    for small, inputs in reference.hostile(problem, torch.Generator().manual_seed(seed)):
+        rows, there = reference.every_row(small), inputs.to(device)
+        truth = reference.attention_rows(small, inputs, rows)
+        errors = []
+        for peer in peers if inputs.natural else ():
+            with suppress(RuntimeError):  # torch's kernels on GPUs do not take every shape
+                out, _ = run(peer, there)
+                errors.append(reference.measure_error(small, inputs, rows, out, truth).relative)
+        yield Case(small, inputs, there, rows, truth, min(errors, default=None))
 
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
@@ -126,18 +143,25 @@ def _check_gradients(kernel: Gradients, problem: Problem, generator: torch.Gener
     return worst
 
 
-def check_family(kernel: Any, problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Verdict:
+def check_family(
+    kernel: Any,
+    problem: Problem,
+    peers: list[Kernel],
+    seed: int = 0,
+    device: str = "cpu",
+    known: Iterable[Case] | None = None,
+) -> Verdict:
     """Hostile inputs of the problem's family on torch's ``device``: the worst verdict on natural ones, or the first that
-    fails."""
+    fails. ``known`` are its cases, where somebody has them."""
     generator = torch.Generator().manual_seed(seed)
     if problem.direction == "backward":
         return _check_gradients(kernel, problem, generator, device)
     worst = Verdict(0.0, 0.0)
-    for small, inputs in reference.hostile(problem, generator):
-        verdict = _case(kernel, small, inputs, peers, device)
+    for case in cases(problem, peers, seed, device) if known is None else known:
+        verdict = case.verdict(kernel)
         if verdict.reason:
             return verdict
-        if inputs.natural:
+        if case.inputs.natural:
             worst = max(worst, verdict, key=lambda v: v.constant)
     lost = _not_a_number(kernel, problem, generator, device)
     return Verdict(float("inf"), float("inf"), lost) if lost else worst

@@ -59,7 +59,9 @@ def choose(problem: Problem, device: Device, winners: Iterable[Winner], slower: 
         if doubt:
             steps.append(f"{rung}: {winner.variant}, won {winner.problem}: {doubt}")
             continue
-        steps.append(f"{rung}: {winner.variant}, won {winner.problem} by {winner.measurement.ratio or 1:.2f}")
+        steps.append(
+            f"{rung}: {winner.variant}, won {winner.problem} by {winner.ratio:.2f} in {winner.finals} final{'s' * (winner.finals > 1)}"
+        )
         return Choice(problem, rung, winner, parse(winner.variant), tuple(steps))
     if not known:
         steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")

@@ -123,7 +123,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
     wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
     found = [m for layer in layers() for m in layer.winners(**wanted)]
     if as_json:
-        click.echo(json.dumps([report.measurement_json(m) for m in found], indent=2))
+        click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
     elif found:
         report.print_winners(report.console(), found)
     else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from elsa_tune.device import Device
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.winners import Database
 
 CANARIES = 3
@@ -42,23 +42,28 @@ def remember(database: Database, device: Device, versions: Mapping[str, str], pe
     database.note(f"software of {device}", json.dumps({**versions, **peaks}, sort_keys=True))
 
 
-def moved(before: Measurement, after: Measurement) -> bool:
-    """Whether a winner's ratio to torch is not what it was, beyond both intervals and MOVED."""
-    if not (before.ratio and after.ratio and before.ratio_low and after.ratio_low):
+def moved(before: Evidence, after: Measurement | Evidence) -> bool:
+    """Whether a ratio to torch is not what it was, beyond both intervals and MOVED."""
+    if not (after.ratio and after.ratio_low and after.ratio_high):
         return True
-    apart = (before.ratio_high or before.ratio) < after.ratio_low or (
-        after.ratio_high or after.ratio
-    ) < before.ratio_low
+    apart = before.ratio_high < after.ratio_low or after.ratio_high < before.ratio_low
     return apart and max(before.ratio / after.ratio, after.ratio / before.ratio) > MOVED
+
+
+def era(database: Database, device: Device, problem: str) -> int:
+    """How often a problem was reopened here: its finals of an earlier era no longer count."""
+    return int(database.about(f"era of {problem} on {device}") or 0)
+
+
+def reopen(database: Database, device: Device, problem: str) -> None:
+    """Begin a new era of a problem: what was measured before is no evidence of what is true now."""
+    database.note(f"era of {problem} on {device}", str(era(database, device, problem) + 1))
 
 
 def contested(database: Database, device: Device) -> dict[str, list[str]]:
     """Problem -> variants that others measured on this device or its model, and that were not raced here, or with another
     result."""
-    own = {
-        (m.problem, m.variant): m
-        for m in database.measurements(local=True, device=str(device), stage="final", status="ok")
-    }
+    own = {(m.problem, m.variant): m for m in database.evidence(local=True, device=str(device))}
     found: dict[str, list[str]] = {}
     for m in _others(database, device):
         mine = own.get((m.problem, m.variant))
@@ -69,12 +74,12 @@ def contested(database: Database, device: Device) -> dict[str, list[str]]:
     return found
 
 
-def _others(database: Database, device: Device) -> Iterable[Measurement]:
+def _others(database: Database, device: Device) -> Iterable[Evidence]:
     """Others' winners of this model, and whatever they measured that this machine has a final of."""
     close = {one for one, _ in database.finals_of() if _is_close(device, one)}
     yield from database.winners(local=False, devices=close) if close else ()
     for one in sorted(close):
-        yield from database.measurements(local=False, device=one, stage="final", status="ok")
+        yield from database.evidence(local=False, device=one)
 
 
 def _is_close(device: Device, spelled: str) -> bool:

@@ -24,7 +24,7 @@ from elsa_tune import places, settings, space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadMeasurements, ElsaTuneError, FolderTaken, NotTrusted
 from elsa_tune.layers import place_of, sorted_lines
-from elsa_tune.measurement import STAGES, STATUSES, Measurement
+from elsa_tune.measurement import STAGES, STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
 
@@ -257,13 +257,13 @@ class Difference:
     only_first: list[Measurement]
     only_second: list[Measurement]
     shared: int
-    winners: dict[tuple[str, str], tuple[Measurement | None, Measurement | None]]
+    winners: dict[tuple[str, str], tuple[Evidence | None, Evidence | None]]
 
 
 def diff(first: str, second: str) -> Difference:
     """Compare two files by content. Raises BadMeasurements."""
     sides: list[dict[str, Measurement]] = []
-    winning: list[dict[tuple[str, str], Measurement]] = []
+    winning: list[dict[tuple[str, str], Evidence]] = []
     for source in (first, second):
         with _vouched_for(source) as path:
             sides.append({m.id: m for m in read(path, Counter())})

@@ -13,7 +13,7 @@ from pathlib import Path
 from elsa_tune import places, settings, space
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Measurement, Winner
+from elsa_tune.measurement import Evidence, Measurement, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
 
@@ -31,7 +31,7 @@ class Layer:
     problem: str = ""
     local: bool | None = None
 
-    def winners(self, devices: Collection[str] = (), families: Collection[str] = (), **equal: str) -> list[Measurement]:
+    def winners(self, devices: Collection[str] = (), families: Collection[str] = (), **equal: str) -> list[Evidence]:
         """The layer's winners, as Database.winners; none where it cannot be read."""
         if self.database is None:
             return []
@@ -199,7 +199,7 @@ def winners_of(problem: Problem, device: Device, found: Iterable[Layer]) -> list
     """Winners for the very problem on the very device, nearer layers first; those behind one's own are not asked."""
     for layer in found:
         if winning := layer.winners([str(device)], [problem.family], problem=str(problem)):
-            return [Winner(m.problem, m.variant, m, layer.name, "exact") for m in winning]
+            return [Winner(found, layer.name, "exact") for found in winning]
     return []
 
 
@@ -216,8 +216,8 @@ def known_winners(
         families = {family for one, family in finals if one in kin and wanted(family)}
         if not kin or not families:
             continue
-        for m in layer.winners(list(kin), list(families), **equal):
-            winner = Winner(m.problem, m.variant, m, layer.name, kin[m.device])
+        for pool in layer.winners(list(kin), list(families), **equal):
+            winner = Winner(pool, layer.name, kin[pool.device])
             winning.append((RUNGS.index(winner.rung), order, winner))
     return [winner for _, _, winner in sorted(winning, key=lambda w: w[:2])]
 
@@ -230,5 +230,5 @@ def _kinship(device: Device, spelled: str) -> str | None:
 
 
 def slower_than_sdpa(device: Device, found: Iterable[Layer]) -> set[tuple[str, str]]:
-    """(problem, variant) pairs that a final on this very device found slower than torch's SDPA."""
+    """(problem, variant) pairs that finals on this very device found slower than torch's SDPA."""
     return {pair for layer in found if layer.database for pair in layer.database.slower(str(device))}

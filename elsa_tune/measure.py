@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from elsa_tune import backends, clock
+from elsa_tune import backends, clock, quiet
 from elsa_tune.backends import Built
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
@@ -35,6 +35,9 @@ SAMPLE_SECONDS = 0.002
 
 OUTCLASSED = 0.3
 """A contender below this share of the fastest at its first call is not timed again."""
+
+LAGS = 0.6
+"""A contender below this share of the best after the first round leaves the race."""
 
 HOPELESS = 0.8
 """A contender slower than this share of the best leaves the race after a few rounds."""
@@ -199,12 +202,20 @@ def build(variant: Variant, problem: Problem, device: Device) -> Built:
     return backends.get(variant.backend).build(variant, problem, device)
 
 
+_cases: dict[tuple[object, ...], list[Any]] = {}
+"""The hostile cases of the family that is being checked, with their truths: no candidate changes them."""
+
+
 def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contender]) -> Verdict:
     """Hostile inputs; see elsa_tune.check."""
     from elsa_tune import check
 
-    kernels = [peer.load(problem) for peer in peers]
-    return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch)
+    kernels, device = [peer.load(problem) for peer in peers], candidate.device.torch
+    key = problem.family, problem.group, device, *(str(peer.variant) for peer in peers)
+    if key not in _cases and problem.direction == "forward":
+        _cases.clear()
+        _cases[key] = list(check.cases(problem, kernels, device=device))
+    return check.check_family(candidate.load(problem), problem, kernels, device=device, known=_cases.get(key))
 
 
 def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) -> Verdict:
@@ -219,21 +230,29 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
         out, stray = check.run(contender.load(problem), bench.inputs[0])
         return reference.measure_error(problem, bench.inputs[0], bench.rows, out, bench.truth), stray
 
-    name = str(incumbent.variant)
-    if name not in bench.peer_errors:
+    name, (error, stray) = str(incumbent.variant), error_of(candidate)
+    if candidate.variant == incumbent.variant:
+        bench.peer_errors[name] = error.relative
+    elif name not in bench.peer_errors:
         bench.peer_errors[name] = error_of(incumbent)[0].relative
-    error, stray = error_of(candidate)
     return check.judge(problem, f"{problem.shape}", error, stray, bench.peer_errors[name])
 
 
-def race(
-    problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float, beat: float = 0.0
-) -> list[tuple[float, ...]]:
-    """Seconds per call of each contender, in turns; the first is the incumbent.
+@dataclass(frozen=True, slots=True)
+class Raced:
+    """Seconds per call of each contender, and the share of its rounds that others disturbed."""
 
-    Order within a round is shuffled. A contender that is OUTCLASSED at its first call is not timed again; after three
-    rounds, one below HOPELESS times the best ratio so far (``beat`` counts too) is dropped. Ends after ``rounds``
-    rounds, or three once ``seconds`` have passed.
+    samples: list[tuple[float, ...]]
+    disturbed: list[float]
+
+
+def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float, beat: float = 0.0) -> Raced:
+    """Time contenders in turns; the first is the incumbent.
+
+    Order within a round is shuffled. A contender that is OUTCLASSED at its first call is not timed again, one that LAGS
+    after a round neither; after three rounds, one below HOPELESS times the best ratio so far (``beat`` counts too) is
+    dropped. Ends after ``rounds`` rounds, or three once ``seconds`` have passed. On a CPU, a sample that others disturbed
+    is taken again, for up to half as long.
     """
     bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
@@ -245,20 +264,69 @@ def race(
     first = [timer(1) for timer in timers]
     racing = [i for i, seconds_once in enumerate(first) if i == 0 or seconds_once * OUTCLASSED < min(first)]
     repeats = [
-        max(1, min(1000, round(SAMPLE_SECONDS / timer(1)))) if i in racing else 0 for i, timer in enumerate(timers)
+        _repeats(timer, once) if i in racing else 0 for i, (timer, once) in enumerate(zip(timers, first, strict=True))
     ]
     samples: list[list[float]] = [[] if i in racing else [seconds_once] for i, seconds_once in enumerate(first)]
-    end = time.perf_counter() + seconds
-    for number in range(rounds):
-        if number >= 3:
-            medians = [statistics.median(s) for s in samples]
-            best = max(beat, *(medians[0] / medians[i] for i in racing))
-            racing = [i for i in racing if i == 0 or medians[0] / medians[i] >= HOPELESS * best]
-            if len(racing) == 1 or time.perf_counter() > end:
-                break
-        for i in rng.sample(racing, len(racing)):
-            samples[i].append(timers[i](repeats[i]))
-    return [tuple(s) for s in samples]
+    with _Referee(0.5 * seconds, contenders[0].device) as referee:
+        end = time.perf_counter() + seconds
+        for number in range(rounds):
+            if number == 1 or number >= 3:
+                medians = [statistics.median(s) for s in samples]
+                least = LAGS * max(medians[0] / medians[i] for i in racing)
+                if number >= 3:
+                    least = HOPELESS * max(beat, least / LAGS)
+                racing = [i for i in racing if i == 0 or medians[0] / medians[i] >= least]
+                if len(racing) == 1 or (number >= 3 and time.perf_counter() > end):
+                    break
+            for i in rng.sample(racing, len(racing)):
+                samples[i].append(referee.sample(i, partial(timers[i], repeats[i])))
+        return Raced([tuple(s) for s in samples], referee.disturbed(samples))
+
+
+def _repeats(timer: clock.Timer, once: float) -> int:
+    """Calls in a sample, by one that is warm; a slow call is a sample by itself."""
+    return 1 if once > 4 * SAMPLE_SECONDS else max(1, min(1000, round(SAMPLE_SECONDS / timer(1))))
+
+
+class _Referee:
+    """Takes samples, again where others disturbed them, for at most ``patience`` seconds; a GPU keeps time for itself."""
+
+    def __init__(self, patience: float, device: Device) -> None:
+        self._patience = patience
+        self._listener = quiet.Listener() if device.kind == "cpu" else None
+        self._whole = quiet.Listener() if device.kind == "cpu" else None
+        self._held_up: list[tuple[int, int]] = []  # contender, number of its sample
+        self._taken: dict[int, int] = {}
+
+    def sample(self, contender: int, take: Callable[[], float]) -> float:
+        number = self._taken[contender] = self._taken.get(contender, -1) + 1
+        if self._listener is None:
+            return take()
+        while True:
+            self._listener.heard()
+            found = take()
+            heard = self._listener.heard()
+            if not heard.disturbed:
+                return found
+            self._patience -= heard.seconds
+            if self._patience < 0:
+                self._held_up.append((contender, number))
+                return found
+
+    def disturbed(self, samples: Sequence[Sequence[float]]) -> list[float]:
+        """The share of each contender's rounds in which it or the incumbent was held up; all, if others wanted the machine."""
+        if self._whole is not None and self._whole.heard().busy:
+            return [1.0] * len(samples)
+        rounds = [{n for i, n in self._held_up if i in (0, contender)} for contender in range(len(samples))]
+        return [len([n for n in held if n < len(own)]) / len(own) for held, own in zip(rounds, samples, strict=True)]
+
+    def __enter__(self) -> _Referee:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for listener in (self._listener, self._whole):
+            if listener is not None:
+                listener.close()
 
 
 def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Measurement: what happened when a variant was tried; Winner: what to use because of it."""
+"""Measurement: what happened when a variant was tried; Evidence: what its finals say together; Winner: what to use because of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
 LONGEST_REASON = 2000
+
+DISTURBED = 0.25
+"""A measurement of which a larger share of samples stayed disturbed by others is a disturbed one."""
 
 
 canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
@@ -65,6 +68,16 @@ class Measurement:
         return self.problem.partition("@")[0]
 
     @property
+    def disturbed(self) -> bool:
+        """Whether others wanted the machine while this was measured."""
+        return float(self.provenance.get("disturbed", 0.0)) > DISTURBED
+
+    @property
+    def no_verdict(self) -> bool:
+        """Whether this says nothing of the variant: it took too long on a machine that was busy with something else."""
+        return self.status == "timeout" and self.disturbed
+
+    @property
     def line(self) -> str:
         """The measurement as one line of canonical JSON: equal content is equal text. What is empty is left out."""
         if self._line:
@@ -91,19 +104,69 @@ _EMPTY: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """What all finals of a variant say together: ``ratio`` and its interval are weighted means over ``finals`` of them, and
+    ``measurement`` is the newest. Finals on a busy machine count only where there is no other."""
+
+    measurement: Measurement
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    finals: int
+
+    @property
+    def device(self) -> str:
+        """Where it was measured."""
+        return self.measurement.device
+
+    @property
+    def problem(self) -> str:
+        """What was measured."""
+        return self.measurement.problem
+
+    @property
+    def variant(self) -> str:
+        """With what."""
+        return self.measurement.variant
+
+
+@dataclass(frozen=True, slots=True)
 class Winner:
     """The variant to use for a problem: a row of the ``winners`` view and where it came from.
 
     ``layer`` is "own", "imported", "team" or "shipped"; ``rung`` is how close the device it was measured on is to this one.
     """
 
-    problem: str
-    variant: str
-    measurement: Measurement
+    evidence: Evidence
     layer: str
     rung: str
 
     @property
+    def problem(self) -> str:
+        """What it won."""
+        return self.evidence.problem
+
+    @property
+    def variant(self) -> str:
+        """What won."""
+        return self.evidence.variant
+
+    @property
+    def measurement(self) -> Measurement:
+        """Its newest final."""
+        return self.evidence.measurement
+
+    @property
+    def ratio(self) -> float:
+        """Its advantage over SDPA."""
+        return self.evidence.ratio
+
+    @property
     def ratio_low(self) -> float:
-        """The least advantage over SDPA that the measurement supports."""
-        return self.measurement.ratio_low or 0.0
+        """The least advantage over SDPA that its finals support."""
+        return self.evidence.ratio_low
+
+    @property
+    def finals(self) -> int:
+        """How many finals say so."""
+        return self.evidence.finals

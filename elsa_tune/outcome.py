@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from elsa_tune.device import Device
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import Evidence
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
 
@@ -17,7 +17,7 @@ class Outcome:
 
     problem: Problem
     device: Device
-    winner: Measurement | None
+    winner: Evidence | None
     gflops: float | None = None
     limit: float | None = None
 
@@ -39,10 +39,12 @@ class Report:
 def outcome(database: Database, problem: Problem, device: Device) -> Outcome:
     """The recorded winner of a problem and how close it comes to the limits measured in the same run."""
     winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
-    if winner is None or not winner.seconds:
+    measured = winner.measurement if winner else None
+    if measured is None or not measured.seconds:
         return Outcome(problem, device, winner)
-    least = least_seconds(problem, winner.provenance)
-    return Outcome(problem, device, winner, problem.flops / winner.seconds / 1e9, least and least / winner.seconds)
+    least = least_seconds(problem, measured.provenance)
+    rate = problem.flops / measured.seconds / 1e9
+    return Outcome(problem, device, winner, rate, least and least / measured.seconds)
 
 
 def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:

@@ -18,11 +18,11 @@ from elsa_tune.choose import Choice
 from elsa_tune.doctor import Finding
 from elsa_tune.exchange import Difference
 from elsa_tune.fleet import Member
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.offline import Ranking, Target, occupancy
 from elsa_tune.outcome import Outcome, Report
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import Progress, Task
+from elsa_tune.task import Progress, Task
 
 _LINE_EVERY = 15.0
 
@@ -36,10 +36,10 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _ratio(m: Measurement) -> str:
-    if m.variant == m.incumbent:
+def _ratio(found: Evidence) -> str:
+    if found.variant == found.measurement.incumbent:
         return "1, torch's own"
-    return f"{_number(m.ratio, '.2f')} [{_number(m.ratio_low, '.2f')}, {_number(m.ratio_high, '.2f')}]"
+    return f"{found.ratio:.2f} [{found.ratio_low:.2f}, {found.ratio_high:.2f}]"
 
 
 class LiveProgress:
@@ -104,7 +104,9 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
             continue
         limit = "-" if o.limit is None else f"{100 * o.limit:.0f} %"
         name = f"{o.problem}\n  {o.winner.variant}"
-        table.add_row(name, _ratio(o.winner), _number(o.gflops, ".0f"), limit, _number(o.winner.error, ".1e"))
+        table.add_row(
+            name, _ratio(o.winner), _number(o.gflops, ".0f"), limit, _number(o.winner.measurement.error, ".1e")
+        )
     return table
 
 
@@ -132,9 +134,10 @@ def print_report(console: Console, report: Report) -> None:
     )
 
 
-def measurement_json(m: Measurement) -> dict[str, Any]:
-    """A measurement as JSON types."""
-    return asdict(m)
+def winner_json(found: Evidence) -> dict[str, Any]:
+    """A winner as JSON types: its newest final, with the ratio of all of its ``finals``."""
+    pooled = asdict(found)
+    return {**pooled.pop("measurement"), **pooled}
 
 
 def report_json(report: Report) -> str:
@@ -143,7 +146,7 @@ def report_json(report: Report) -> str:
         {
             "problem": str(o.problem),
             "device": str(o.device),
-            "winner": o.winner and measurement_json(o.winner),
+            "winner": o.winner and winner_json(o.winner),
             "gflops": o.gflops,
             "share_of_limit": o.limit,
             "reproduce": reproduce(o),
@@ -194,15 +197,16 @@ def rankings_json(rankings: Iterable[Ranking]) -> str:
     return json.dumps({"measured": False, "rankings": lines}, indent=2)
 
 
-def print_winners(console: Console, winners: Iterable[Measurement]) -> None:
+def print_winners(console: Console, winners: Iterable[Evidence]) -> None:
     """Recorded winners by device, two lines a problem."""
-    devices: dict[str, list[Measurement]] = {}
+    devices: dict[str, list[Evidence]] = {}
     for m in winners:
         devices.setdefault(m.device, []).append(m)
     for device, rows in devices.items():
-        table = _table("problem, winner", "ratio to SDPA [95 %]", "error")
+        table = _table("problem, winner", "ratio to SDPA [95 %]", "finals", "error")
         for m in rows:
-            table.add_row(f"{m.problem}\n  {m.variant}", _ratio(m), _number(m.error, ".1e"))
+            name = f"{m.problem}\n  {m.variant}"
+            table.add_row(name, _ratio(m), str(m.finals), _number(m.measurement.error, ".1e"))
         console.print(device, table, highlight=False)
 
 

@@ -104,6 +104,11 @@ class Search:
                 asked.append(variant)
         return asked
 
+    def take(self, variants: Iterable[Variant]) -> list[Variant]:
+        """Those of some variants, built for another shape, that were not asked or told here: they are now."""
+        fresh = [variant for variant in variants if self._new(variant)]
+        return fresh if self._board is None else [variant for variant in fresh if self._board.claim(variant)]
+
     @property
     def best(self) -> Variant | None:
         """The best variant that anyone told of."""

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from elsa_tune import backends, places
+from elsa_tune import backends, drift, places, quiet
 from elsa_tune.backends import Built, sdpa
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.measure import (
     Contender,
+    Raced,
     Worker,
     WorkerFailed,
     build,
@@ -34,8 +37,22 @@ from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 from elsa_tune.winners import Database
 
-TRIAL_ROUNDS, TRIAL_SECONDS = 5, 0.6
+T = TypeVar("T")
+
+TRIAL_ROUNDS, TRIAL_SECONDS = 5, 0.3
+"""Rounds of a trial, and seconds for each variant in it."""
+
 BUILD_SECONDS = 120.0
+
+PATIENCE = 15.0
+"""Seconds after which a kernel hangs, beside what its calls are known to take."""
+
+SLOW = 0.5
+"""One of torch's kernels below this share of the fastest is not called for larger shapes of its family."""
+
+
+class OutOfTime(Exception):
+    """The run's time was over before a job had ended: it says nothing of the job."""
 
 
 @contextmanager
@@ -60,6 +77,9 @@ class Trials:
     builders: Worker | None = None  # compile apart from this process, where a compiler is a library that may crash
     thorough: bool = False  # race also those of torch's kernels that take long to start
     limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
+    deadline: float = math.inf  # of time.monotonic(): a job that lasts longer is given up
+    late: list[tuple[Problem, Variant]] = field(default_factory=list)  # took too long on a busy machine
+    _slow: set[tuple[str, bool, str]] = field(default_factory=set)  # torch's own, by family and regime
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
 
@@ -67,23 +87,38 @@ class Trials:
         """A built variant. Raises what building raises."""
         return Contender(variant, backends.get(variant.backend).build(variant, problem, self.device), self.device)
 
+    def _job(self, limit: float, job: Callable[..., T], *arguments: object) -> T:
+        """What a job returns in the worker. Raises WorkerFailed, or OutOfTime where the run was over before its limit."""
+        left = self.deadline - time.monotonic()
+        try:
+            return self.worker.run(job, *arguments, timeout=max(0.1, min(limit, left)))
+        except WorkerFailed as error:
+            if error.status == "timeout" and left < limit:
+                raise OutOfTime from error
+            raise
+
     def incumbent(self, problem: Problem) -> tuple[Contender, float]:
         """The fastest of torch's own kernels and its seconds per call; the others are recorded against it."""
-        contenders = [c for c in self.peers(problem, self.thorough) if self._runs(problem, c)]
-        samples = self.worker.run(race, problem, contenders, TRIAL_ROUNDS, 0.2, timeout=900.0)
-        medians = [statistics.median(s) for s in samples]
+        regime = problem.family, problem.q_len > 1
+        peers = [c for c in self.peers(problem, self.thorough) if (*regime, str(c.variant)) not in self._slow]
+        contenders = [c for c in peers if self._runs(problem, c)]
+        raced = self._job(900.0, race, problem, contenders, TRIAL_ROUNDS, 0.2)
+        medians = [statistics.median(s) for s in raced.samples]
         best = medians.index(min(medians))
-        for contender, own in zip(contenders, samples, strict=True):
-            stage = "final" if contender is contenders[best] else "trial"
-            self._record_ratio(problem, contender, contenders[best], stage, own, samples[best])
+        self._slow |= {
+            (*regime, str(c.variant))
+            for c, median in zip(contenders, medians, strict=True)
+            if medians[best] < SLOW * median and not self.device.is_gpu
+        }
+        for number, contender in enumerate(contenders):
+            stage = "final" if number == best else "trial"
+            self._record_ratio(problem, contender, contenders[best], stage, raced, number, best)
         return contenders[best], medians[best]
 
     def _runs(self, problem: Problem, peer: Contender) -> bool:
         """Whether one of torch's kernels takes the problem here: on GPUs each has its own conditions."""
         try:
-            self._shapes[str(problem), peer.built.digest] = self.worker.run(
-                check_shape, problem, peer, peer, timeout=900.0
-            )
+            self._shapes[str(problem), peer.built.digest] = self._job(900.0, check_shape, problem, peer, peer)
             return True
         except WorkerFailed as error:
             self._record_contender(problem, peer, error.status, reason=error.reason)
@@ -112,38 +147,46 @@ class Trials:
             if not isinstance(result, Built):
                 self._record(problem, variant, "failed", reason=str(result))
             elif result.flaw:
-                facts = {"digest": result.digest, "resources": dict(result.resources)}
+                facts: dict[str, Any] = {"digest": result.digest, "resources": dict(result.resources)}
                 self._record(problem, variant, "pruned", reason=result.flaw, **facts)
             else:
                 built.append(Contender(variant, result, self.device))
         return built
 
-    def trial(self, problem: Problem, incumbent: Contender, seconds: float, candidate: Contender, best: float) -> None:
-        """Check a candidate, then time it with few samples, fewer if it is far below the ``best`` ratio known."""
-        if not self.usable(problem, incumbent, seconds, candidate):
-            return
-        limit = 60 + 40 * seconds
-        try:
-            pair = [incumbent, candidate]
-            samples = self.worker.run(race, problem, pair, TRIAL_ROUNDS, TRIAL_SECONDS, best, timeout=limit)
-        except WorkerFailed as error:
-            self._record_contender(problem, candidate, error.status, reason=error.reason)
-            return
-        self._record_ratio(problem, candidate, incumbent, "trial", samples[1], samples[0])
+    def trial(
+        self, problem: Problem, incumbent: Contender, seconds: float, candidates: Sequence[Contender], best: float
+    ) -> None:
+        """Check candidates, then time them in one race with few samples, fewer for one far below the ``best`` ratio known."""
+        usable = [c for c in candidates if self.usable(problem, incumbent, seconds, c)]
+        limit = PATIENCE + (TRIAL_SECONDS + 20 * seconds) * (1 + len(usable))
+        with quiet.Listener() as listener:
+            try:
+                rounds = (TRIAL_ROUNDS, TRIAL_SECONDS * len(usable), best)
+                raced = self._job(limit, race, problem, [incumbent, *usable], *rounds) if usable else None
+            except WorkerFailed as error:
+                if len(usable) == 1:
+                    self._record_failure(problem, usable[0], error, listener.heard())
+                for alone in usable if len(usable) > 1 else ():  # one of them did it
+                    self.trial(problem, incumbent, seconds, [alone], best)
+                return
+        for number, candidate in enumerate(usable if raced else (), 1):
+            assert raced is not None
+            self._record_ratio(problem, candidate, incumbent, "trial", raced, number, 0)
 
     def usable(self, problem: Problem, incumbent: Contender, seconds: float, candidate: Contender) -> bool:
         """Whether a candidate is right, checked once per kernel and problem; if not, that is recorded."""
         key = (str(problem), candidate.built.digest)
         if key in self._shapes:
             return not self._shapes[key].reason
-        try:
-            verdict = self._family(problem, candidate)
-            if not verdict.reason:
-                limit = 60 + 40 * seconds
-                verdict = self.worker.run(check_shape, problem, candidate, incumbent, timeout=limit)
-        except WorkerFailed as error:
-            self._record_contender(problem, candidate, error.status, reason=error.reason)
-            return False
+        with quiet.Listener() as listener:
+            try:
+                verdict = self._family(problem, candidate)
+                if not verdict.reason:
+                    limit = PATIENCE + 40 * seconds
+                    verdict = self._job(limit, check_shape, problem, candidate, incumbent)
+            except WorkerFailed as error:
+                self._record_failure(problem, candidate, error, listener.heard())
+                return False
         self._shapes[key] = verdict
         if verdict.reason:
             self._record_contender(problem, candidate, "wrong", reason=verdict.reason)
@@ -152,15 +195,15 @@ class Trials:
     def _family(self, problem: Problem, candidate: Contender) -> Verdict:
         key = (problem.family, candidate.built.digest)
         if key not in self._families:
-            self._families[key] = self.worker.run(check_family, problem, candidate, self.peers(problem), timeout=60.0)
+            self._families[key] = self._job(60.0, check_family, problem, candidate, self.peers(problem))
         return self._families[key]
 
     def find_limits(self) -> None:
         """Measure the device's peaks and note its clocks; what cannot be measured is left out."""
         try:
-            peaks = self.worker.run(peak, self.device, timeout=60.0)
+            peaks = self._job(60.0, peak, self.device)
             self.limits = {f"peak_{name}": value for name, value in peaks.items()}
-            self.limits |= self.worker.run(state, self.device, timeout=60.0)
+            self.limits |= self._job(60.0, state, self.device)
         except WorkerFailed:
             self.limits = {}
 
@@ -170,12 +213,11 @@ class Trials:
         """Race usable finalists with many samples. Raises WorkerFailed if the race is lost."""
         self.find_limits()
         contenders = [incumbent, *finalists]
-        limit = 120 + 10 * seconds
-        samples = self.worker.run(race, problem, contenders, rounds, seconds, timeout=limit)
-        longest = max(len(s) for s in samples[1:])
-        for contender, own in zip(contenders, samples, strict=True):
-            stage = "final" if len(own) == longest or contender is incumbent else "trial"
-            self._record_ratio(problem, contender, incumbent, stage, own, samples[0])
+        raced = self._job(120 + 10 * seconds, race, problem, contenders, rounds, seconds)
+        longest = max(len(s) for s in raced.samples[1:])
+        for number, contender in enumerate(contenders):
+            stage = "final" if len(raced.samples[number]) == longest or number == 0 else "trial"
+            self._record_ratio(problem, contender, incumbent, stage, raced, number, 0)
 
     def versions(self, backend: str) -> dict[str, str]:
         """The software that a measurement of a backend depends on."""
@@ -184,27 +226,43 @@ class Trials:
     # Recording.
 
     def _record_ratio(
-        self, problem: Problem, contender: Contender, incumbent: Contender, stage: str,
-        own: Sequence[float], incumbents: Sequence[float],
+        self, problem: Problem, contender: Contender, incumbent: Contender, stage: str, raced: Raced, own: int, against: int
     ) -> None:  # fmt: skip
-        found = ratio(incumbents, own)
+        mine, incumbents = raced.samples[own], raced.samples[against]
+        found = ratio(incumbents, mine)
         self._record_contender(
-            problem, contender, "ok", stage=stage, samples=tuple(own), seconds=statistics.median(own),
+            problem, contender, "ok", raced.disturbed[own], stage=stage, samples=mine, seconds=statistics.median(mine),
             ratio=found.median, ratio_low=found.low, ratio_high=found.high,
-            incumbent=str(incumbent.variant), incumbent_samples=tuple(incumbents[: len(own)]),
+            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)],
         )  # fmt: skip
 
-    def _record_contender(self, problem: Problem, contender: Contender, status: str, **facts: object) -> None:
+    def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: quiet.Heard) -> None:
+        """A failure is a verdict; a time-out on a busy machine is none: it is to be tried again."""
+        no_verdict = error.status == "timeout" and heard.busy
+        if no_verdict:
+            self.late.append((problem, contender.variant))
+        self._record_contender(problem, contender, error.status, float(no_verdict), reason=error.reason)
+
+    def _record_contender(
+        self, problem: Problem, contender: Contender, status: str, disturbed: float = 0.0, **facts: object
+    ) -> None:
         verdict = self._shapes.get((str(problem), contender.built.digest))
         if verdict and math.isfinite(verdict.error):
             facts.update(error=verdict.error, constant=verdict.constant)
         facts.update(digest=contender.built.digest, resources=dict(contender.built.resources))
-        self._record(problem, contender.variant, status, **facts)
+        self._record(problem, contender.variant, status, disturbed, **facts)
 
-    def _record(self, problem: Problem, variant: Variant, status: str, **facts: object) -> None:
-        versions = {**self.versions(variant.backend), "installation": self.database.installation}
+    def _record(self, problem: Problem, variant: Variant, status: str, disturbed: float = 0.0, **facts: object) -> None:
+        versions: dict[str, str | float] = {
+            **self.versions(variant.backend),
+            "installation": self.database.installation,
+        }
         if source := backends.get(variant.backend).source(variant, problem):
             versions["source"] = source.digest
+        if era := drift.era(self.database, self.device, str(problem)):
+            versions["era"] = era
+        if disturbed:
+            versions["disturbed"] = disturbed
         measurement = Measurement(
             device=str(self.device),
             problem=str(problem),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from elsa_tune import backends, drift
@@ -18,17 +18,18 @@ from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
 from elsa_tune.fleet import Fleet
 from elsa_tune.layers import known_winners, layers, refresh_all
 from elsa_tune.measure import Contender, Worker, WorkerFailed
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.outcome import Outcome, Report, least_seconds, outcome
 from elsa_tune.problem import Problem
 from elsa_tune.search import Search
 from elsa_tune.space import Space, parse
-from elsa_tune.trial import Trials, quiet_machine
+from elsa_tune.task import EFFORTS, Effort, Progress, Task
+from elsa_tune.trial import OutOfTime, Trials, quiet_machine
 from elsa_tune.variant import Variant
 from elsa_tune.winners import Database, listeners
 
 BUDGET = 180.0
-GPU_TRIALS = 4
+GPU_TRIALS = 2
 """Trials on a GPU for each that a CPU would be given."""
 
 ENOUGH = 0.95
@@ -37,71 +38,14 @@ ENOUGH = 0.95
 REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
 
+SIDE_BY_SIDE = 4
+"""Variants asked for, built and raced at once, or one a core where there are more."""
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How hard to look: trials a problem gets, at most and at least; the seconds they may take; rounds of a final."""
+GRACE, LEAST_GRACE = 0.05, 5.0
+"""What a run may last beyond its budget: a share of it, and seconds, before whatever it does is given up."""
 
-    trials: int
-    fewest: int
-    seconds: float
-    final_rounds: int
-
-
-EFFORTS = {"quick": Effort(6, 2, 6.0, 25), "full": Effort(150, 20, 600.0, 60)}
-
-
-@dataclass
-class Task:
-    """One problem being tuned on one device: what is known of it."""
-
-    problem: Problem
-    searches: list[Search]
-    incumbent: Contender | None = None
-    seconds: float = 0.0  # of one incumbent call
-    trials: int = 0
-    target: int = 0
-    finals: int = 0
-    turns: int = 0  # of its searches
-    counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
-    latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement
-
-    @property
-    def best(self) -> float:
-        """The best ratio to the incumbent so far; 1 is the incumbent's own."""
-        return max((m.ratio or 0 for m in self.latest.values()), default=1.0)
-
-    @property
-    def settled(self) -> bool:
-        """Enough tried, and the finalists raced."""
-        return self.incumbent is not None and self.trials >= self.target and (self.finals > 0 or not self.searches)
-
-    def note(self, m: Measurement) -> None:
-        """Take a measurement into account."""
-        if m.incumbent and not m.incumbent.startswith("sdpa."):
-            return  # timed by a kit beside a plain kernel: a hint of what to try, no ratio to compare with
-        self.counts[m.status] = self.counts.get(m.status, 0) + 1
-        if m.status == "ok":
-            self.latest[m.variant] = m
-        if m.variant.startswith("sdpa."):
-            return
-        self.trials += m.stage == "trial"
-        self.finals += m.stage == "final"
-        for search in self.searches:
-            with suppress(BadVariant):  # recorded by a version whose space had other values
-                variant = parse(m.variant)
-                if variant.backend == search.backend:
-                    search.tell(variant, m.ratio if m.status == "ok" else None)
-
-
-@dataclass
-class Progress:
-    """What ``watch`` sees after every step."""
-
-    tasks: list[Task]
-    doing: str
-    elapsed: float
-    budget: float
+HARDLY = 12
+"""A problem for which fewer variants were tried was hardly searched, and the run says so."""
 
 
 def tune(
@@ -230,6 +174,7 @@ class _Run:
         self.database, self.device = self.trials.database, self.trials.device
         self.trials.recorded = self.recorded
         self.of = {task.problem: task for task in self.tasks}
+        self.grace = max(LEAST_GRACE, GRACE * self.budget)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -243,22 +188,50 @@ class _Run:
 
     def tune(self) -> None:
         """Incumbents, then trials where most are missing, then finals; refinement where nothing is missing."""
+        self.trials.deadline = self.deadline + self.grace
         self.tasks.sort(key=lambda task: task.problem.flops + 20 * task.problem.bytes)
-        for task in self.tasks:
-            self.recall(task)
-        for task in self.tasks:
-            self.find_incumbent(task)
-        self.trials.find_limits()
-        self.look_for_drift()
-        if all(task.settled for task in self.tasks):
-            self.refine()
-            return
-        reserve = min(0.4 * self.budget, sum(map(self.final_seconds, self.tasks)))
+        with suppress(OutOfTime):
+            for task in self.tasks:
+                self.recall(task)
+            for task in self.tasks:
+                self.find_incumbent(task)
+            self.trials.find_limits()
+            self.look_for_drift()
+            if all(task.settled for task in self.tasks):
+                self.refine()
+                return
+            reserve = min(0.4 * self.budget, sum(map(self.final_seconds, self.tasks)))
+            self.trials.deadline = self.deadline - 0.5 * reserve
+            with suppress(OutOfTime):
+                self.search(reserve)
+                self.try_late_ones_again(reserve)
+            self.trials.deadline = self.deadline + self.grace
+            for number, task in enumerate(self.tasks):
+                later = sum(map(self.final_seconds, self.tasks[number + 1 :]))
+                wanted = self.final_seconds(task)
+                self.final(task, max(0.3 * wanted, min(wanted, self.left() - later)))
+        self.tell()
+
+    def search(self, reserve: float) -> None:
+        """Turns, for the problem that most are missing of, until only finals can still be run."""
         while self.left() > reserve and (waiting := [t for t in self.tasks if t.incumbent and t.trials < t.target]):
-            self.turn(min(waiting, key=lambda task: task.trials / task.target))
-        for number, task in enumerate(self.tasks):
-            later = sum(map(self.final_seconds, self.tasks[number + 1 :]))
-            self.final(task, max(0.5 * self.final_seconds(task), min(self.final_seconds(task), self.left() - later)))
+            self.turn(min(waiting, key=lambda task: task.trials / task.target), reserve)
+
+    def try_late_ones_again(self, reserve: float) -> None:
+        """Kernels that took too long while others used the machine get one more chance."""
+        late, self.trials.late = self.trials.late, []
+        for problem, variant in late:
+            if self.left() > reserve:
+                with quiet_machine():
+                    self.try_out(self.of[problem], self.trials.build(problem, [variant]))
+
+    def tell(self) -> None:
+        """What this run could not do."""
+        wanted = min(HARDLY, self.effort.trials)
+        if few := [f"{t.problem} ({t.trials})" for t in self.tasks if t.trials < min(wanted, t.target)]:
+            self.notes.append(f"time for fewer than {HARDLY} variants: {', '.join(few)}; a longer --budget tries more")
+        if busy := [str(task.problem) for task in self.tasks if task.busy and not task.finals]:
+            self.notes.append(f"others used this machine; not settled: {', '.join(busy)}; run again when it is quiet")
 
     def look_for_drift(self) -> None:
         """After a change of software or clock, time a few winners again; if one has moved, all; those that moved are open."""
@@ -267,14 +240,17 @@ class _Run:
         versions = {name: text for backend in sorted(searched) for name, text in self.trials.versions(backend).items()}
         if found := drift.changes(self.database, self.device, versions, peaks):
             self.notes.append("; ".join(found))
-            known = sorted((t for t in self.tasks if t.incumbent and t.finals), key=lambda task: task.seconds)
+            known = sorted((t for t in self.tasks if t.incumbent and t.pooled), key=lambda task: task.seconds)
             moved = [task for task in known[: drift.CANARIES] if self.has_moved(task)]
             if moved:
                 moved += [task for task in known[drift.CANARIES :] if self.left() > 0 and self.has_moved(task)]
             for task in moved:
+                drift.reopen(self.database, self.device, str(task.problem))
                 task.trials = task.finals = 0
             timed = len(known) if moved else min(len(known), drift.CANARIES)
             self.notes.append(f"{timed} winners timed again, {len(moved)} have moved and are tuned anew")
+            if any(task.busy for task in known[: drift.CANARIES]):
+                return  # nobody knows yet: the next run asks again
         if versions and peaks:
             drift.remember(self.database, self.device, versions, peaks)
 
@@ -284,24 +260,26 @@ class _Run:
         if before is None or before.variant.startswith("sdpa."):
             return False
         self.final(task, min(1.0, self.final_seconds(task)), [parse(before.variant)])
-        after = self.winner(task)
-        return after is not None and (after.variant != before.variant or drift.moved(before, after))
+        after = task.latest[before.variant]
+        is_new = after.created > before.measurement.created and not after.disturbed
+        return is_new and drift.moved(before, after)
 
-    def winner(self, task: Task) -> Measurement | None:
+    def winner(self, task: Task) -> Evidence | None:
         """What the database says is best here."""
         return next(iter(self.database.winners(True, device=str(self.device), problem=str(task.problem))), None)
 
     def race(self, contested: dict[str, list[str]]) -> None:
         """Settle what others measured: their variants against this machine's best and torch."""
-        for task in self.tasks:
-            self.recall(task)
-            self.find_incumbent(task)
-            best = sorted(task.latest.values(), key=lambda m: m.ratio or 0, reverse=True)[:1]
-            spellings = [m.variant for m in best if not m.variant.startswith("sdpa.")] + contested[str(task.problem)]
-            share = self.left() / (len(self.tasks) - self.tasks.index(task))
-            entrants = [v for v in map(parse, dict.fromkeys(spellings)) if self.is_lawful(v, task.problem)]
-            if entrants and self.left() > 0:
-                self.final(task, min(share, self.final_seconds(task)), entrants)
+        self.trials.deadline = self.deadline + self.grace
+        with suppress(OutOfTime):
+            for number, task in enumerate(self.tasks):
+                self.recall(task)
+                self.find_incumbent(task)
+                spellings = task.ranked()[:1] + contested[str(task.problem)]
+                share = self.left() / (len(self.tasks) - number)
+                entrants = [v for v in map(parse, dict.fromkeys(spellings)) if self.is_lawful(v, task.problem)]
+                if entrants and self.left() > 0:
+                    self.final(task, min(share, self.final_seconds(task)), entrants)
 
     def is_lawful(self, variant: Variant, problem: Problem) -> bool:
         """Whether the laws allow a variant here."""
@@ -321,10 +299,13 @@ class _Run:
                 self.suggest(task, m.variant)
                 continue
             task.note(m)
-            if m.variant == m.incumbent and m.seconds:
+            if m.no_verdict:
+                self.suggest(task, m.variant)
+            elif m.variant == m.incumbent and m.seconds:
                 task.incumbent, task.seconds = self.trials.contender(parse(m.variant), task.problem), m.seconds
             elif m.status == "ok":
                 self.suggest(task, m.variant)
+        self.pool(task)
         task.target = self.target(task)
         for winner in known_winners(self.device, layers(), family=task.problem.family):
             self.suggest(task, winner.variant)
@@ -334,6 +315,10 @@ class _Run:
         for m in self.database.measurements(status="candidate", family=task.problem.family):
             if self.device.kinship(Device.parse(m.device)) not in (None, "family"):  # ranked for this architecture
                 self.suggest(task, m.variant)
+
+    def pool(self, task: Task) -> None:
+        """Learn what all finals of each variant say together."""
+        task.pool(self.database.evidence(True, device=str(self.device), problem=str(task.problem)))
 
     def is_of_other_code(self, problem: Problem, m: Measurement) -> bool:
         """Whether the templates have changed since in what they render for this variant: then it is tried anew."""
@@ -380,44 +365,76 @@ class _Run:
     def final_seconds(self, task: Task) -> float:
         """What a final of four contenders takes, checks included: many rounds if a call is fast, a few if it is slow."""
         return (
-            0.8
+            0.5
             + 4 * task.seconds
-            + min(4 * self.effort.final_rounds * max(task.seconds, 0.002), max(1.5, 20 * task.seconds))
+            + min(4 * self.effort.final_rounds * max(task.seconds, 0.002), max(1.2, 14 * task.seconds))
         )
 
     def uncertainty(self, task: Task) -> float:
         """Relative width of the winner's interval."""
         winner = self.winner(task)
-        if winner is None or not winner.ratio:
+        if winner is None:
             return float("inf")
-        return ((winner.ratio_high or 0) - (winner.ratio_low or 0)) / winner.ratio
+        return (winner.ratio_high - winner.ratio_low) / winner.ratio
 
-    def turn(self, task: Task) -> None:
-        """Ask for a few new variants, build them side by side, then check and time each alone.
+    def turn(self, task: Task, reserve: float = 0.0) -> None:
+        """Ask for a few new variants, build them side by side, then check and time them, for other shapes of the family too.
 
         A problem whose best variant is ENOUGH of what the measured peaks allow is asked nothing more.
         """
-        least = least_seconds(task.problem, self.trials.limits)
-        if least and task.trials and task.seconds and least * task.best / task.seconds > ENOUGH:
-            task.target = task.trials
+        if self.is_near_the_limit(task):
             return
         self.show(f"{task.problem}  building")
         asked = self.ask(task)
         if not asked:
             task.target = task.trials
             return
-        assert task.incumbent is not None
         with quiet_machine():
-            for candidate in self.trials.build(task.problem, asked):
-                self.trials.trial(task.problem, task.incumbent, task.seconds, candidate, task.best)
+            built = self.trials.build(task.problem, asked)
+            self.try_out(task, built)
+            for other in self.tasks:
+                if (
+                    other is not task
+                    and other.problem.family == task.problem.family
+                    and self.affords(other, built, reserve)
+                ):
+                    self.try_out(other, self.taken(other, built))
+
+    def is_near_the_limit(self, task: Task) -> bool:
+        """Whether what is left is within the noise of the physical limit itself; then the search of a problem ends."""
+        least = least_seconds(task.problem, self.trials.limits)
+        searched = task.trials >= min(HARDLY, task.target)
+        near = bool(least and searched and task.seconds and least * task.best / task.seconds > ENOUGH)
+        if near:
+            task.target = task.trials
+        return near
+
+    def affords(self, task: Task, built: Sequence[Contender], reserve: float) -> bool:
+        """Whether a problem is still open, and there is time to try so many variants on it."""
+        if task.incumbent is None or task.trials >= task.target or self.is_near_the_limit(task):
+            return False
+        return self.left() - reserve > len(built) * (0.2 + 6 * task.seconds)
+
+    def taken(self, task: Task, built: Sequence[Contender]) -> list[Contender]:
+        """Which kernels, built for another shape of the family, are lawful and new for this one."""
+        lawful = [c.variant for c in built if self.is_lawful(c.variant, task.problem)]
+        new = {v for search in task.searches for v in search.take(v for v in lawful if v.backend == search.backend)}
+        return [c for c in built if c.variant in new]
+
+    def try_out(self, task: Task, built: Sequence[Contender]) -> None:
+        """Check and time kernels on one problem."""
+        assert task.incumbent is not None
+        if built:
+            self.trials.trial(task.problem, task.incumbent, task.seconds, built, task.best)
 
     def ask(self, task: Task) -> list[Variant]:
         """As many variants as are built side by side, of the search whose turn it is; of another where that has no more."""
+        count = max(2, min(max(SIDE_BY_SIDE, host_cpu().cores), task.target - task.trials))
         for _ in task.searches:
             search = task.searches[task.turns % len(task.searches)]
             task.turns += 1
             heard = search.heard
-            asked = search.ask(max(2, host_cpu().cores))
+            asked = search.ask(count)
             task.trials += search.heard - heard
             if asked:
                 return asked
@@ -437,16 +454,14 @@ class _Run:
                 self.trials.final(task.problem, task.incumbent, usable, self.effort.final_rounds, seconds)
             except WorkerFailed as error:
                 self.notes.append(f"{task.problem}: the final was lost: {error.reason}")
+        self.pool(task)
 
     def finalists(self, task: Task) -> Iterator[Variant]:
         """The best three of the problem, and the best of each other shape of its family that was not tried here."""
-        ranked = sorted(task.latest.values(), key=lambda m: m.ratio or 0, reverse=True)
-        chosen = [m.variant for m in ranked if not m.variant.startswith("sdpa.")][:3]
+        chosen = task.ranked()[:3]
         for other in self.tasks:
             if other is not task and other.problem.family == task.problem.family and other.latest:
-                best = max(other.latest.values(), key=lambda m: m.ratio or 0).variant
-                if best not in task.latest and not best.startswith("sdpa."):
-                    chosen.append(best)
+                chosen += [best for best in other.ranked()[:1] if best not in task.latest]
         chosen += [str(search.best) for search in task.searches if search.best]  # in a fleet, another's
         for spelling in dict.fromkeys(chosen):
             variant = parse(spelling)

@@ -20,43 +20,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from elsa_tune import places
+from elsa_tune import evidence, places
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Measurement, canonical
+from elsa_tune.measurement import Evidence, Measurement, canonical
 
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
 PATIENCE = 30.0
 """Seconds that a writer waits for another to let go of the database."""
-TIED = 0.98
-"""Within this share of the best ratio, or with overlapping intervals, variants are tied."""
 
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "ceph", "9p", "fuse.sshfs"}
-
-# The newest final measurement of each variant counts. A generated variant must beat SDPA beyond its interval. Among
-# variants tied with the best, the smaller error wins, then fewer stack accesses, then the spelling.
-_WINNERS = f"""
-WITH latest AS (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem, variant ORDER BY created DESC, id) AS age
-  FROM records WHERE status = 'ok' AND stage = 'final' {{where}}
-), eligible AS (
-  SELECT latest.*, spelled.content AS spelling FROM latest
-  JOIN words spelled ON spelled.id = latest.variant LEFT JOIN words against ON against.id = latest.incumbent
-  WHERE age = 1 AND (spelled.content LIKE 'sdpa.%' OR (ratio_low > 1 AND against.content LIKE 'sdpa.%'))
-), ranked AS (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place FROM eligible
-), tied AS (
-  SELECT r.*, ROW_NUMBER() OVER (
-    PARTITION BY r.device, r.problem
-    ORDER BY r.error, COALESCE(json_extract(facts.content, '$.hot_spills'), 0), r.spelling
-  ) AS choice
-  FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
-  LEFT JOIN words facts ON facts.id = r.resources
-  WHERE r.ratio >= {TIED} * best.ratio OR r.ratio_high >= best.ratio_low
-)
-SELECT tied.* FROM tied WHERE choice = 1
-"""
 
 _UNREADABLE = (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, KeyError, RecursionError, struct.error)
 """What reading a row that nobody recorded may raise."""
@@ -84,11 +58,17 @@ CREATE TABLE records (
 CREATE INDEX by_problem ON records (device, problem);
 CREATE INDEX finals ON records (device, family, problem) WHERE status = 'ok' AND stage = 'final';
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE VIEW measurements AS SELECT hex(r.id) AS id, {", ".join(f"r.{n}" for n in ("local", *_PLAIN, *_NUMBERS))},
-  {", ".join(f"(SELECT content FROM words w WHERE w.id = r.{name}) AS {name}" for name in _WORDS if name != "incumbent_samples")}
-  FROM records r;
-CREATE VIEW winners AS SELECT m.* FROM measurements m JOIN ({_WINNERS.format(where="")}) w ON m.id = hex(w.id);
 """
+
+_KEPT = [name for name in ("local", *_PLAIN, *_NUMBERS) if not name.startswith("ratio")]
+_VIEWS = {
+    "measurements": f"""SELECT hex(r.id) AS id, {", ".join(f"r.{n}" for n in ("local", *_PLAIN, *_NUMBERS))},
+  {", ".join(f"(SELECT content FROM words w WHERE w.id = r.{name}) AS {name}" for name in _WORDS if name != "incumbent_samples")}
+  FROM records r""",
+    "winners": f"""SELECT m.id, {", ".join(f"m.{name}" for name in (*_KEPT, *_TEXTS, "resources", "provenance"))},
+  w.ratio, w.ratio_low, w.ratio_high, w.finals FROM measurements m JOIN ({evidence.WINNERS.format(where="")}) w ON m.id = hex(w.id)""",
+}
+"""What anyone's SQL reads; the ratio of a winner is that of all its finals together."""
 
 
 def _on_network(path: Path) -> bool:
@@ -234,13 +214,24 @@ class Database:
         with self._transaction():
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version == SCHEMA_VERSION:
+                self._define_views()
                 return
             old = self._measurements_of_format_1() if version == 1 else []
             for statement in filter(str.strip, _SCHEMA.split(";\n")):
                 self._connection.execute(statement)
+            self._define_views()
             self._connection.execute("INSERT INTO about VALUES ('installation', ?)", [secrets.token_hex(8)])
             self._insert((m, not m.incumbent or m.incumbent.startswith("sdpa.")) for m in old)
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _define_views(self) -> None:
+        """Define the views as this version does; an older one may have written the file."""
+        found = dict(self._connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view'"))
+        for name, select in _VIEWS.items():
+            wanted = f"CREATE VIEW {name} AS {select}"
+            if found.get(name) != wanted:
+                self._connection.execute(f"DROP VIEW IF EXISTS {name}")
+                self._connection.execute(wanted)
 
     def _measurements_of_format_1(self) -> list[Measurement]:
         cursor = self._connection.execute("SELECT * FROM measurements")
@@ -384,32 +375,57 @@ class Database:
         families: Collection[str] = (),
         understood: Callable[[str], bool] = lambda variant: True,
         **equal: str,
-    ) -> list[Measurement]:
-        """The winning measurement of each device and problem, of those devices and families (all, if none is named) whose
-        columns equal the given values. A row that is not what was recorded never wins, nor a variant that is not
-        ``understood``."""
-        damaged: list[bytes] = []
-        strange: list[int] = []
+    ) -> list[Evidence]:
+        """What wins each device and problem, of those devices and families (all, if none is named) whose columns equal the
+        given values. A row that is not what was recorded never counts, nor a variant that is not ``understood``."""
         where, values = self._where(local, equal)
         for column, names in (("device", devices), ("family", families)):
             if names:
                 where.append(f"{column} IN ({', '.join('?' * len(names))})")
                 values += [self._number_of(name) for name in names]
+        return self._pooled(evidence.WINNERS, where, values, understood)
+
+    def evidence(self, local: bool | None = None, **equal: str) -> list[Evidence]:
+        """What all finals of each device, problem and variant say together."""
+        return self._pooled(evidence.EVERY, *self._where(local, equal))
+
+    def _pooled(
+        self, select: str, where: list[str], values: list[Any], understood: Callable[[str], bool] = lambda variant: True
+    ) -> list[Evidence]:
+        damaged: list[int] = []
+        strange: list[int] = []
         while True:
             without = [
-                f"{name} NOT IN ({', '.join('?' * len(x))})" for name, x in (("id", damaged), ("variant", strange)) if x
+                f"{name} NOT IN ({', '.join('?' * len(x))})"
+                for name, x in (("number", damaged), ("variant", strange))
+                if x
             ]
             condition = "".join(f" AND {one}" for one in [*where, *without])
-            rows = self._connection.execute(_WINNERS.format(where=condition), [*values, *damaged, *strange])
+            rows = self._connection.execute(select.format(where=condition), [*values, *damaged, *strange])
             names_of = [column[0] for column in rows.description]
             found = [dict(zip(names_of, row, strict=True)) for row in rows]
-            pairs = [(row, self._measurement(row)) for row in found]
-            bad = [row["id"] for row, m in pairs if m.id != row["id"].hex()]
-            odd = sorted({row["variant"] for row, m in pairs if not understood(m.variant)})
+            members = {int(number) for row in found for number in str(row["members"]).split(",")}
+            read = list(self._numbered(members))
+            bad = [number for number, m, name in read if m.id != name]
+            odd = sorted({row["variant"] for row in found if not understood(row["spelling"])})
             if not bad and not odd:
-                return sorted((m for _, m in pairs), key=lambda m: (m.created, m.id))
+                sound = {name: m for _, m, name in read}
+                pools = [
+                    Evidence(sound[row["id"].hex()], row["ratio"], row["ratio_low"], row["ratio_high"], row["finals"])
+                    for row in found
+                ]
+                return sorted(pools, key=lambda pool: (pool.measurement.created, pool.measurement.id))
             damaged += bad
             strange += odd
+
+    def _numbered(self, numbers: Iterable[int]) -> Iterator[tuple[int, Measurement, str]]:
+        """Number, measurement and name of some rows."""
+        each, columns = iter(sorted(numbers)), ("number", *_COLUMNS)
+        while portion := list(islice(each, 500)):
+            asked = f"SELECT {', '.join(columns)} FROM records WHERE number IN ({', '.join(map(str, portion))})"
+            for row in self._connection.execute(asked):
+                known = dict(zip(columns, row, strict=True))
+                yield known["number"], self._measurement(known), known["id"].hex()
 
     def counts(self, local: bool | None = None) -> dict[tuple[str, str], int]:
         """(device, status) -> measurements."""
@@ -428,9 +444,9 @@ class Database:
         return [(str(self._content(device)), str(self._content(family))) for device, family in pairs]
 
     def slower(self, device: str) -> set[tuple[str, str]]:
-        """(problem, variant) pairs that a final on this device found slower than torch's SDPA."""
+        """(problem, variant) pairs whose finals on this device, together, are slower than torch's SDPA."""
         rows = self._connection.execute(
-            "SELECT problem, variant FROM records WHERE status = 'ok' AND stage = 'final' AND device = ? AND ratio < 1",
+            f"SELECT problem, variant FROM ({evidence.EVERY.format(where='AND device = ?')}) WHERE ratio < 1",
             [self._number_of(device)],
         ).fetchall()
         return {(str(self._content(problem)), str(self._content(variant))) for problem, variant in rows}
@@ -568,10 +584,11 @@ def _copied(aside: Path, folder: Path) -> Path:
 
 
 def _copied_with_new_first_page(aside: Path, folder: Path) -> Path:
-    """A copy whose header and schema are a new database's: both are the same in every database of this format."""
+    """A copy whose header and tables are a new database's: both are the same in every database of this format."""
     fresh, page = folder / "fresh.db", 4096
     connection = sqlite3.connect(fresh, isolation_level=None)
-    Database(connection, "fresh")._create()
+    connection.executescript(_SCHEMA)  # without views, whose text is longer than a page
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.close()
     target = folder / "mended.db"
     shutil.copyfile(aside, target)

@@ -28,7 +28,7 @@ from elsa_tune import settings as configuration
 from elsa_tune.backends import _kernel_cache, cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadMeasurements, BadSettings, NotTrusted
-from elsa_tune.measurement import STATUSES, Measurement
+from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.winners import Database
@@ -334,6 +334,10 @@ def won(problem: str = SMALL, ratio: float = 2.0, **more: object) -> Measurement
     return Measurement(**{**facts, **more})  # type: ignore[arg-type]
 
 
+def pool(ratio: float) -> Evidence:
+    return Evidence(won(ratio=ratio), ratio, 0.98 * ratio, 1.02 * ratio, 1)
+
+
 def eventually(what: object, seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -466,7 +470,7 @@ def test_changes_of_software_and_clock_are_seen() -> None:
     assert drift.changes(database, HERE, versions, {"peak_gflops": 430.0}) == []
     assert drift.changes(database, HERE, {**versions, "torch": "2.13"}, peaks) == ["torch 2.12 is now 2.13"]
     assert "peak_gflops 400 is now 200" in drift.changes(database, HERE, versions, {"peak_gflops": 200.0})
-    assert not drift.moved(won(ratio=2.0), won(ratio=2.03)) and drift.moved(won(ratio=2.0), won(ratio=1.5))
+    assert not drift.moved(pool(2.0), pool(2.03)) and drift.moved(pool(2.0), pool(1.5))
 
 
 def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,13 +489,14 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
     def noting_moves(run: tuning._Run, task: tuning.Task) -> bool:
         return moved.setdefault(str(task.problem), has_moved(run, task))
 
-    def noting_turns(run: tuning._Run, task: tuning.Task) -> None:
+    def noting_turns(run: tuning._Run, task: tuning.Task, reserve: float = 0.0) -> None:
         turned.add(str(task.problem))
-        turn(run, task)
+        turn(run, task, reserve)
 
     monkeypatch.setattr(tuning._Run, "has_moved", noting_moves)
     monkeypatch.setattr(tuning._Run, "turn", noting_turns)
     monkeypatch.setattr(drift, "moved", lambda before, after: before.problem == SMALL)
+    monkeypatch.setattr(Measurement, "disturbed", False)  # whoever else uses this machine meanwhile
     report = tuning.tune(problems, device="cpu", budget=25)
     assert any("g++ 1.0 is now" in note for note in report.notes), report.notes
     told = next(note for note in report.notes if "timed again" in note)

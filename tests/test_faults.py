@@ -54,7 +54,7 @@ def test_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
         rows = list(database)
         lost = set(told["acknowledged"]) - {m.id for m in rows}
         assert not lost, f"{len(lost)} of {len(told['acknowledged'])} are lost"
-        assert {m.problem: m.id for m in database.winners()} == best_of(rows)
+        assert {w.problem: w.measurement.id for w in database.winners()} == best_of(rows)
 
 
 def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
@@ -99,7 +99,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
         path.write_bytes(broken)
         try:  # who only reads never sees a winner that was not recorded
             with Database.for_reading(path) as database:
-                assert {m.id for m in database.winners()} <= rows.keys()
+                assert {w.measurement.id for w in database.winners()} <= rows.keys()
         except (DatabaseUnusable, sqlite3.DatabaseError):
             pass
         health = winners.verify(path)
@@ -107,7 +107,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
             kept = list(database)
             assert len(kept) == health.sound
             assert all(rows.get(m.id) == m for m in kept), "something is believed that was never recorded"
-            assert {m.problem: m.id for m in database.winners()} == best_of(kept)
+            assert {w.problem: w.measurement.id for w in database.winners()} == best_of(kept)
         lost = len(rows) - len(kept)
         if lost or health.damaged or not health.whole:
             assert health.aside, "what was damaged is gone"

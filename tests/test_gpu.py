@@ -24,7 +24,7 @@ from elsa_tune.backends import Built, triton
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, FolderTaken
-from elsa_tune.measure import Worker, WorkerFailed
+from elsa_tune.measure import Raced, Worker, WorkerFailed
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space, parse
@@ -278,7 +278,8 @@ class Rehearsed:
         return Verdict(1e-7, 0.5)
 
     def do_race(self, problem: Problem, contenders: Any, rounds: int, seconds: float, beat: float = 0.0) -> Any:
-        return [tuple(self.seconds(problem, c) * (1 + 0.002 * i) for i in range(rounds)) for c in contenders]
+        samples = [tuple(self.seconds(problem, c) * (1 + 0.002 * i) for i in range(rounds)) for c in contenders]
+        return Raced(samples, [0.0] * len(samples))
 
     def seconds(self, problem: Problem, contender: Any) -> float:
         name = str(contender.variant)

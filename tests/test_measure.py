@@ -71,12 +71,12 @@ def test_shape_check_sees_what_small_shapes_hide(worker: Worker) -> None:
 
 def test_race_takes_turns_and_drops_the_hopeless(worker: Worker) -> None:
     contenders = [*peers(PROBLEM), planted("healthy", PROBLEM)]
-    samples = worker.run(race, PROBLEM, contenders, 6, 10.0, timeout=60.0)
+    samples = worker.run(race, PROBLEM, contenders, 6, 10.0, timeout=60.0).samples
     assert len(samples) == 3 and len(samples[0]) == 6
     assert all(len(s) == 1 or 3 <= len(s) <= 6 for s in samples), (
         "outclassed at once, hopeless after three, or to the end"
     )
-    stopped = worker.run(race, PROBLEM, contenders[:1] + contenders[2:], 6, 10.0, 1e9, timeout=60.0)
+    stopped = worker.run(race, PROBLEM, contenders[:1] + contenders[2:], 6, 10.0, 1e9, timeout=60.0).samples
     assert len(stopped[1]) == 3, "far below the ratio to beat: timed three times only"
 
 

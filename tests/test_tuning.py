@@ -40,8 +40,9 @@ def test_from_nothing_to_a_winner_that_serves(home: Path) -> None:
 
     report = tune([SMALL], budget=12, watch=watch)
     assert report.complete and [str(o.problem) for o in report.outcomes] == [SMALL]
-    winner = report.outcomes[0].winner
-    assert winner is not None and winner.stage == "final" and winner.error is not None and winner.error < 1e-6
+    assert report.outcomes[0].winner is not None
+    winner = report.outcomes[0].winner.measurement
+    assert winner.stage == "final" and winner.error is not None and winner.error < 1e-6
     assert winner.provenance["torch"] == torch.__version__ and float(winner.provenance["peak_gflops"]) > 0
     assert len(winner.samples) == len(winner.incumbent_samples) >= 3
     assert any("final" in s for s in seen) and any("cpp." in s for s in seen)
@@ -163,7 +164,7 @@ def test_faulty_candidates_are_recorded_and_the_run_goes_on(home: Path, monkeypa
     assert report.complete and counts["failed"] and counts["wrong"] and counts["ok"]
     with Database.for_reading(places.database()) as database:
         bad = {m.digest for m in database.measurements() if m.status in ("wrong", "failed")}
-        assert not bad & {m.digest for m in database.winners()}
+        assert not bad & {w.measurement.digest for w in database.winners()}
 
 
 def test_exhaustive_and_random_run(home: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_measurement_survives_the_database(home: Path) -> None:
         assert database.measurements() == [m], "the same measurement twice is one row"
     with Database.for_reading(places.database()) as database:
         assert database.measurements(problem=PROBLEM) == [m]
-        assert database.winners() == [m]
+        assert [w.measurement for w in database.winners()] == [m]
         with pytest.raises(ElsaTuneError, match="no column"):
             database.measurements(**{"1; DROP TABLE measurements": "x"})
 
@@ -59,9 +59,81 @@ def test_winner_rules() -> None:
     assert winner(measured("cpp.a", 1.9, 2.1, stage="trial")) == "sdpa.flash", "trials do not win"
     assert winner(measured("cpp.a", 1.9, 2.1, status="wrong")) == "sdpa.flash"
     assert (
-        winner(measured("cpp.a", 2.9, 3.1), measured("cpp.a", 1.1, 1.2, created=2.0), measured("cpp.b", 1.9, 2.0))
-        == "cpp.b"
-    ), "the newest final of a variant counts"
+        winner(measured("cpp.a", 1.27, 1.29), measured("cpp.a", 0.8, 1.2, created=2.0), measured("cpp.b", 1.1, 1.12))
+        == "cpp.a"
+    ), "a worse day does not undo a better one"
+
+
+def after(**said: object) -> Measurement:
+    """A later final of cpp.a, slower than what it was, whose provenance says something more."""
+    return measured("cpp.a", 1.1, 1.2, created=2.0, provenance={"torch": "2", **said})
+
+
+@pytest.mark.parametrize(
+    ("later", "ratio", "finals"),
+    [
+        (after(), (3.0 / (0.2 / 3 + 0.02) ** 2 + 1.15 / (0.1 / 1.15 + 0.02) ** 2)
+            / (1 / (0.2 / 3 + 0.02) ** 2 + 1 / (0.1 / 1.15 + 0.02) ** 2), 2),
+        (after(torch="3"), 1.15, 1),
+        (after(era=1), 1.15, 1),
+        (measured("cpp.a", 1.1, 1.2, created=2.0, digest="other"), 1.15, 1),
+        (after(disturbed=1.0), 3.0, 1),
+    ],
+)  # fmt: skip
+def test_what_finals_say_together(later: Measurement, ratio: float, finals: int) -> None:
+    """They pool under the same code, torch and era; a disturbed one counts only where there is no other."""
+    first = measured("cpp.a", 2.9, 3.1)
+    for rows in ([first, later], [later, first]):
+        (found,) = [x for x in Database.in_memory(rows, "test").evidence() if x.variant == "cpp.a"]
+        assert found.ratio == pytest.approx(ratio) and found.finals == finals
+        assert found.measurement == (first if found.ratio == 3 else later), "the newest of those that count"
+
+
+def test_a_new_era_is_of_a_whole_problem_and_of_who_counts_it() -> None:
+    old, others = (
+        measured("cpp.b", 4.9, 5.1),
+        measured("cpp.c", 2.9, 3.1, provenance={"torch": "2", "installation": "x"}),
+    )
+    assert winner(old, after(era=1.0)) == "cpp.a", "what was measured before the change is forgotten"
+    assert winner(others, after(era=1.0)) == "cpp.c", "another machine's eras are its own"
+
+
+def test_a_disturbed_variant_does_not_outvote_a_clean_one() -> None:
+    disturbed = measured("cpp.b", 2.9, 3.1, provenance={"torch": "2", "disturbed": 0.9})
+    assert winner(disturbed, measured("cpp.a", 1.9, 2.1)) == "cpp.a"
+    assert winner(disturbed) == "cpp.b", "but torch does not win because the machine was busy"
+
+
+def test_the_view_says_from_how_many_finals(home: Path) -> None:
+    with Database.for_writing() as database:
+        for day in range(3):
+            database.record(measured("cpp.a", 1.9, 2.1, created=float(day)))
+    with sqlite3.connect(places.database()) as connection:  # anyone's SQL
+        rows = connection.execute("SELECT variant, round(ratio, 3), finals, created FROM winners").fetchall()
+    connection.close()
+    assert rows == [("cpp.a", 2.0, 3, 2.0)]
+
+
+def test_views_of_an_older_version_are_defined_anew(home: Path) -> None:
+    _recorded()
+    with sqlite3.connect(places.database()) as connection:
+        connection.execute("DROP VIEW winners")
+        connection.execute("CREATE VIEW winners AS SELECT * FROM measurements")
+    connection.close()
+    with Database.for_writing():
+        pass
+    with sqlite3.connect(places.database()) as connection:
+        assert "finals" in [column[1] for column in connection.execute("PRAGMA table_info(winners)")]
+    connection.close()
+
+
+def test_one_damaged_final_does_not_count(home: Path) -> None:
+    with Database.for_writing() as database:
+        for row in (SDPA, measured("cpp.a", 1.9, 2.1), measured("cpp.a", 1.9, 2.1, created=2.0)):
+            database.record(row)
+        database._connection.execute("UPDATE records SET ratio = 9.0 WHERE created = 2.0")
+        (found,) = database.winners()
+    assert (found.variant, found.ratio, found.finals) == ("cpp.a", 2.0, 1)
 
 
 def test_ties_go_to_the_smaller_error_then_fewer_spills_then_the_spelling() -> None:

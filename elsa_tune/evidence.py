@@ -1,0 +1,66 @@
+"""The SQL of evidence: the finals of a variant pooled, and the winner among the pools. Plain arithmetic, for any SQLite."""
+
+from __future__ import annotations
+
+from elsa_tune.measurement import DISTURBED
+
+TIED = 0.98
+"""Within this share of the best ratio, or with overlapping intervals, variants are tied."""
+
+NARROWEST = 0.02
+"""What is added to a final's relative spread before it weighs: an interval may be narrow by luck."""
+
+# What counts of a variant: finals against torch, of its newest code and torch, since its problem was last reopened (`era`,
+# counted by each installation); clean ones, where there is a clean one. They weigh by the inverse square of their spread.
+POOLED = f"""
+WITH finals AS (
+  SELECT * FROM records WHERE status = 'ok' AND stage = 'final' AND ratio > 0 {{where}}
+), said AS (
+  SELECT finals.*, spelled.content AS spelling, spelled.content LIKE 'sdpa.%' AS torchs,
+    COALESCE(json_extract(p.content, '$.torch'), '') AS torch,
+    COALESCE(json_extract(p.content, '$.disturbed'), 0) > {DISTURBED} AS disturbed,
+    COALESCE(json_extract(p.content, '$.era'), 0) AS era, json_extract(p.content, '$.installation') AS place
+  FROM finals JOIN words spelled ON spelled.id = variant
+  LEFT JOIN words against ON against.id = incumbent LEFT JOIN words p ON p.id = provenance
+  WHERE spelled.content LIKE 'sdpa.%' OR against.content LIKE 'sdpa.%'
+), now AS (
+  SELECT *, MAX(era) OVER (PARTITION BY device, problem, place) AS last_era FROM said
+), newest AS (
+  SELECT *, FIRST_VALUE(digest) OVER latest AS last_digest, FIRST_VALUE(torch) OVER latest AS last_torch
+  FROM now WHERE era = last_era
+  WINDOW latest AS (PARTITION BY device, problem, variant ORDER BY created DESC, id)
+), same AS (
+  SELECT *, MIN(disturbed) OVER (PARTITION BY device, problem, variant) AS least,
+    1 / (ABS(COALESCE(ratio_high, 2 * ratio) - COALESCE(ratio_low, 0)) / ratio + {NARROWEST}) AS sharp
+  FROM newest WHERE digest IS last_digest AND torch = last_torch
+), counted AS (
+  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem, variant ORDER BY created DESC, id) AS age
+  FROM same WHERE disturbed = least
+), pooled AS (
+  SELECT id, device, problem, variant, spelling, torchs, disturbed, error, resources, MIN(age) AS age,
+    COUNT(*) AS finals, GROUP_CONCAT(number) AS members, SUM(sharp * sharp * ratio) / SUM(sharp * sharp) AS ratio,
+    SUM(sharp * sharp * COALESCE(ratio_low, 0)) / SUM(sharp * sharp) AS ratio_low,
+    SUM(sharp * sharp * COALESCE(ratio_high, 2 * ratio)) / SUM(sharp * sharp) AS ratio_high
+  FROM counted GROUP BY device, problem, variant
+)"""
+
+EVERY = f"{POOLED} SELECT * FROM pooled"
+
+# A generated variant must beat torch beyond its interval, and one that was only ever timed on a busy machine does not
+# outvote a clean one. Among variants tied with the best, the smaller error wins, then fewer stack accesses, then the spelling.
+WINNERS = f"""{POOLED}, eligible AS (
+  SELECT *, MIN(CASE WHEN torchs THEN 1 ELSE disturbed END) OVER (PARTITION BY device, problem) AS least
+  FROM pooled WHERE torchs OR ratio_low > 1
+), ranked AS (
+  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place
+  FROM eligible WHERE torchs OR disturbed = least
+), tied AS (
+  SELECT r.*, ROW_NUMBER() OVER (
+    PARTITION BY r.device, r.problem
+    ORDER BY r.error, COALESCE(json_extract(facts.content, '$.hot_spills'), 0), r.spelling
+  ) AS choice
+  FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
+  LEFT JOIN words facts ON facts.id = r.resources
+  WHERE r.ratio >= {TIED} * best.ratio OR r.ratio_high >= best.ratio_low
+)
+SELECT * FROM tied WHERE choice = 1"""

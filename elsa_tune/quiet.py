@@ -1,0 +1,118 @@
+"""Whether the machine was ours while something ran: threads that waited for a core, others that wanted one, stolen time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+WAITED = 0.04
+"""A sample is disturbed if this process's threads waited for a core for a larger share of it, all threads together."""
+
+WANTED = 0.3
+"""A machine is busy if on average more than so many of its cores were wanted by a thread that could not run."""
+
+STOLEN = 0.02
+"""It is busy too if a hypervisor took a larger share of its cores' time."""
+
+SWITCH_SECONDS = 1e-3
+"""What an involuntary switch of threads is taken for, where nothing says how long they waited."""
+
+_TICK = 1.0 / (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What happened between two moments: seconds; the share of them that own threads waited, summed over threads; cores
+    that somebody waited for, on average; the share of all cores' time that was stolen."""
+
+    seconds: float
+    waited: float
+    wanted: float
+    stolen: float
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether what this process did meanwhile was held up."""
+        return self.waited > WAITED or self.stolen > STOLEN
+
+    @property
+    def busy(self) -> bool:
+        """Whether others wanted the machine."""
+        return self.wanted > WANTED or self.stolen > STOLEN
+
+
+class Listener:
+    """Reads the counters that this system has; what it lacks stays silent. A few microseconds a reading.
+
+    Linux: pressure stall information, each own thread's time in the run queue, steal. Elsewhere: involuntary switches.
+    """
+
+    def __init__(self) -> None:
+        self._cores = os.cpu_count() or 1
+        self._files: list[int] = []
+        self._pressure = self._open("/proc/pressure/cpu")
+        self._stat = self._open("/proc/stat")
+        self._threads: list[int] = []
+        with suppress(OSError):
+            tasks = [self._open(f"/proc/self/task/{task}/schedstat") for task in os.listdir("/proc/self/task")]
+            self._threads = [file for file in tasks if file is not None]
+        self._before = self._read()
+
+    def _open(self, path: str) -> int | None:
+        try:
+            file = os.open(path, os.O_RDONLY)
+            os.pread(file, 1, 0)  # a kernel built without it may let it be opened, and no more
+        except OSError:
+            return None
+        self._files.append(file)
+        return file
+
+    def _read(self) -> tuple[float, float, float, float]:
+        """Now; and seconds, since some beginning: own threads waited, cores were wanted, cores were stolen."""
+        waited = sum(_number(file, lambda text: int(text.split()[1]) * 1e-9) for file in self._threads)
+        if not self._threads:
+            waited = _switches() * SWITCH_SECONDS
+        wanted = _number(self._pressure, lambda text: int(text.split(b"total=")[1].split()[0]) * 1e-6) * self._cores
+        stolen = _number(self._stat, lambda text: int(text.split()[8]) * _TICK)
+        return time.perf_counter(), waited, wanted, stolen
+
+    def heard(self) -> Heard:
+        """What happened since this was last asked."""
+        now = self._read()
+        seconds, waited, wanted, stolen = (x - y for x, y in zip(now, self._before, strict=True))
+        self._before = now
+        seconds = max(seconds, 1e-9)
+        stolen = max(0.0, stolen - _TICK)  # a single tick of a coarse clock may have been taken long before
+        return Heard(seconds, waited / seconds, wanted / seconds, stolen / seconds / self._cores)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.pop())
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _number(file: int | None, read: Callable[[bytes], float]) -> float:
+    if file is None:
+        return 0.0
+    try:
+        return read(os.pread(file, 256, 0))
+    except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel says less than it might
+        return 0.0
+
+
+def _switches() -> int:
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    except ImportError:
+        return 0

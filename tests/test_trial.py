@@ -1,0 +1,106 @@
+"""Trials on a machine that is busy: what is a verdict, what is tried again, and what a run's end cuts off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted import peers, planted, variant_of
+
+from elsa_tune import quiet, tuning
+from elsa_tune.check import Verdict
+from elsa_tune.device import host_cpu
+from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, race
+from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.quiet import Heard
+from elsa_tune.task import EFFORTS, Task
+from elsa_tune.trial import OutOfTime, Trials
+from elsa_tune.winners import Database
+
+PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
+HERE = host_cpu()
+
+
+class Hanging:
+    """A worker in which every race of a candidate hangs, alone or among others."""
+
+    def __init__(self, hangs: str = "") -> None:
+        self.hangs, self.races = hangs, list[int]()
+
+    def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
+        if job in (check_family, check_shape):
+            return Verdict(1e-7, 0.5)
+        assert job is race
+        self.races.append(len(arguments[1]))
+        if any(str(c.variant) == self.hangs for c in arguments[1]):
+            raise WorkerFailed("timeout", "no answer")
+        return Raced([(1e-3,) * 3] * len(arguments[1]), [0.0] * len(arguments[1]))
+
+
+@pytest.fixture
+def database(home: Path) -> Iterator[Database]:
+    with Database.for_writing() as one:
+        yield one
+
+
+def said(monkeypatch: pytest.MonkeyPatch, wanted: float) -> None:
+    """What is heard of others."""
+    monkeypatch.setattr(quiet.Listener, "heard", lambda self: Heard(1.0, 0.0, wanted, 0.0))
+
+
+@pytest.mark.parametrize(("wanted", "verdict"), [(0.0, True), (1.0, False)])
+def test_a_time_out_is_a_verdict_on_a_quiet_machine_only(
+    database: Database, monkeypatch: pytest.MonkeyPatch, wanted: float, verdict: bool
+) -> None:
+    said(monkeypatch, wanted)
+    hanging, flash = planted("healthy", PROBLEM), peers(PROBLEM)[0]
+    trials = Trials(database, Hanging(str(hanging.variant)), HERE)  # type: ignore[arg-type]
+    trials.trial(PROBLEM, flash, 1e-3, [hanging], 1.0)
+    (row,) = database.measurements(status="timeout")
+    assert row.no_verdict != verdict and trials.late == ([] if verdict else [(PROBLEM, hanging.variant)])
+    task = Task(PROBLEM, tuning._searches(PROBLEM, HERE, []))
+    run = tuning._Run(trials, EFFORTS["quick"], 0.0, 0.0, lambda p: None, [], [task])
+    run.recall(task)
+    asked = [str(v) for v in task.searches[0].ask(30)]
+    assert (variant_of(PROBLEM) in asked) != verdict and task.trials == int(verdict)
+
+
+def test_one_that_hangs_among_others_is_found(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    said(monkeypatch, 0.0)
+    healthy, (flash, other) = planted("healthy", PROBLEM), peers(PROBLEM)
+    worker = Hanging(str(healthy.variant))
+    Trials(database, worker, HERE).trial(PROBLEM, flash, 1e-3, [healthy, other], 1.0)  # type: ignore[arg-type]
+    assert worker.races == [3, 2, 2]
+    assert {m.variant: m.status for m in database} == {str(healthy.variant): "timeout", str(other.variant): "ok"}
+
+
+def test_what_the_end_of_a_run_cuts_off_is_not_recorded(database: Database) -> None:
+    healthy, flash = planted("healthy", PROBLEM), peers(PROBLEM)[0]
+    trials = Trials(database, Hanging(str(healthy.variant)), HERE, deadline=time.monotonic() + 1)  # type: ignore[arg-type]
+    with pytest.raises(OutOfTime):
+        trials.trial(PROBLEM, flash, 1e-3, [healthy], 1.0)
+    assert len(database) == 0
+
+
+def test_a_worse_day_changes_no_ranking() -> None:
+    """What a task takes for the best is what all finals say, once they are pooled."""
+    facts: dict[str, Any] = dict(
+        device=str(HERE), problem=str(PROBLEM), status="ok", stage="final", incumbent="sdpa.flash"
+    )
+    days = [("cpp.a", 1.30, 1.0), ("cpp.b", 1.2, 1.0), ("cpp.a", 0.9, 2.0)]
+    rows = [
+        Measurement(
+            **facts, variant=v, ratio=r, ratio_low=r - (0.02 if day == 1 else 0.5), ratio_high=r + 0.02, created=day
+        )
+        for v, r, day in days
+    ]
+    task = Task(PROBLEM, [])
+    for row in rows:
+        task.note(row)
+    assert task.ranked() == ["cpp.b", "cpp.a"], "the newest alone"
+    task.pool(Database.in_memory(rows, "test").evidence())
+    assert task.ranked() == ["cpp.a", "cpp.b"] and 1.25 < task.best < 1.3
