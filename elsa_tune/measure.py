@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -167,6 +167,11 @@ class _Bench:
     peer_errors: dict[str, float]
     last_cache: int
 
+    @property
+    def bytes(self) -> int:
+        """What the inputs take."""
+        return len(self.inputs) * self.problem.bytes
+
     def written(self) -> list[Callable[[], object]]:
         """For each set, what writes it as a model does just before attention: projections write all of it, and a cache that
         grows is copied as a whole. What no cache could hold is in memory either way: then only the query is written."""
@@ -179,18 +184,37 @@ def _write(tensors: Sequence[Any]) -> None:
         x.mul_(1.0)  # every value again, in place
 
 
-@lru_cache(maxsize=1)
+_benches: dict[tuple[Problem, Device], _Bench] = {}
+"""Those made last: shapes of a family are raced in turns, and making inputs takes longer than checking a kernel on them."""
+
+MEMORY_FOR_INPUTS = 1 / 8
+"""Share of the device's memory that the inputs of several problems may take."""
+
+
 def _bench(problem: Problem, device: Device) -> _Bench:
+    name = (problem, device)
+    if name in _benches:
+        _benches[name] = _benches.pop(name)
+        return _benches[name]
+    count = min(1024, math.ceil(1.25 * device.last_cache / problem.bytes))
+    while (
+        _benches and count * problem.bytes + sum(b.bytes for b in _benches.values()) > MEMORY_FOR_INPUTS * device.memory
+    ):
+        del _benches[next(iter(_benches))]
+        gc.collect()
+    _benches[name] = _made_bench(problem, device, count)
+    return _benches[name]
+
+
+def _made_bench(problem: Problem, device: Device, count: int) -> _Bench:
     import torch
 
     from elsa_tune import reference
 
-    gc.collect()
     generator = torch.Generator().manual_seed(0)
     first = reference.random_inputs(problem, generator).to(device.torch)
     if problem.direction == "backward":
         first = reference.with_forward(problem, first, generator)
-    count = min(1024, math.ceil(1.25 * device.last_cache / problem.bytes))
     copies = [first.ordered(problem.orders) for _ in range(count)]
     rows = reference.sample_rows(problem, generator)
     return _Bench(problem, copies, rows, reference.attention_rows(problem, first, rows), {}, device.last_cache)
