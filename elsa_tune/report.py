@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from elsa_tune import whole_models
 from elsa_tune.choose import Choice
 from elsa_tune.doctor import Finding
 from elsa_tune.exchange import Difference
@@ -125,6 +126,11 @@ def print_report(console: Console, report: Report) -> None:
         style="dim",
         highlight=False,
     )
+    if gains := whole_models.gains(report.outcomes):
+        table = _table("model", "attention", "whole model, at most")
+        for gain in gains:
+            table.add_row(gain.model.name, f"{gain.attention:.2f}", f"{gain.whole:.2f}")
+        console.print(table, highlight=False)
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     if report.outcomes:
@@ -153,7 +159,10 @@ def report_json(report: Report) -> str:
         }
         for o in report.outcomes
     ]
-    content = {"complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines}
+    gains = {g.model.name: {"attention": g.attention, "whole": g.whole} for g in whole_models.gains(report.outcomes)}
+    content = {
+        "complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines, "models": gains,
+    }  # fmt: skip
     return json.dumps(content, indent=2)
 
 
