@@ -155,7 +155,7 @@ def test_two_machines_tune_one_problem(tmp_path: Path, monkeypatch: pytest.Monke
     names: list[str] = []
     for machine in ("one", "two"):
         monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / machine))
-        report = tuning.tune([SMALL], device="cpu", budget=9, storage=storage)
+        report = tuning.tune([SMALL], device="cpu", budget=30, storage=storage)
         assert report.complete
         with Database.for_reading(tmp_path / machine / "measurements.db") as database:
             names.append(database.installation)

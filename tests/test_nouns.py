@@ -14,7 +14,7 @@ from elsa_tune import backends, dispatch, reference, space, workload
 from elsa_tune.backends import cpp, cuda, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
-from elsa_tune.order import ORDERS
+from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
 from elsa_tune.render import undeclared
 from elsa_tune.space import Space
@@ -182,8 +182,9 @@ def test_cuda_axes_and_templates_agree_both_ways() -> None:
 def test_workloads() -> None:
     assert "default" in workload.names()
     found = workload.load("default", host_cpu())
-    assert {p.head_dim for p in found} == {64, 80, 128} and {197, 577, 128, 512, 16384} <= {p.q_len for p in found}
+    assert {p.head_dim for p in found} == {64, 80, 128} and {128, 197, 512, 577, 2305} <= {p.q_len for p in found}
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
+    assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 20
 
 
 @pytest.mark.parametrize("content", ["", "x = 1", "[a]\nproblems = 3", "[a]\nproblems = []", "not toml ["])

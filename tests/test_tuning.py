@@ -120,12 +120,12 @@ def test_no_worker_survives_its_tuner(home: Path) -> None:
 
 def test_two_tuners_share_a_machine_and_a_database(home: Path) -> None:
     program = (
-        f"import elsa_tune\nif __name__ == '__main__':\n    assert elsa_tune.tune([{SMALL!r}], budget=8).complete\n"
+        f"import elsa_tune\nif __name__ == '__main__':\n    assert elsa_tune.tune([{SMALL!r}], budget=25).complete\n"
     )
     path = home.parent / "run.py"
     path.write_text(program)
     both = [subprocess.Popen([sys.executable, str(path)]) for _ in range(2)]
-    assert [process.wait(timeout=90) for process in both] == [0, 0]
+    assert [process.wait(timeout=150) for process in both] == [0, 0]
     assert recorded()["ok"] >= 6
 
 
