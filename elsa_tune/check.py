@@ -6,7 +6,7 @@ Wrong answers never reach the clock.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from elsa_tune import reference
 from elsa_tune.backends import Gradients, Kernel
+from elsa_tune.device import Device
 from elsa_tune.problem import Problem
-from elsa_tune.reference import CLASS_UNITS, Inputs
+from elsa_tune.reference import Inputs
+from elsa_tune.space import Space
+from elsa_tune.variant import Variant
 
 WORSE_THAN_BEST = 3.0
 """A kernel may err this many times as much as torch's own kernels on the same natural inputs, or as rounding the result."""
@@ -74,12 +77,12 @@ def run_with_lse(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Tensor, str]:
     return out, room.tensor, stray or (f"{count} values written outside the log-sum-exp" if count else "")
 
 
-def judge(problem: Problem, name: str, error: reference.Error, trouble: str, peer_error: float | None = None) -> Verdict:
-    """A verdict on one case, from its error, other trouble and the best peer's relative error. Where that is below what rounding
+def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_error: float | None = None) -> Verdict:
+    """A verdict on one case, from its error, stray writes and the best peer's relative error. Where that is below what rounding
     the result may cost, rounding counts."""
     reason = ""
-    if trouble:
-        reason = trouble
+    if stray:
+        reason = stray
     elif not error.allowed:
         reason = f"error {error.relative:.1e} of max|v|, C = {error.constant:.1f}"
     elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, error.rounding):
@@ -128,11 +131,12 @@ def _peer_error(problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _T
 
 
 def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _Truth) -> Verdict:
-    out, lse, trouble = run_with_lse(kernel, inputs)
-    trouble = trouble or reference.lse_trouble(problem, inputs, truth.rows, lse, truth.lse)
+    out, lse, stray = run_with_lse(kernel, inputs)
     error = reference.measure_error(problem, inputs, truth.rows, out, truth.output)
     peer_error = _peer_error(problem, inputs, peers, truth) if inputs.natural else None
-    return judge(problem, inputs.name, error, trouble, peer_error)
+    verdict = judge(problem, inputs.name, error, stray, peer_error)
+    trouble = "" if verdict.reason else reference.lse_trouble(problem, inputs, truth.rows, lse, truth.lse)
+    return replace(verdict, reason=f"{inputs.name}: {trouble}") if trouble else verdict
 
 
 def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
@@ -177,6 +181,12 @@ def _check_gradients(
             return verdict
         worst = max(worst, verdict, key=lambda v: v.constant)
     return worst
+
+
+def longest(variant: Variant, problem: Problem, device: Device) -> int:
+    """Keys of the long cases for a variant: laws say which must not serve so many."""
+    refusal = Space.load(variant.backend).refusal(variant, problem.reshaped(kv_len=reference.LONG), device)
+    return reference.LONG // 16 if refusal else reference.LONG
 
 
 def check_family(

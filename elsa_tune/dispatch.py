@@ -340,7 +340,8 @@ class _Shelf:
         built = backend.build(chosen.variant, problem, device)
         if not _kernel_cache.checked(built.digest, str(device)):  # somebody else's winner, used here for the first time
             kernel = backend.load(built, chosen.variant, problem)
-            verdict = check.check_family(kernel, problem, [], device=device.torch)
+            longest = check.longest(chosen.variant, problem, device)
+            verdict = check.check_family(kernel, problem, [], device=device.torch, longest=longest)
             if verdict.reason:
                 raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
             _kernel_cache.note_checked(built.digest, str(device))

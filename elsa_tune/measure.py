@@ -191,7 +191,8 @@ def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contend
     from elsa_tune import check
 
     kernels = [peer.load(problem) for peer in peers]
-    return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch)
+    longest = check.longest(candidate.variant, problem, candidate.device)
+    return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch, longest=longest)
 
 
 def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) -> Verdict:
