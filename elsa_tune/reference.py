@@ -91,7 +91,9 @@ def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tup
     for pair in pairs.unique().tolist():
         which = pairs == pair
         some = Rows(rows.batch[which], rows.head[which], rows.position[which])
-        out[which], total[which] = _rows_of_a_pair(problem, inputs, some, pair // problem.kv_heads, pair % problem.kv_heads)
+        out[which], total[which] = _rows_of_a_pair(
+            problem, inputs, some, pair // problem.kv_heads, pair % problem.kv_heads
+        )
     return out, total
 
 
@@ -108,7 +110,9 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
         key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
         logits = query @ key.T
         if problem.mask == "causal":
-            logits = logits.masked_fill(torch.arange(first, first + len(key), device=query.device) > position, -math.inf)
+            logits = logits.masked_fill(
+                torch.arange(first, first + len(key), device=query.device) > position, -math.inf
+            )
         merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
         origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
         out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
@@ -172,7 +176,9 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
     query[..., 0] = turns.to(dtype)
     along = torch.linspace(0, 1, keys)
     few = 0.1 * torch.randn(1009, shaped.value_dim, generator=generator)
-    noise = few.repeat(-(-keys // 1009), 1)[:keys] * (1 + along)[:, None]  # many numbers at little cost, none of them twice
+    noise = (
+        few.repeat(-(-keys // 1009), 1)[:keys] * (1 + along)[:, None]
+    )  # many numbers at little cost, none of them twice
 
     def case(name: str, scores: Tensor, values: Tensor, additions: int = 0) -> tuple[Problem, Inputs]:
         key = torch.zeros(1, 1, keys, shaped.head_dim, dtype=dtype)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Faults planted in rendered kernels, one at a time, in each language: the check must find every one.
 
 A mutation that no longer changes the text is an error. One that survives must be explained here, or the check has a hole.

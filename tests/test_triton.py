@@ -67,7 +67,11 @@ def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
     """As long as hostile inputs are on a GPU: outputs and log-sum-exps of a thousand leaves."""
     problem = Problem.parse("fp32.d16")
     kernel = kernel_of(f"triton.serial.ieee.m16.n64.warps4.stages1.{state}".replace(".running", ""), problem)
-    long = [(posed, x) for posed, x in reference.hostile(problem, torch.Generator().manual_seed(0)) if posed.kv_len == reference.LONG]
+    long = [
+        (posed, x)
+        for posed, x in reference.hostile(problem, torch.Generator().manual_seed(0))
+        if posed.kv_len == reference.LONG
+    ]
     for posed, inputs in long:
         rows = reference.every_row(posed)
         truth, sums = reference.attention_rows_with_lse(posed, inputs, rows)
