@@ -95,7 +95,7 @@ def figure(errors: dict[str, dict[int, float]]) -> str:
     def y(e: float) -> float:
         return 16 + 190 * (high - math.log10(e)) / (high - low)
 
-    parts = [f'<text x="44" y="10">error / max|v|</text><text x="344" y="236" class="end">keys</text>']
+    parts = ['<text x="44" y="10">error / max|v|</text><text x="344" y="236" class="end">keys</text>']
     for power in range(low, high + 1):
         at = y(10.0**power)
         parts.append(

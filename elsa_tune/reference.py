@@ -88,7 +88,7 @@ def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tup
     out = torch.zeros(len(rows.batch), problem.value_dim, dtype=torch.float64)
     total = torch.full((len(rows.batch),), -math.inf, dtype=torch.float64)
     pairs = rows.batch * problem.kv_heads + rows.head // problem.group
-    for pair in pairs.unique().tolist():
+    for pair in sorted(set(pairs.tolist())):
         which = pairs == pair
         some = Rows(rows.batch[which], rows.head[which], rows.position[which])
         out[which], total[which] = _rows_of_a_pair(

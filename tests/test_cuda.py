@@ -13,8 +13,8 @@ import torch
 from contracts import kernels
 from emulated import launched
 
-from elsa_tune import device as devices
 from elsa_tune import check, dispatch, reference, scan, space, tuning
+from elsa_tune import device as devices
 from elsa_tune.backends import Kernel, _cuda_laws, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
