@@ -187,9 +187,12 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
         return shaped, Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions)
 
     yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
-    early, kept = torch.zeros(keys), noise.clone()
-    early[min(3, keys - 1)], kept[min(3, keys - 1)] = math.log(keys), 1.0
+    early, kept, first = torch.zeros(keys), noise.clone(), min(3, keys - 1)
+    early[first], kept[first] = math.log(keys), 1.0
     yield case("one early key against all others", early, kept)
+    early[first], kept = 18.0, torch.zeros_like(noise)  # the others weigh 2^-26 each, and there are many
+    kept[first] = 1.0
+    yield case("one key that outweighs all others", early, kept, additions=keys // 16)
     constant = torch.rand(1, shaped.value_dim, generator=generator).expand(keys, -1)
     yield case("equal leaves", torch.full((keys,), 0.3), constant, _additions(keys))
 
@@ -235,6 +238,9 @@ def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Probl
     yield small, _given_logits(small, normal + 1e4, generator, "logits shifted by 1e4")
     yield small, _given_logits(small, normal - 1e4, generator, "logits shifted by -1e4")
     yield small, _given_logits(small, normal * 1e3, generator, "one key takes all")
+    slope = torch.linspace(0, 300, small.kv_len)
+    yield small, _given_logits(small, slope, generator, "scores that grow by 300")
+    yield small, _given_logits(small, -slope, generator, "scores that fall by 300")
     yield three, _given_logits(three, torch.tensor([0.0, -120.0, 0.0]), generator, "a key at -120 between two at 0")
 
 
