@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test lint types bench clean
+.PHONY: tune test test-all lint types bench clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
 
 test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+test-all: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-dev

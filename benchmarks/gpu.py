@@ -164,7 +164,9 @@ def check_here(device: Device) -> None:
             for variant in map(space.parse, (*space.start, *(NETWORKS if name == "cuda" else ()))):
                 if space.refusal(variant, problem, device) is None:
                     kernel = backend.load(backend.build(variant, problem, device), variant, problem)
-                    verdict = check.check_family(kernel, problem, [], device=device.torch)
+                    verdict = check.check_family(
+                        kernel, problem, [], device=device.torch, longest=check.longest(variant, problem, device)
+                    )
                     print(f"{family} {variant}: {verdict.reason or f'error {verdict.error:.1e}'}", flush=True)
 
 

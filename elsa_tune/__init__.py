@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from elsa_tune.device import Device as Device
     from elsa_tune.dispatch import attention as attention
     from elsa_tune.dispatch import load as load
+    from elsa_tune.exactness import accuracy as accuracy
     from elsa_tune.problem import Problem as Problem
     from elsa_tune.states import attention_with_lse as attention_with_lse
     from elsa_tune.states import merge as merge
@@ -22,13 +23,17 @@ _HOME = {
     "Problem": "problem",
     "Device": "device",
     "Variant": "variant",
+    "accuracy": "exactness",
     "attention": "dispatch",
     "attention_with_lse": "states",
     "load": "dispatch",
     "merge": "states",
     "tune": "tuning",
 }
-__all__ = ["Device", "Problem", "Variant", "__version__", "attention", "attention_with_lse", "load", "merge", "tune"]
+__all__ = [
+    "Device", "Problem", "Variant", "__version__",
+    "accuracy", "attention", "attention_with_lse", "load", "merge", "tune",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

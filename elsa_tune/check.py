@@ -5,9 +5,8 @@ Wrong answers never reach the clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +14,14 @@ from torch import Tensor
 
 from elsa_tune import reference
 from elsa_tune.backends import Gradients, Kernel
+from elsa_tune.device import Device
 from elsa_tune.problem import Problem
-from elsa_tune.reference import CLASS_UNITS, Inputs
+from elsa_tune.reference import Inputs
+from elsa_tune.space import Space
+from elsa_tune.variant import Variant
 
 WORSE_THAN_BEST = 3.0
-"""A kernel may err this many times as much as torch's own kernels on the same natural inputs."""
+"""A kernel may err this many times as much as torch's own kernels on the same natural inputs, or as rounding the result."""
 
 _GUARD = 1024
 _CANARY = 12352.0  # exact in every dtype
@@ -34,20 +36,13 @@ class Verdict:
     reason: str = ""
 
 
-class GuardedOutput:
-    """An output full of NaN between two canaries, so that a missing or stray write shows."""
+class Guarded:
+    """A tensor full of NaN between two canaries, so that a missing or stray write shows."""
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         size = torch.Size(shape).numel()
-        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, dtype=like.dtype, device=like.device)
-        batch, heads, q_len, dim = shape
-        inside = self._memory[_GUARD : _GUARD + size]
-        by_position = like.stride(1) < like.stride(2)
-        self.tensor = (
-            inside.view(batch, q_len, heads, dim).transpose(1, 2)
-            if by_position
-            else inside.view(batch, heads, q_len, dim)
-        )
+        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, dtype=dtype, device=device)
+        self.tensor = self._memory[_GUARD : _GUARD + size].view(shape)
         self.tensor.fill_(float("nan"))
 
     def stray_writes(self) -> int:
@@ -56,56 +51,99 @@ class GuardedOutput:
         return int((guards != torch.full_like(guards, _CANARY)).sum())
 
 
-def run(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, str]:
+def _guarded_output(query: Tensor, value_dim: int) -> tuple[Guarded, Tensor]:
+    """Room for an output that lies in memory as the query does, and the output itself."""
+    batch, heads, q_len, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        room = Guarded((batch, q_len, heads, value_dim), query.dtype, query.device)
+        return room, room.tensor.transpose(1, 2)
+    room = Guarded((batch, heads, q_len, value_dim), query.dtype, query.device)
+    return room, room.tensor
+
+
+def run(kernel: Kernel, inputs: Inputs, lse: Tensor | None = None) -> tuple[Tensor, str]:
     """One guarded call: the output, and what was wrong about its memory."""
-    shape = (*inputs.query.shape[:3], inputs.value.shape[3])
-    out = GuardedOutput(shape, inputs.query)
-    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out.tensor)
-    stray = out.stray_writes()
+    room, out = _guarded_output(inputs.query, inputs.value.shape[3])
+    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse)
+    stray = room.stray_writes()
     return result, f"{stray} values written outside the output" if stray else ""
 
 
+def run_with_lse(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Tensor, str]:
+    """One guarded call: output, log-sum-exp [batch, heads, q_len], and what was wrong about their memory."""
+    room = Guarded(tuple(inputs.query.shape[:3]), torch.float32, inputs.query.device)
+    out, stray = run(kernel, inputs, room.tensor)
+    count = room.stray_writes()
+    return out, room.tensor, stray or (f"{count} values written outside the log-sum-exp" if count else "")
+
+
 def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_error: float | None = None) -> Verdict:
-    """A verdict on one case, from its error, stray writes and the best peer's relative error."""
-    reason, unit = "", CLASS_UNITS[problem.precision]
+    """A verdict on one case, from its error, stray writes and the best peer's relative error. Where that is below what rounding
+    the result may cost, rounding counts."""
+    reason = ""
     if stray:
         reason = stray
     elif not error.allowed:
         reason = f"error {error.relative:.1e} of max|v|, C = {error.constant:.1f}"
-    elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, 2 * unit):
+    elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, error.rounding):
         reason = f"error {error.relative:.1e} of max|v|, torch's is {peer_error:.1e}"
     return Verdict(error.relative, error.constant, f"{name}: {reason}" if reason else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One hostile input and what does not depend on who is checked: its truth, and the least error of torch's own kernels."""
+class _Truth:
+    """What is known of a case, whichever kernel is checked: rows, their float64 output and log-sum-exp, peers' errors."""
 
-    problem: Problem
-    inputs: Inputs
-    there: Inputs  # the same on the device
     rows: reference.Rows
-    truth: Tensor
-    peer_error: float | None
-
-    def verdict(self, kernel: Kernel) -> Verdict:
-        """What is to be said of a kernel's answer."""
-        out, stray = run(kernel, self.there)
-        error = reference.measure_error(self.problem, self.inputs, self.rows, out, self.truth)
-        return judge(self.problem, self.inputs.name, error, stray, self.peer_error)
+    output: Tensor
+    lse: Tensor
+    peer_errors: dict[Kernel, float] = field(default_factory=dict)
 
 
-def cases(problem: Problem, peers: list[Kernel], seed: int = 0, device: str = "cpu") -> Iterator[Case]:
-    """The hostile cases of a problem's family."""
-    for small, inputs in reference.hostile(problem, torch.Generator().manual_seed(seed)):
-        rows, there = reference.every_row(small), inputs.to(device)
-        truth = reference.attention_rows(small, inputs, rows)
-        errors = []
-        for peer in peers if inputs.natural else ():
-            with suppress(RuntimeError):  # torch's kernels on GPUs do not take every shape
-                out, _ = run(peer, there)
-                errors.append(reference.measure_error(small, inputs, rows, out, truth).relative)
-        yield Case(small, inputs, there, rows, truth, min(errors, default=None))
+_truths: dict[tuple[object, ...], _Truth] = {}
+_MOST_TRUTHS = 256
+_EVERY_ROW = 1 << 22
+"""(query row, key) pairs up to which every row is compared."""
+
+
+def _truth(problem: Problem, inputs: Inputs, about: tuple[object, ...]) -> _Truth:
+    """The truth of one of the cases ``about`` (seed, longest, device), computed once."""
+    entry = (problem, inputs.name, *about)
+    if entry not in _truths:
+        pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
+        sampled = reference.sample_rows(problem, torch.Generator().manual_seed(0))
+        rows = reference.every_row(problem) if pairs <= _EVERY_ROW else sampled
+        if len(_truths) >= _MOST_TRUTHS:
+            _truths.clear()
+        _truths[entry] = _Truth(rows, *reference.attention_rows_with_lse(problem, inputs, rows))
+    return _truths[entry]
+
+
+def _peer_error(problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _Truth) -> float | None:
+    """The least error of torch's kernels; on GPUs they do not take every shape."""
+    for peer in peers:
+        if peer not in truth.peer_errors:
+            with suppress(RuntimeError):
+                out = run(peer, inputs)[0]
+                error = reference.measure_error(problem, inputs, truth.rows, out, truth.output)
+                truth.peer_errors[peer] = error.relative
+    return min((truth.peer_errors[peer] for peer in peers if peer in truth.peer_errors), default=None)
+
+
+def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _Truth) -> Verdict:
+    out, lse, stray = run_with_lse(kernel, inputs)
+    error = reference.measure_error(problem, inputs, truth.rows, out, truth.output)
+    peer_error = _peer_error(problem, inputs, peers, truth) if inputs.natural else None
+    verdict = judge(problem, inputs.name, error, stray, peer_error)
+    trouble = "" if verdict.reason else reference.lse_trouble(problem, inputs, truth.rows, lse, truth.lse)
+    return replace(verdict, reason=f"{inputs.name}: {trouble}") if trouble else verdict
+
+
+def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
+    """Whoever asks for no log-sum-exp gets the same bits."""
+    with_it, without = run_with_lse(kernel, inputs)[0], run(kernel, inputs)
+    same = torch.equal(with_it.nan_to_num(), without[0].nan_to_num())
+    return without[1] or ("" if same else "asking for the log-sum-exp changes the output")
 
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
@@ -126,10 +164,12 @@ def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> refer
     return reference.gradient_error(problem, inputs, found, list(heads))
 
 
-def _check_gradients(kernel: Gradients, problem: Problem, generator: torch.Generator, device: str) -> Verdict:
+def _check_gradients(
+    kernel: Gradients, problem: Problem, generator: torch.Generator, device: str, longest: int
+) -> Verdict:
     """The natural cases of the family, with what their forward pass saved."""
     worst = Verdict(0.0, 0.0)
-    for small, inputs in reference.hostile(problem, generator):
+    for small, inputs in reference.hostile(problem, generator, longest):
         if not inputs.natural:
             continue
         case = reference.with_forward(small, inputs, generator).to(device)
@@ -143,25 +183,34 @@ def _check_gradients(kernel: Gradients, problem: Problem, generator: torch.Gener
     return worst
 
 
+def longest(variant: Variant, problem: Problem, device: Device) -> int:
+    """Keys of the long cases for a variant: laws say which must not serve so many."""
+    refusal = Space.load(variant.backend).refusal(variant, problem.reshaped(kv_len=reference.LONG), device)
+    return reference.LONG // 16 if refusal else reference.LONG
+
+
 def check_family(
     kernel: Any,
     problem: Problem,
     peers: list[Kernel],
     seed: int = 0,
     device: str = "cpu",
-    known: Iterable[Case] | None = None,
+    longest: int = reference.LONG,
 ) -> Verdict:
-    """Hostile inputs of the problem's family on torch's ``device``: the worst verdict on natural ones, or the first that
-    fails. ``known`` are its cases, where somebody has them."""
+    """Hostile inputs of the problem's family on torch's ``device``, some of ``longest`` keys: the worst verdict on natural
+    ones, or the first that fails."""
     generator = torch.Generator().manual_seed(seed)
     if problem.direction == "backward":
-        return _check_gradients(kernel, problem, generator, device)
+        return _check_gradients(kernel, problem, generator, device, longest)
     worst = Verdict(0.0, 0.0)
-    for case in cases(problem, peers, seed, device) if known is None else known:
-        verdict = case.verdict(kernel)
+    for number, (posed, inputs) in enumerate(reference.hostile(problem, generator, longest)):
+        truth, there = _truth(posed, inputs, (seed, longest, device)), inputs.to(device)
+        verdict = _case(kernel, posed, there, peers, truth)
+        if not number and not verdict.reason and (trouble := _without_lse(kernel, posed, there)):
+            verdict = judge(posed, inputs.name, reference.Error(float("inf"), float("inf"), False), trouble)
         if verdict.reason:
             return verdict
-        if case.inputs.natural:
+        if inputs.natural:
             worst = max(worst, verdict, key=lambda v: v.constant)
     lost = _not_a_number(kernel, problem, generator, device)
     return Verdict(float("inf"), float("inf"), lost) if lost else worst

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.errors import BadVariant
-from elsa_tune.measurement import Winner
+from elsa_tune.exactness import as_exact, torchs_error
+from elsa_tune.layers import Layer
+from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space, parse
 from elsa_tune.variant import Variant
@@ -67,6 +69,23 @@ def choose(problem: Problem, device: Device, winners: Iterable[Winner], slower: 
         steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
     steps.append("sdpa: torch serves")
     return Choice(problem, "sdpa", None, None, tuple(steps))
+
+
+def choose_as_exact(problem: Problem, device: Device, times: float, found: Iterable[Layer]) -> Choice:
+    """The fastest variant measured for the very problem on the very device that errs at most ``times`` torch's error and is
+    faster; nearer layers first. Nothing is carried over from other shapes: their errors are not this one's."""
+    for layer in found:
+        measured = (
+            layer.database.measurements(layer.local, device=str(device), problem=str(problem)) if layer.database else []
+        )
+        for m in as_exact(measured, times):
+            alone = Evidence(m, m.ratio or 0.0, m.ratio_low or 0.0, m.ratio_high or 0.0, 1)
+            winner = Winner(alone, layer.name, "exact")
+            if winner.ratio_low > 1 and not _refusal(winner, problem, device):
+                step = f"accuracy({times:g}): {m.variant} errs by {m.error:.1e}, torch by {torchs_error(measured) or 0:.1e}"
+                return Choice(problem, "exact", winner, parse(m.variant), (step,))
+    step = f"accuracy({times:g}): no faster variant is measured that errs at most {times:g} times torch's error; torch serves"
+    return Choice(problem, "sdpa", None, None, (step,))
 
 
 def _answers(

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune import backends, check, layers, winners
+from elsa_tune import backends, check, exactness, layers, winners
 from elsa_tune.backends import Built, Call, Gradients, Kernel, _kernel_cache
-from elsa_tune.choose import Choice, choose
+from elsa_tune.choose import Choice, choose, choose_as_exact
 from elsa_tune.clock import tf32_allowed
 from elsa_tune.device import Device, detect, of_tensor
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
@@ -68,6 +68,8 @@ def attention(
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
     ):
         entry = _entry(query, key, value, is_causal, enable_gqa)
+        if exactness.active:
+            entry = (*entry, exactness.asked())
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
@@ -95,6 +97,8 @@ def serve_with_lse(
     if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast():
         return None
     entry = _entry(query, key, value, is_causal, enable_gqa)
+    if exactness.active:
+        entry = (*entry, exactness.asked())
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, is_causal, enable_gqa)
     if serve is _torch_serves:
         return None
@@ -260,6 +264,8 @@ class _Shelf:
     def choice(self, problem: Problem, device: Device) -> Choice:
         """Who should serve a problem, and why: asked of its own winner, of its family's, then of those that differ in
         dimensions. A family is read once, then kept in memory."""
+        if exactness.active and (times := exactness.asked()) is not None:
+            return choose_as_exact(problem, device, times, layers.nearest_first())
         chosen = choose(problem, device, self._known("problem", problem, device), set())
         if chosen.rung != "exact":
             slower = self._slower(device)
@@ -344,7 +350,8 @@ class _Shelf:
         built = backend.build(chosen.variant, problem, device)
         if not _kernel_cache.checked(built.digest, str(device)):  # somebody else's winner, used here for the first time
             kernel = backend.load(built, chosen.variant, problem)
-            verdict = check.check_family(kernel, problem, [], device=device.torch)
+            longest = check.longest(chosen.variant, problem, device)
+            verdict = check.check_family(kernel, problem, [], device=device.torch, longest=longest)
             if verdict.reason:
                 raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
             _kernel_cache.note_checked(built.digest, str(device))

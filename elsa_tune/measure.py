@@ -226,20 +226,13 @@ def build(variant: Variant, problem: Problem, device: Device) -> Built:
     return backends.get(variant.backend).build(variant, problem, device)
 
 
-_cases: dict[tuple[object, ...], list[Any]] = {}
-"""The hostile cases of the family that is being checked, with their truths: no candidate changes them."""
-
-
 def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contender]) -> Verdict:
     """Hostile inputs; see elsa_tune.check."""
     from elsa_tune import check
 
-    kernels, device = [peer.load(problem) for peer in peers], candidate.device.torch
-    key = problem.family, problem.group, device, *(str(peer.variant) for peer in peers)
-    if key not in _cases and problem.direction == "forward":
-        _cases.clear()
-        _cases[key] = list(check.cases(problem, kernels, device=device))
-    return check.check_family(candidate.load(problem), problem, kernels, device=device, known=_cases.get(key))
+    kernels = [peer.load(problem) for peer in peers]
+    longest = check.longest(candidate.variant, problem, candidate.device)
+    return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch, longest=longest)
 
 
 def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) -> Verdict:

@@ -28,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Inputs:
     """One case: tensors as [batch, heads, length, dim], the scale (None: 1/sqrt(head_dim)), and what it provokes.
 
+    ``additions``: so many additions of equal numbers round the same way wherever keys are folded in a row; 0 where chance rules.
     ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
     """
 
@@ -37,6 +38,7 @@ class Inputs:
     value: Tensor
     scale: float | None = None
     natural: bool = True
+    additions: int = 0
     forward: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -82,14 +84,47 @@ def sample_rows(problem: Problem, generator: torch.Generator, most: int = 48, el
 
 def attention_rows(problem: Problem, inputs: Inputs, rows: Rows) -> Tensor:
     """float64 attention of the chosen rows, [rows, value_dim]. A row that sees no key is 0."""
-    kv_head = rows.head // problem.group
-    out = torch.empty(len(rows.batch), problem.value_dim, dtype=torch.float64)
+    return attention_rows_with_lse(problem, inputs, rows)[0]
+
+
+def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor]:
+    """float64 attention of the chosen rows, [rows, value_dim], and the log of each row's sum of exponentials, [rows].
+
+    Rows that share K and V are computed together, over KEYS_AT_ONCE keys at a time. A row that sees no key is 0 and -inf.
+    """
+    out = torch.zeros(len(rows.batch), problem.value_dim, dtype=torch.float64)
+    total = torch.full((len(rows.batch),), -math.inf, dtype=torch.float64)
+    pairs = rows.batch * problem.kv_heads + rows.head // problem.group
+    for pair in sorted(set(pairs.tolist())):
+        which = pairs == pair
+        some = Rows(rows.batch[which], rows.head[which], rows.position[which])
+        out[which], total[which] = _rows_of_a_pair(
+            problem, inputs, some, pair // problem.kv_heads, pair % problem.kv_heads
+        )
+    return out, total
+
+
+KEYS_AT_ONCE = 1 << 16
+
+
+def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv_head: int) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
-    for i, (b, h, kv, q) in enumerate(zip(rows.batch, rows.head, kv_head, rows.position, strict=True)):
-        seen = min(int(q) + 1, problem.kv_len) if problem.mask == "causal" else problem.kv_len
-        logits = inputs.key[b, kv, :seen].double() @ (inputs.query[b, h, q].double() * scale)
-        out[i] = (torch.softmax(logits, 0) @ inputs.value[b, kv, :seen].double()).cpu()
-    return out
+    query = inputs.query[rows.batch, rows.head, rows.position].double() * scale
+    position = rows.position.to(query.device)[:, None]
+    total = torch.full((len(query),), -math.inf, dtype=torch.float64, device=query.device)
+    out = torch.zeros(len(query), problem.value_dim, dtype=torch.float64, device=query.device)
+    for first in range(0, problem.kv_len, KEYS_AT_ONCE):
+        key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
+        logits = query @ key.T
+        if problem.mask == "causal":
+            logits = logits.masked_fill(
+                torch.arange(first, first + len(key), device=query.device) > position, -math.inf
+            )
+        merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
+        origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
+        out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
+        total = merged
+    return out.cpu(), total.cpu()
 
 
 def every_row(problem: Problem) -> Rows:
@@ -123,8 +158,58 @@ def _given_logits(problem: Problem, logits: Tensor, generator: torch.Generator, 
     return Inputs(name, query, key, base.value, scale=1.0, natural=False)
 
 
-def hostile(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
-    """Small problems of the same family and group that provoke the known mistakes."""
+LONG = (1 << 16) + 1
+"""Keys of the long cases: one more than tiles share."""
+
+_CAUSAL_PAIRS = 1 << 24
+"""(query, key) pairs of a long causal case, where as many queries as keys are needed."""
+
+
+def hostile(problem: Problem, generator: torch.Generator, longest: int = LONG) -> Iterator[tuple[Problem, Inputs]]:
+    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys."""
+    yield from _small(problem, generator)
+    yield from _long(problem, generator, longest)
+
+
+def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterator[tuple[Problem, Inputs]]:
+    """Few queries and many keys, along which values and scores change slowly, or not at all: what a fold does to its state at
+    every leaf adds up. Of the query rows one sees the scores, one none of them, one their negatives."""
+    causal = problem.mask == "causal"
+    keys = min(longest, math.isqrt(_CAUSAL_PAIRS // problem.group)) if causal else longest
+    shaped = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=keys if causal else 3, kv_len=keys)
+    dtype = DTYPES[problem.dtype]
+    turns = torch.tensor([1.0, 0.0, -1.0]).repeat(-(-shaped.q_len // 3))[: shaped.q_len]
+    query = torch.zeros(1, shaped.heads, shaped.q_len, shaped.head_dim, dtype=dtype)
+    query[..., 0] = turns.to(dtype)
+    along = torch.linspace(0, 1, keys)
+    few = 0.1 * torch.randn(1009, shaped.value_dim, generator=generator)
+    noise = (
+        few.repeat(-(-keys // 1009), 1)[:keys] * (1 + along)[:, None]
+    )  # many numbers at little cost, none of them twice
+
+    def case(name: str, scores: Tensor, values: Tensor, additions: int = 0) -> tuple[Problem, Inputs]:
+        key = torch.zeros(1, 1, keys, shaped.head_dim, dtype=dtype)
+        key[0, 0, :, 0] = scores.to(dtype)
+        value = values.to(dtype)[None, None]
+        return shaped, Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions)
+
+    yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
+    early, kept, first = torch.zeros(keys), noise.clone(), min(3, keys - 1)
+    early[first], kept[first] = math.log(keys), 1.0
+    yield case("one early key against all others", early, kept)
+    early[first], kept = 18.0, torch.zeros_like(noise)  # the others weigh 2^-26 each, and there are many
+    kept[first] = 1.0
+    yield case("one key that outweighs all others", early, kept, additions=keys // 16)
+    constant = torch.rand(1, shaped.value_dim, generator=generator).expand(keys, -1)
+    yield case("equal leaves", torch.full((keys,), 0.3), constant, _additions(keys))
+
+
+def _additions(keys: int) -> int:
+    """In a fold over leaves of 16 keys, the shortest, or in a running sum as long as a law allows."""
+    return max(keys // 16, min(keys, LONG // 16))
+
+
+def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
     small = problem.reshaped(batch=2, heads=2 * problem.group, kv_heads=2, q_len=37, kv_len=131)
     lengths = {
         "one key": (5, 1),
@@ -160,6 +245,9 @@ def hostile(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Prob
     yield small, _given_logits(small, normal + 1e4, generator, "logits shifted by 1e4")
     yield small, _given_logits(small, normal - 1e4, generator, "logits shifted by -1e4")
     yield small, _given_logits(small, normal * 1e3, generator, "one key takes all")
+    slope = torch.linspace(0, 300, small.kv_len)
+    yield small, _given_logits(small, slope, generator, "scores that grow by 300")
+    yield small, _given_logits(small, -slope, generator, "scores that fall by 300")
     yield three, _given_logits(three, torch.tensor([0.0, -120.0, 0.0]), generator, "a key at -120 between two at 0")
 
 
@@ -167,12 +255,14 @@ def hostile(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Prob
 class Error:
     """The largest error of an output relative to max|v|, its constant C, and whether the bound allows it.
 
-    C is the error as a multiple of u (1 + log2 n) max|v|, the bound for logits as given.
+    C is the error as a multiple of u (1 + log2 n) max|v|, the bound for logits as given. ``rounding`` is what rounding the true
+    result to the output's class may cost, relative to max|v|: no kernel is expected to err less.
     """
 
     relative: float
     constant: float
     allowed: bool
+    rounding: float = 0.0
 
 
 def _product_unit(problem: Problem) -> float:
@@ -188,18 +278,42 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     """Compare output rows with the truth. A NaN where the truth has none is an infinite error.
 
     Rounding the logits themselves may cost 2 max|ds| max|v| more, with |ds| <= u sqrt(head_dim) |q||k| scale, the
-    statistical form of gamma_d (docs/how-it-works.md).
+    statistical form of gamma_d; additions that round the same way cost u each (docs/how-it-works.md).
     """
     difference = float((out[rows.batch, rows.head, rows.position].double().cpu() - truth).abs().max())
     if math.isnan(difference):
         return Error(math.inf, math.inf, False)
     largest = float(inputs.value.abs().max()) or 1.0
+    u = CLASS_UNITS[problem.precision]
+    unit = u * (1 + math.log2(problem.kv_len)) * largest
+    more = (2 * _logit_error(problem, inputs) + UNIT * inputs.additions) * largest
+    rounding = u * float(truth.abs().max()) / largest
+    return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + more, rounding)
+
+
+def _logit_error(problem: Problem, inputs: Inputs) -> float:
+    """What rounding its products may cost a logit; those of columns in which every query is 0 cost nothing."""
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
-    unit = CLASS_UNITS[problem.precision] * (1 + math.log2(problem.kv_len)) * largest
-    products = _product_unit(problem)
-    from_logits = 2 * products * math.sqrt(problem.head_dim) * norms * largest
-    return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + from_logits)
+    terms = int((inputs.query != 0).flatten(0, -2).any(0).sum())
+    return _product_unit(problem) * math.sqrt(terms) * norms
+
+
+def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Tensor) -> str:
+    """What is wrong about a log-sum-exp [batch, heads, q_len] against the truth of some rows, or nothing.
+
+    Its sum of weights, of float32 in every class, errs relatively as an output does: C u (1 + log2 n), and a logarithm turns
+    that into an absolute error. Adding the maximum and changing the base cost C u |lse| more, and an error of all logits is one
+    of their log-sum-exp. -inf, of a row that sees no key, is met exactly.
+    """
+    found = lse[rows.batch, rows.head, rows.position].double().cpu()
+    difference = torch.where(found == truth, 0.0, (found - truth).abs()).nan_to_num(math.inf)
+    unit = UNIT * (1 + math.log2(problem.kv_len) + truth.abs().nan_to_num(posinf=0.0))
+    allowed = LARGEST_CONSTANT * unit + UNIT * inputs.additions + _logit_error(problem, inputs)
+    worst = int((difference / allowed).argmax())
+    if bool(difference[worst] <= allowed[worst]):
+        return ""
+    return f"the log-sum-exp errs by {float(difference[worst]):.1e}, more than {float(allowed[worst]):.1e}"
 
 
 def logsumexp(query: Tensor, key: Tensor, is_causal: bool, scale: float | None, rows: int = 256) -> Tensor:
@@ -280,9 +394,7 @@ def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], 
     products that each gradient passes through.
     """
     unit = CLASS_UNITS[problem.precision] * (1 + math.log2(max(problem.kv_len, problem.q_len)))
-    products = _product_unit(problem)
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
-    norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     assert inputs.forward is not None
 
     def norm(x: Tensor) -> float:
@@ -300,5 +412,5 @@ def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], 
             if math.isnan(difference):
                 return Error(math.inf, math.inf, False)
             worst = max(worst, difference / largest if largest else (math.inf if difference > unit else 0.0))
-    allowed = 4 * (LARGEST_CONSTANT * unit + 2 * products * math.sqrt(problem.head_dim) * norms)
-    return Error(worst, worst / unit, worst <= allowed)
+    allowed = 4 * (LARGEST_CONSTANT * unit + 2 * _logit_error(problem, inputs))
+    return Error(worst, worst / unit, worst <= allowed, CLASS_UNITS[problem.precision])

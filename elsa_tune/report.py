@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from elsa_tune import whole_models
 from elsa_tune.choose import Choice
 from elsa_tune.doctor import Finding
+from elsa_tune.exactness import as_exact, torchs_error
 from elsa_tune.exchange import Difference
 from elsa_tune.fleet import Member
 from elsa_tune.measurement import Evidence, Measurement
@@ -236,6 +237,7 @@ def print_explanation(
     latest = {m.variant: m for m in tried if m.status == "ok" and m.ratio}
     for m in sorted(latest.values(), key=lambda m: -(m.ratio or 0))[:5]:
         console.print(f"  {_number(m.ratio, '.2f')}  {m.variant} ({m.stage})", highlight=False, soft_wrap=True)
+    print_exactness(console, latest)
     rejected = {m.variant: m for m in tried if m.status != "ok"}
     if rejected:
         console.print("rejected:", highlight=False)
@@ -246,6 +248,16 @@ def print_explanation(
         console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
     else:
         console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
+
+
+def print_exactness(console: Console, latest: Mapping[str, Measurement]) -> None:
+    """The fastest variant that errs no more than torch: what exactness costs."""
+    error, exact = torchs_error(latest.values()), as_exact(latest.values(), 1.0)
+    if error is not None:
+        words = (
+            f"{exact[0].variant} ({_number(exact[0].ratio, '.2f')}, {exact[0].error:.1e})" if exact else "none measured"
+        )
+        console.print(f"fastest at or below torch's error of {error:.1e}: {words}", highlight=False, soft_wrap=True)
 
 
 def print_members(console: Console, members: Iterable[Member]) -> None:

@@ -13,8 +13,8 @@ import torch
 from contracts import kernels
 from emulated import launched
 
+from elsa_tune import check, dispatch, reference, scan, space, tuning
 from elsa_tune import device as devices
-from elsa_tune import dispatch, reference, scan, space, tuning
 from elsa_tune.backends import Kernel, _cuda_laws, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
@@ -44,6 +44,12 @@ def opencl_cpu() -> Device:
 def kernel_of(spelling: str, problem: Problem, device: Device) -> Kernel:
     variant = space.parse(spelling)
     return cuda.load(cuda.build(variant, problem, device), variant, problem)
+
+
+def obeys(spelling: str, problem: Problem, device: Device) -> None:
+    """The contract, with inputs as long as laws allow."""
+    longest = check.longest(space.parse(spelling), problem, device)
+    kernels.obeys(kernel_of(spelling, problem, device), problem, [], keys=500, longest=longest)
 
 
 def networks() -> list[str]:
@@ -79,7 +85,7 @@ def cases() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("spelling", "family"), dict.fromkeys(cases()))
 def test_opencl_contract(spelling: str, family: str, opencl_cpu: Device) -> None:
     problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")
-    kernels.obeys(kernel_of("cuda." + spelling.format("opencl.", "shared"), problem, opencl_cpu), problem, [], keys=500)
+    obeys("cuda." + spelling.format("opencl.", "shared"), problem, opencl_cpu)
 
 
 @pytest.mark.opencl
@@ -88,7 +94,7 @@ def test_random_opencl_variants(seed: int, opencl_cpu: Device) -> None:
     family = FAMILIES[seed]
     problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k256")
     variant = next(SPACE.variants(problem, opencl_cpu, rng=random.Random(seed)))
-    kernels.obeys(kernel_of(str(variant), problem, opencl_cpu), problem, [], keys=500)
+    obeys(str(variant), problem, opencl_cpu)
 
 
 ASYNC = [
@@ -138,7 +144,7 @@ def test_sums_in_halves_obey_the_contract(spelling: str, family: str, tmp_path: 
     """Class approx, hostile inputs included; further from float64 than class fp16, or it would not need a name of its own."""
     problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")
     kernel, _ = emulated.kernel(space.parse("cuda." + spelling.format("").rstrip(".")), problem, tmp_path)
-    kernels.obeys(kernel, problem, [], keys=200)
+    kernels.obeys(kernel, problem, [], keys=200, longest=2049)
     floats, _ = emulated.kernel(space.parse("cuda.serial.t64.x8.r4.k4"), problem, tmp_path / "floats")
     generator = torch.Generator().manual_seed(1)
     small = problem.reshaped(batch=1, heads=2, kv_heads=2, q_len=37, kv_len=131)

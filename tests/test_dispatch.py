@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import choose, dispatch, places, space
+from elsa_tune import choose, dispatch, exactness, places, space
 from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
@@ -484,3 +484,37 @@ def test_distance_is_a_metric_of_shapes() -> None:
     a, b, c = (Problem.parse(f"fp32.d16@{s}") for s in ("b1.h8.q64.k64", "b2.h8.q64.k128", "b4.h8.kv2.q16.k4096"))
     assert choose.distance(a, a) == 0 and choose.distance(a, b) == choose.distance(b, a) == 2
     assert choose.distance(a, c) <= choose.distance(a, b) + choose.distance(b, c)
+
+
+# How exact answers must be.
+
+PLAIN = f"cpp.serial.{LANES}.q1.k4.v4.n48"
+
+
+def test_accuracy_chooses_the_fastest_that_errs_no_more_than_torch(home: Path) -> None:
+    problem = Problem.parse(f"fp32.d16@{SHAPE}")
+    torchs = won(str(problem), "sdpa.flash", ratio=1.0, error=2e-7)
+    record(torchs, won(str(problem), error=5e-7, ratio=2.0), won(str(problem), PLAIN, error=2e-7, ratio=1.5))
+    q, k, v = (torch.randn(2, 4, 50, 16) for _ in range(3))
+
+    def serving() -> str:
+        return str(dispatch.explain(problem, HERE).variant)
+
+    assert serving() == VARIANT
+    with elsa_tune.accuracy():
+        assert serving() == PLAIN and elsa_tune.load(problem).error == 2e-7
+        assert torch.allclose(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v), atol=2e-6)
+        with elsa_tune.accuracy(3.0):
+            assert serving() == VARIANT
+        with elsa_tune.accuracy(0.5):
+            assert serving() == "None" and "torch serves" in dispatch.explain(problem, HERE).steps[-1]
+            assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v))
+        assert serving() == PLAIN
+        other: list[str] = []
+        thread = threading.Thread(target=lambda: other.append(serving()))
+        thread.start()
+        thread.join()
+        assert other == [VARIANT], "another thread asked for nothing"
+        far = Problem.parse("fp32.d16@b2.h4.q60.k60")
+        assert dispatch.explain(far, HERE).by_sdpa, "an error of another shape says nothing of this one"
+    assert serving() == VARIANT and exactness.active == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from contracts import kernels
 
-from elsa_tune import check, scan, space
+from elsa_tune import check, reference, scan, space
 from elsa_tune.backends import Kernel, triton
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
@@ -14,6 +14,8 @@ from elsa_tune.problem import Problem
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
 BIG = "@b1.h8.q4096.k4096"
+INTERPRETED = 301
+"""Keys of the long cases: the interpreter takes a millisecond for a leaf."""
 
 
 def kernel_of(spelling: str, problem: Problem) -> Kernel:
@@ -39,7 +41,7 @@ def networks() -> list[str]:
 def test_every_scan_state_and_schedule(network: str, state: str) -> None:
     problem = Problem.parse("fp32.d16.causal" if "hillis" in network else "fp32.d16")
     kernel = kernel_of(f"triton.{network}.{state}".replace(".running", ""), problem)
-    kernels.obeys(kernel, problem, [], keys=150)
+    kernels.obeys(kernel, problem, [], keys=150, longest=INTERPRETED)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -56,7 +58,27 @@ def test_every_scan_state_and_schedule(network: str, state: str) -> None:
 )
 def test_axes_and_families(spelling: str, problem: str) -> None:
     family = Problem.parse(problem)
-    kernels.obeys(kernel_of(spelling, family), family, [], keys=150)
+    kernels.obeys(kernel_of(spelling, family), family, [], keys=150, longest=INTERPRETED)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("state", ["running", "pair.apart"])
+def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
+    """As long as hostile inputs are on a GPU: outputs and log-sum-exps of a thousand leaves."""
+    problem = Problem.parse("fp32.d16")
+    kernel = kernel_of(f"triton.serial.ieee.m16.n64.warps4.stages1.{state}".replace(".running", ""), problem)
+    long = [
+        (posed, x)
+        for posed, x in reference.hostile(problem, torch.Generator().manual_seed(0))
+        if posed.kv_len == reference.LONG
+    ]
+    for posed, inputs in long:
+        rows = reference.every_row(posed)
+        truth, sums = reference.attention_rows_with_lse(posed, inputs, rows)
+        out, lse, stray = check.run_with_lse(kernel, inputs)
+        error = reference.measure_error(posed, inputs, rows, out, truth)
+        assert error.allowed and not stray and not reference.lse_trouble(posed, inputs, rows, lse, sums), inputs.name
+    assert len(long) == 4
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,6 +11,7 @@ from typing import Any
 
 from elsa_tune.backends._laws import (
     longest_is_causal,
+    running_sum_is_short,
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
@@ -369,4 +370,5 @@ laws = (
     blocks_see_each_other,
     scratch_is_bounded,
     longest_is_causal,
+    running_sum_is_short,
 )

@@ -68,3 +68,16 @@ def shared_bytes(device: Device) -> int:
         121: 99,
     }
     return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
+
+
+RUNNING_KEYS = 4096
+"""Keys of a state whose values may be added one by one to all before."""
+
+
+def running_sum_is_short(accumulate: str, workers: int, splits: int, problem: Problem) -> str | None:
+    """The error of a running sum grows with its keys where that of leaves summed apart grows with their number. Classes that
+    round weights to halves do not see it."""
+    each, exact = problem.kv_len // (workers * splits), problem.precision in ("strict", "fp32")
+    if accumulate == "running" and each > RUNNING_KEYS and exact and problem.direction == "forward":
+        return f"a running sum over {each} keys errs more than {problem.precision} allows; sum leaves apart"
+    return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from elsa_tune.backends._laws import (
     longest_is_causal,
+    running_sum_is_short,
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
@@ -194,5 +195,6 @@ laws = (
     fma_adds_apart,
     parts_differ_from_padding,
     longest_is_causal,
+    running_sum_is_short,
     stages_need_a_pipeline,
 )

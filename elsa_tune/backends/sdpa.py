@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +96,12 @@ def find(digest: str) -> Built | None:
     return Built(digest)
 
 
+@dataclass(frozen=True)
 class SdpaKernel:
     """torch's function with one of its backends chosen; it always allocates its own output."""
 
-    def __init__(self, backend: SDPBackend, is_causal: bool) -> None:
-        self._backend, self._is_causal = backend, is_causal
+    _backend: SDPBackend
+    _is_causal: bool
 
     def __call__(
         self,
@@ -126,11 +128,11 @@ class SdpaKernel:
         return self
 
 
+@dataclass(frozen=True)
 class FlexKernel:
     """torch's FlexAttention, compiled."""
 
-    def __init__(self, is_causal: bool) -> None:
-        self._is_causal = is_causal
+    _is_causal: bool
 
     def __call__(
         self,

@@ -11,9 +11,11 @@ from elsa_tune.order import ORDERS
 from elsa_tune.problem import Problem
 
 
-def obeys(kernel: Kernel, problem: Problem, peers: list[Kernel], keys: int = 1500) -> None:
-    """The whole contract; repeatability with so many keys."""
-    verdict = check.check_family(kernel, problem, peers)
+def obeys(
+    kernel: Kernel, problem: Problem, peers: list[Kernel], keys: int = 1500, longest: int = reference.LONG
+) -> None:
+    """The whole contract; repeatability with ``keys`` keys, hostile inputs of up to ``longest``."""
+    verdict = check.check_family(kernel, problem, peers, longest=longest)
     assert not verdict.reason, verdict.reason
     strides(kernel, problem)
     same_bits_again(kernel, problem, keys)

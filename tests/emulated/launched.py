@@ -32,7 +32,11 @@ def report(spelling: str, family: str, folder: Path) -> dict[str, Any]:
     options = ["-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-ldl", "-o", str(driver)]
     _compiler.find().run(options, "the drivers")
     libraries = os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")])
-    environment = {**os.environ, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": libraries,
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+    }
     command = [sys.executable, __file__, spelling, family, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -22,6 +22,7 @@ DEVICE int block_index(void) { return (int)get_group_id(0); }
 DEVICE void barrier_block(void) { barrier(CLK_LOCAL_MEM_FENCE); }
 DEVICE float multiply_add(float a, float b, float c) { return fma(a, b, c); }
 DEVICE float larger(float a, float b) { return fmax(a, b); }
+DEVICE float round_up(float x) { return ceil(x); }
 DEVICE float float_of(unsigned bits) { return as_float(bits); }
 DEVICE unsigned bits_of(float x) { return as_uint(x); }
 DEVICE float exp2_library(float x) { return exp2(x); }
@@ -176,8 +177,9 @@ DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
   barrier_block();
 }
 
-// The state of a thread's query rows over some set of keys, in base 2: m = max score c, s = sum 2^(score c - m), and
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score c - m), and
 // w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
+// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
 typedef struct {
   float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
 } State;
@@ -192,6 +194,9 @@ DEVICE void set_identity(State* x) {
 
 // A maximum over no keys must not meet itself: -infinity - -infinity is NaN.
 DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
+
+// 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
+DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
 // score[i][j] += Q row i . K row j over one slice of columns.
 DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
   const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;
@@ -226,8 +231,8 @@ DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored*
   }
   row_max(top, (SHARED float*)p, t, lane);
   UNROLL for (int i = 0; i < ROWS; ++i) {
-    const float m = larger(x->m[i], top[i] * c), origin = origin_of(m);
-    keep[i] = exp2_of(x->m[i] - origin);
+    const float m = larger(x->m[i], round_up(top[i] * c)), origin = origin_of(m);
+    keep[i] = power_of_2(x->m[i] - origin);
     x->m[i] = m;
     float sum = 0.0f;
     UNROLL for (int j = 0; j < KEYS; ++j) {
@@ -277,7 +282,7 @@ DEVICE void put_state(SHARED float* to, const State* x, int t) {
 DEVICE void merge_state(const SHARED float* a, State* b, int t) {
   UNROLL for (int i = 0; i < ROWS; ++i) {
     const float am = a[(i * (COLUMNS + 2)) * TEAM + t], m = larger(am, b->m[i]);
-    const float keep_a = exp2_of(am - origin_of(m)), keep_b = exp2_of(b->m[i] - origin_of(m));
+    const float keep_a = power_of_2(am - origin_of(m)), keep_b = power_of_2(b->m[i] - origin_of(m));
     b->m[i] = m;
     b->s[i] = keep_a * a[(i * (COLUMNS + 2) + 1) * TEAM + t] + keep_b * b->s[i];
     UNROLL for (int n = 0; n < COLUMNS; ++n) b->w[i][n] = keep_a * a[(i * (COLUMNS + 2) + 2 + n) * TEAM + t] + keep_b * b->w[i][n];
@@ -300,20 +305,20 @@ DEVICE void finish_value(const GLOBAL float* partial, GLOBAL element* output, GL
   float m3 = partial[3 * size + state_row], s3 = partial[(4 + 3) * size + state_row], w3 = partial[8 * size + (3 * size + state_row) * VALUE_DIM + column];
   // blelloch, round 1: 2 merges, reaching back 1
   {
-    const float m = larger(m2, m3), keep_a = exp2_of(m2 - origin_of(m)), keep_b = exp2_of(m3 - origin_of(m));
+    const float m = larger(m2, m3), keep_a = power_of_2(m2 - origin_of(m)), keep_b = power_of_2(m3 - origin_of(m));
     m3 = m;
     s3 = keep_a * s2 + keep_b * s3;
     w3 = keep_a * w2 + keep_b * w3;
   }
   {
-    const float m = larger(m0, m1), keep_a = exp2_of(m0 - origin_of(m)), keep_b = exp2_of(m1 - origin_of(m));
+    const float m = larger(m0, m1), keep_a = power_of_2(m0 - origin_of(m)), keep_b = power_of_2(m1 - origin_of(m));
     m1 = m;
     s1 = keep_a * s0 + keep_b * s1;
     w1 = keep_a * w0 + keep_b * w1;
   }
   // blelloch, round 2: 1 merge, reaching back 2
   {
-    const float m = larger(m1, m3), keep_a = exp2_of(m1 - origin_of(m)), keep_b = exp2_of(m3 - origin_of(m));
+    const float m = larger(m1, m3), keep_a = power_of_2(m1 - origin_of(m)), keep_b = power_of_2(m3 - origin_of(m));
     m3 = m;
     s3 = keep_a * s1 + keep_b * s3;
     w3 = keep_a * w1 + keep_b * w3;

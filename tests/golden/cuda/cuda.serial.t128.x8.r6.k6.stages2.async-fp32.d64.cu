@@ -23,6 +23,7 @@ DEVICE void barrier_block() { __syncthreads(); }
 DEVICE float lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 DEVICE float exp2_library(float x) { return exp2f(x); }
@@ -156,8 +157,9 @@ DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 1);
 }
 
-// The state of a thread's query rows over some set of keys, in base 2: m = max score c, s = sum 2^(score c - m), and
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score c - m), and
 // w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
+// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
 typedef struct {
   float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
 } State;
@@ -172,6 +174,9 @@ DEVICE void set_identity(State* x) {
 
 // A maximum over no keys must not meet itself: -infinity - -infinity is NaN.
 DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
+
+// 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
+DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
 // score[i][j] += Q row i . K row j over one slice of columns.
 DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
   const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;
@@ -208,8 +213,8 @@ DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored*
   }
   row_max(top, (SHARED float*)p, t, lane);
   UNROLL for (int i = 0; i < ROWS; ++i) {
-    const float m = larger(x->m[i], top[i] * c), origin = origin_of(m);
-    keep[i] = exp2_of(x->m[i] - origin);
+    const float m = larger(x->m[i], round_up(top[i] * c)), origin = origin_of(m);
+    keep[i] = power_of_2(x->m[i] - origin);
     x->m[i] = m;
     float sum = 0.0f;
     UNROLL for (int j = 0; j < KEYS; ++j) {

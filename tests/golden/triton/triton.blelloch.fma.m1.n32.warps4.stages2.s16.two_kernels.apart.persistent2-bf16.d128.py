@@ -24,6 +24,12 @@ SPLITS = tl.constexpr(16)
 NONE = tl.constexpr(float("-inf"))  # the maximum over no keys
 LN_2 = tl.constexpr(0.6931471805599453)
 
+@triton.jit
+def power_of_2(n):
+    """2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -inf, 0."""
+    shifted = tl.maximum(n, -127.0) + 12583039.0  # 1.5 * 2^23 + 127: the low mantissa bits become the exponent
+    return (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
 FINISH_M = tl.constexpr(1)  # query rows merged at once
 
 @triton.jit
@@ -104,94 +110,94 @@ def finish_rows(
     # blelloch, round 1: 8 merges, reaching back 1
     m = tl.maximum(x14_m, x15_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x14_m - origin), tl.exp2(x15_m - origin)
+    keep_a, keep_b = power_of_2(x14_m - origin), power_of_2(x15_m - origin)
     x15_m = m
     x15_s = keep_a * x14_s + keep_b * x15_s
     x15_w0 = keep_a[:, None] * x14_w0 + keep_b[:, None] * x15_w0
     m = tl.maximum(x12_m, x13_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x12_m - origin), tl.exp2(x13_m - origin)
+    keep_a, keep_b = power_of_2(x12_m - origin), power_of_2(x13_m - origin)
     x13_m = m
     x13_s = keep_a * x12_s + keep_b * x13_s
     x13_w0 = keep_a[:, None] * x12_w0 + keep_b[:, None] * x13_w0
     m = tl.maximum(x10_m, x11_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x10_m - origin), tl.exp2(x11_m - origin)
+    keep_a, keep_b = power_of_2(x10_m - origin), power_of_2(x11_m - origin)
     x11_m = m
     x11_s = keep_a * x10_s + keep_b * x11_s
     x11_w0 = keep_a[:, None] * x10_w0 + keep_b[:, None] * x11_w0
     m = tl.maximum(x8_m, x9_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x8_m - origin), tl.exp2(x9_m - origin)
+    keep_a, keep_b = power_of_2(x8_m - origin), power_of_2(x9_m - origin)
     x9_m = m
     x9_s = keep_a * x8_s + keep_b * x9_s
     x9_w0 = keep_a[:, None] * x8_w0 + keep_b[:, None] * x9_w0
     m = tl.maximum(x6_m, x7_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x6_m - origin), tl.exp2(x7_m - origin)
+    keep_a, keep_b = power_of_2(x6_m - origin), power_of_2(x7_m - origin)
     x7_m = m
     x7_s = keep_a * x6_s + keep_b * x7_s
     x7_w0 = keep_a[:, None] * x6_w0 + keep_b[:, None] * x7_w0
     m = tl.maximum(x4_m, x5_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x4_m - origin), tl.exp2(x5_m - origin)
+    keep_a, keep_b = power_of_2(x4_m - origin), power_of_2(x5_m - origin)
     x5_m = m
     x5_s = keep_a * x4_s + keep_b * x5_s
     x5_w0 = keep_a[:, None] * x4_w0 + keep_b[:, None] * x5_w0
     m = tl.maximum(x2_m, x3_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x2_m - origin), tl.exp2(x3_m - origin)
+    keep_a, keep_b = power_of_2(x2_m - origin), power_of_2(x3_m - origin)
     x3_m = m
     x3_s = keep_a * x2_s + keep_b * x3_s
     x3_w0 = keep_a[:, None] * x2_w0 + keep_b[:, None] * x3_w0
     m = tl.maximum(x0_m, x1_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x0_m - origin), tl.exp2(x1_m - origin)
+    keep_a, keep_b = power_of_2(x0_m - origin), power_of_2(x1_m - origin)
     x1_m = m
     x1_s = keep_a * x0_s + keep_b * x1_s
     x1_w0 = keep_a[:, None] * x0_w0 + keep_b[:, None] * x1_w0
     # blelloch, round 2: 4 merges, reaching back 2
     m = tl.maximum(x13_m, x15_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x13_m - origin), tl.exp2(x15_m - origin)
+    keep_a, keep_b = power_of_2(x13_m - origin), power_of_2(x15_m - origin)
     x15_m = m
     x15_s = keep_a * x13_s + keep_b * x15_s
     x15_w0 = keep_a[:, None] * x13_w0 + keep_b[:, None] * x15_w0
     m = tl.maximum(x9_m, x11_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x9_m - origin), tl.exp2(x11_m - origin)
+    keep_a, keep_b = power_of_2(x9_m - origin), power_of_2(x11_m - origin)
     x11_m = m
     x11_s = keep_a * x9_s + keep_b * x11_s
     x11_w0 = keep_a[:, None] * x9_w0 + keep_b[:, None] * x11_w0
     m = tl.maximum(x5_m, x7_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x5_m - origin), tl.exp2(x7_m - origin)
+    keep_a, keep_b = power_of_2(x5_m - origin), power_of_2(x7_m - origin)
     x7_m = m
     x7_s = keep_a * x5_s + keep_b * x7_s
     x7_w0 = keep_a[:, None] * x5_w0 + keep_b[:, None] * x7_w0
     m = tl.maximum(x1_m, x3_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x1_m - origin), tl.exp2(x3_m - origin)
+    keep_a, keep_b = power_of_2(x1_m - origin), power_of_2(x3_m - origin)
     x3_m = m
     x3_s = keep_a * x1_s + keep_b * x3_s
     x3_w0 = keep_a[:, None] * x1_w0 + keep_b[:, None] * x3_w0
     # blelloch, round 3: 2 merges, reaching back 4
     m = tl.maximum(x11_m, x15_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x11_m - origin), tl.exp2(x15_m - origin)
+    keep_a, keep_b = power_of_2(x11_m - origin), power_of_2(x15_m - origin)
     x15_m = m
     x15_s = keep_a * x11_s + keep_b * x15_s
     x15_w0 = keep_a[:, None] * x11_w0 + keep_b[:, None] * x15_w0
     m = tl.maximum(x3_m, x7_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x3_m - origin), tl.exp2(x7_m - origin)
+    keep_a, keep_b = power_of_2(x3_m - origin), power_of_2(x7_m - origin)
     x7_m = m
     x7_s = keep_a * x3_s + keep_b * x7_s
     x7_w0 = keep_a[:, None] * x3_w0 + keep_b[:, None] * x7_w0
     # blelloch, round 4: 1 merge, reaching back 8
     m = tl.maximum(x7_m, x15_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = tl.exp2(x7_m - origin), tl.exp2(x15_m - origin)
+    keep_a, keep_b = power_of_2(x7_m - origin), power_of_2(x15_m - origin)
     x15_m = m
     x15_s = keep_a * x7_s + keep_b * x15_s
     x15_w0 = keep_a[:, None] * x7_w0 + keep_b[:, None] * x15_w0
@@ -254,10 +260,10 @@ def attend_tile(
         value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :])
         scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
-        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+        m = tl.maximum(x0_m, tl.ceil(tl.max(scores, 1) * c))
         p = tl.math.fma(scores, tl.zeros_like(scores) + c, -m[:, None] + tl.zeros_like(scores))
         p = tl.exp2(p)
-        keep = tl.exp2(x0_m - m)
+        keep = power_of_2(x0_m - m)
         x0_m = m
         x0_s = x0_s * keep + tl.sum(p, 1)
         v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :])
@@ -271,11 +277,11 @@ def attend_tile(
             k = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
             scores = tl.sum(q0.to(tl.float32)[:, None, :] * k.to(tl.float32)[None, :, :], 2)
             scores = tl.where(inside[None, :], scores, NONE)
-            m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+            m = tl.maximum(x0_m, tl.ceil(tl.max(scores, 1) * c))
             origin = tl.where(m == NONE, 0.0, m)
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
             p = tl.exp2(p)
-            keep = tl.exp2(x0_m - origin)
+            keep = power_of_2(x0_m - origin)
             x0_m = m
             x0_s = x0_s * keep + tl.sum(p, 1)
             v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)

@@ -38,46 +38,62 @@ def finish_rows(
     size = slots.to(tl.int64) * group * q_len
     row = slot.to(tl.int64) * group * q_len + rows
     x0_m = tl.load(partial + 0 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    x0_r = tl.zeros([FINISH_M], tl.float32)
     partial_rows = partial + SPLITS * size + (0 * size + row) * VALUE_DIM
     x0_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x0_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x1_m = tl.load(partial + 1 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    x1_r = tl.zeros([FINISH_M], tl.float32)
     partial_rows = partial + SPLITS * size + (1 * size + row) * VALUE_DIM
     x1_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x1_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x2_m = tl.load(partial + 2 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    x2_r = tl.zeros([FINISH_M], tl.float32)
     partial_rows = partial + SPLITS * size + (2 * size + row) * VALUE_DIM
     x2_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x2_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x3_m = tl.load(partial + 3 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    x3_r = tl.zeros([FINISH_M], tl.float32)
     partial_rows = partial + SPLITS * size + (3 * size + row) * VALUE_DIM
     x3_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x3_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     # blelloch, round 1: 2 merges, reaching back 1
-    x = x3_m - x2_m
+    x = (x3_m - x2_m) + (x3_r - x2_r)
     share = tl.where(x3_m == NONE, 0.0, tl.where(x2_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x2_m, x3_m)
-    x3_m = m + tl.where((x2_m == NONE) | (x3_m == NONE), 0.0, more)
+    more = tl.where((x2_m == NONE) | (x3_m == NONE), 0.0, more)
+    rest = tl.where(x2_m > x3_m, x2_r, x3_r)
+    x3_m = m + more
+    x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
+
     x3_w0 = x2_w0 + share[:, None] * (x3_w0 - x2_w0)
     x3_w1 = x2_w1 + share[:, None] * (x3_w1 - x2_w1)
-    x = x1_m - x0_m
+    x = (x1_m - x0_m) + (x1_r - x0_r)
     share = tl.where(x1_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x0_m, x1_m)
-    x1_m = m + tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
+    more = tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
+    rest = tl.where(x0_m > x1_m, x0_r, x1_r)
+    x1_m = m + more
+    x1_r = tl.where(m == NONE, 0.0, (m - x1_m) + more + rest)
+
     x1_w0 = x0_w0 + share[:, None] * (x1_w0 - x0_w0)
     x1_w1 = x0_w1 + share[:, None] * (x1_w1 - x0_w1)
     # blelloch, round 2: 1 merge, reaching back 2
-    x = x3_m - x1_m
+    x = (x3_m - x1_m) + (x3_r - x1_r)
     share = tl.where(x3_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x1_m, x3_m)
-    x3_m = m + tl.where((x1_m == NONE) | (x3_m == NONE), 0.0, more)
+    more = tl.where((x1_m == NONE) | (x3_m == NONE), 0.0, more)
+    rest = tl.where(x1_m > x3_m, x1_r, x3_r)
+    x3_m = m + more
+    x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
+
     x3_w0 = x1_w0 + share[:, None] * (x3_w0 - x1_w0)
     x3_w1 = x1_w1 + share[:, None] * (x3_w1 - x1_w1)
 
-    total = x3_m * LN_2
+    total = (x3_m + x3_r) * LN_2
 
     batch, heads = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64) * group + rows % group
     output_rows = output + batch * stride_ob + heads * stride_oh + positions.to(tl.int64) * stride_om
@@ -114,9 +130,11 @@ def attend_tile(
     high = tl.minimum(low + each, seen)
 
     x0_m = tl.full([BLOCK_M], NONE, tl.float32)
+    x0_r = tl.zeros([BLOCK_M], tl.float32)
     x0_w0 = tl.zeros([BLOCK_M, 64], tl.float32)
     x0_w1 = tl.zeros([BLOCK_M, 16], tl.float32)
     x1_m = tl.full([BLOCK_M], NONE, tl.float32)
+    x1_r = tl.zeros([BLOCK_M], tl.float32)
     x1_w0 = tl.zeros([BLOCK_M, 64], tl.float32)
     x1_w1 = tl.zeros([BLOCK_M, 16], tl.float32)
     whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
@@ -132,21 +150,28 @@ def attend_tile(
         p = tl.math.fma(scores, tl.zeros_like(scores) + c, -leaf_m[:, None] + tl.zeros_like(scores))
         p = tl.exp2(p)
         leaf_s = tl.sum(p, 1)
-        leaf_m = leaf_m + tl.log2(leaf_s)
+        leaf_sum = leaf_m + tl.log2(leaf_s)
+        leaf_r = tl.where(leaf_m == NONE, 0.0, (leaf_m - leaf_sum) + tl.log2(leaf_s))
+
+        leaf_m = leaf_sum
         divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
         v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
         leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
         v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :])
         leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        x = leaf_m - x0_m
+        x = (leaf_m - x0_m) + (leaf_r - x0_r)
         share = tl.where(leaf_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
         more = tl.log2(1 + tl.exp2(-tl.abs(x)))
         m = tl.maximum(x0_m, leaf_m)
-        leaf_m = m + tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
+        more = tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
+        rest = tl.where(x0_m > leaf_m, x0_r, leaf_r)
+        leaf_m = m + more
+        leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
+
         leaf_w0 = x0_w0 + share[:, None] * (leaf_w0 - x0_w0)
         leaf_w1 = x0_w1 + share[:, None] * (leaf_w1 - x0_w1)
 
-        x0_m = leaf_m
+        x0_m, x0_r = leaf_m, leaf_r
         x0_w0 = leaf_w0
         x0_w1 = leaf_w1
         keys = tl.arange(0, BLOCK_N) + 32
@@ -160,21 +185,28 @@ def attend_tile(
         p = tl.math.fma(scores, tl.zeros_like(scores) + c, -leaf_m[:, None] + tl.zeros_like(scores))
         p = tl.exp2(p)
         leaf_s = tl.sum(p, 1)
-        leaf_m = leaf_m + tl.log2(leaf_s)
+        leaf_sum = leaf_m + tl.log2(leaf_s)
+        leaf_r = tl.where(leaf_m == NONE, 0.0, (leaf_m - leaf_sum) + tl.log2(leaf_s))
+
+        leaf_m = leaf_sum
         divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
         v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
         leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
         v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :])
         leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-        x = leaf_m - x1_m
+        x = (leaf_m - x1_m) + (leaf_r - x1_r)
         share = tl.where(leaf_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
         more = tl.log2(1 + tl.exp2(-tl.abs(x)))
         m = tl.maximum(x1_m, leaf_m)
-        leaf_m = m + tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
+        more = tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
+        rest = tl.where(x1_m > leaf_m, x1_r, leaf_r)
+        leaf_m = m + more
+        leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
+
         leaf_w0 = x1_w0 + share[:, None] * (leaf_w0 - x1_w0)
         leaf_w1 = x1_w1 + share[:, None] * (leaf_w1 - x1_w1)
 
-        x1_m = leaf_m
+        x1_m, x1_r = leaf_m, leaf_r
         x1_w0 = leaf_w0
         x1_w1 = leaf_w1
     if not EVEN:  # some leaf is not whole
@@ -193,21 +225,28 @@ def attend_tile(
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
             p = tl.exp2(p)
             leaf_s = tl.sum(p, 1)
-            leaf_m = leaf_m + tl.log2(leaf_s)
+            leaf_sum = leaf_m + tl.log2(leaf_s)
+            leaf_r = tl.where(leaf_m == NONE, 0.0, (leaf_m - leaf_sum) + tl.log2(leaf_s))
+
+            leaf_m = leaf_sum
             divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
             v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
             leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
             v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
             leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-            x = leaf_m - x0_m
+            x = (leaf_m - x0_m) + (leaf_r - x0_r)
             share = tl.where(leaf_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
             more = tl.log2(1 + tl.exp2(-tl.abs(x)))
             m = tl.maximum(x0_m, leaf_m)
-            leaf_m = m + tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
+            more = tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
+            rest = tl.where(x0_m > leaf_m, x0_r, leaf_r)
+            leaf_m = m + more
+            leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
+
             leaf_w0 = x0_w0 + share[:, None] * (leaf_w0 - x0_w0)
             leaf_w1 = x0_w1 + share[:, None] * (leaf_w1 - x0_w1)
 
-            x0_m = leaf_m
+            x0_m, x0_r = leaf_m, leaf_r
             x0_w0 = leaf_w0
             x0_w1 = leaf_w1
             keys = tl.arange(0, BLOCK_N) + 32
@@ -224,29 +263,40 @@ def attend_tile(
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
             p = tl.exp2(p)
             leaf_s = tl.sum(p, 1)
-            leaf_m = leaf_m + tl.log2(leaf_s)
+            leaf_sum = leaf_m + tl.log2(leaf_s)
+            leaf_r = tl.where(leaf_m == NONE, 0.0, (leaf_m - leaf_sum) + tl.log2(leaf_s))
+
+            leaf_m = leaf_sum
             divisor = tl.where(leaf_s == 0.0, 1.0, leaf_s)
             v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
             leaf_w0 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
             v = tl.load(value_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
             leaf_w1 = tl.dot(p.to(v.dtype), v, input_precision="ieee") / divisor[:, None]
-            x = leaf_m - x1_m
+            x = (leaf_m - x1_m) + (leaf_r - x1_r)
             share = tl.where(leaf_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
             more = tl.log2(1 + tl.exp2(-tl.abs(x)))
             m = tl.maximum(x1_m, leaf_m)
-            leaf_m = m + tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
+            more = tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
+            rest = tl.where(x1_m > leaf_m, x1_r, leaf_r)
+            leaf_m = m + more
+            leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
+
             leaf_w0 = x1_w0 + share[:, None] * (leaf_w0 - x1_w0)
             leaf_w1 = x1_w1 + share[:, None] * (leaf_w1 - x1_w1)
 
-            x1_m = leaf_m
+            x1_m, x1_r = leaf_m, leaf_r
             x1_w0 = leaf_w0
             x1_w1 = leaf_w1
     # hillis_steele, round 1: 1 merge, reaching back 1
-    x = x1_m - x0_m
+    x = (x1_m - x0_m) + (x1_r - x0_r)
     share = tl.where(x1_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x0_m, x1_m)
-    x1_m = m + tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
+    more = tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
+    rest = tl.where(x0_m > x1_m, x0_r, x1_r)
+    x1_m = m + more
+    x1_r = tl.where(m == NONE, 0.0, (m - x1_m) + more + rest)
+
     x1_w0 = x0_w0 + share[:, None] * (x1_w0 - x0_w0)
     x1_w1 = x0_w1 + share[:, None] * (x1_w1 - x0_w1)
 

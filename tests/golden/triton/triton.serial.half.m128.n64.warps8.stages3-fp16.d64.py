@@ -25,6 +25,12 @@ NONE = tl.constexpr(float("-inf"))  # the maximum over no keys
 LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
+def power_of_2(n):
+    """2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -inf, 0."""
+    shifted = tl.maximum(n, -127.0) + 12583039.0  # 1.5 * 2^23 + 127: the low mantissa bits become the exponent
+    return (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+@triton.jit
 def attend_tile(
     pair, slot, tile, split, slots,
     query, key, value, output, lse, partial, arrivals, c,
@@ -57,10 +63,10 @@ def attend_tile(
         value_rows = values_of_head + start * step_v + keys * step_v
         k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :])
         scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
-        m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+        m = tl.maximum(x0_m, tl.ceil(tl.max(scores, 1) * c))
         p = tl.math.fma(scores, tl.zeros_like(scores) + c, -m[:, None] + tl.zeros_like(scores))
         p = tl.exp2(p)
-        keep = tl.exp2(x0_m - m)
+        keep = power_of_2(x0_m - m)
         x0_m = m
         x0_s = x0_s * keep + tl.sum(p, 1)
         v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
@@ -75,11 +81,11 @@ def attend_tile(
             k = tl.load(key_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
             scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
             scores = tl.where(inside[None, :], scores, NONE)
-            m = tl.maximum(x0_m, tl.max(scores, 1) * c)
+            m = tl.maximum(x0_m, tl.ceil(tl.max(scores, 1) * c))
             origin = tl.where(m == NONE, 0.0, m)
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
             p = tl.exp2(p)
-            keep = tl.exp2(x0_m - origin)
+            keep = power_of_2(x0_m - origin)
             x0_m = m
             x0_s = x0_s * keep + tl.sum(p, 1)
             v = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)

@@ -1,0 +1,61 @@
+"""How exact answers must be, where a caller says: the fastest measured variant that errs at most so many times as torch does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from elsa_tune.measurement import Measurement
+
+_asked: ContextVar[float | None] = ContextVar("elsa_tune_accuracy", default=None)
+_lock = threading.Lock()
+
+active = 0
+"""How many callers, in all threads, are inside accuracy() now: while it is 0, no call looks further."""
+
+
+@contextmanager
+def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
+    """Calls inside are served by kernels whose measured error on that very problem is at most so many times torch's, else by
+    torch itself.
+
+    torch's error is that of its fastest kernel, measured beside ours. Of the thread, or task, that enters it; the innermost
+    counts. ``float("inf")`` asks for nothing.
+    """
+    global active
+    with _lock:
+        active += 1
+    token = _asked.set(times_torchs_error)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+        with _lock:
+            active -= 1
+
+
+def asked() -> float | None:
+    """What this thread or task asked for: None where it asked for nothing."""
+    times = _asked.get()
+    return None if times == float("inf") else times
+
+
+def torchs_error(measured: Iterable[Measurement]) -> float | None:
+    """The error of torch's fastest kernel among a problem's measurements, relative to max|v|, or None if nobody measured it."""
+    rows = list(measured)
+    raced = {m.incumbent for m in rows if m.status == "ok"}
+    errors = {m.variant: m.error for m in rows if m.status == "ok" and m.variant in raced and m.error is not None}
+    return min(errors.values(), default=None)
+
+
+def as_exact(measured: Iterable[Measurement], times: float) -> list[Measurement]:
+    """The newest measurement of each generated variant that errs at most ``times`` torch's error, fastest first."""
+    rows = list(measured)
+    limit = torchs_error(rows)
+    newest = {m.variant: m for m in rows if m.status == "ok" and m.ratio and not m.variant.startswith("sdpa.")}
+    if limit is None:
+        return []
+    exact = [m for m in newest.values() if m.error is not None and m.error <= times * limit]
+    return sorted(exact, key=lambda m: -(m.ratio or 0))

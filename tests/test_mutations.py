@@ -1,0 +1,224 @@
+# ruff: noqa: E501
+"""Faults planted in rendered kernels, one at a time, in each language: the check must find every one.
+
+A mutation that no longer changes the text is an error. One that survives must be explained here, or the check has a hole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import emulated
+import pytest
+
+from elsa_tune import backends, check, space
+from elsa_tune.backends import Built, Kernel, cpp, cuda, triton
+from elsa_tune.device import host_cpu
+from elsa_tune.problem import Problem
+from elsa_tune.space import Space
+
+pytestmark = pytest.mark.slow
+
+
+class Mutation(NamedTuple):
+    """What goes wrong, the text it replaces everywhere and by what; and why the kernel is right nevertheless, if it is."""
+
+    fault: str
+    old: str
+    new: str
+    harmless: str = ""
+
+
+def judged(mutation: Mutation, text: str, kernel_of: object, problem: Problem, longest: int) -> None:
+    """The mutation is caught, or survives for the reason that it names."""
+    changed = text.replace(mutation.old, mutation.new)
+    assert changed != text, f"{mutation.fault}: the rendering no longer has {mutation.old!r}"
+    sdpa = backends.get("sdpa")
+    here = Space.load("sdpa").variants(problem, host_cpu())
+    peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
+    verdict = check.check_family(kernel_of(changed), problem, peers, longest=longest)  # type: ignore[operator]
+    if mutation.harmless:
+        assert not verdict.reason, f"{mutation.fault} is caught by now ({verdict.reason}); it needs no excuse"
+    else:
+        assert verdict.reason, f"{mutation.fault} survives"
+    print(f"{mutation.fault}: {verdict.reason or 'survives, ' + mutation.harmless}")
+
+
+NATIVE = host_cpu().isas[0]
+CPP = f"cpp.hybrid.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q2.k4.v4.n16.w2.s4"
+# fmt: off
+OF_CPP = [
+    Mutation("a coefficient is wrong in its 4th digit", "0.693147", "0.693847"),
+    Mutation("the last coefficient is wrong in its 3rd digit", "0.00132647", "0.00138647"),
+    Mutation("small weights are cut off", "(x < -126.0f)", "(x < -24.0f)"),
+    Mutation("the log-sum-exp lacks ln 2", ")) / LOG2_E;", "));"),
+    Mutation("the log-sum-exp lacks the maximum", "(state.m[r / ROWS][lane] + __builtin_log2f", "(__builtin_log2f"),
+    Mutation("the log-sum-exp is of the next row", "+ position_of_row : nullptr", "+ position_of_row + 1 : nullptr"),
+    Mutation("keep is not applied to S", "x.s[i] *= keep[i];", ""),
+    Mutation("keep is not applied to W", "w[t][i] * keep[i] + acc", "w[t][i] + acc"),
+    Mutation("keep is applied to W twice", "w[t][i] * keep[i] + acc", "w[t][i] * keep[i] * keep[i] + acc"),
+    Mutation("the maximum is forgotten", "x.m[i] = m;\n", ""),
+    Mutation("the maximum is the leaf's", "max(x.m[i], whole(", "max(whole(top[i] * LOG2_E), whole("),
+    Mutation("the first maximum is 0", "m[i] = splat(-INF), s", "m[i] = splat(0.0f), s"),
+    Mutation("merging swaps what is kept of S", "keep_a[i] * a.s[i] + keep_b[i] * b.s[i]", "keep_b[i] * a.s[i] + keep_a[i] * b.s[i]"),
+    Mutation("merging swaps what is kept of W", "keep_a[i] * a.w[t][i] + keep_b[i] * b.w", "keep_b[i] * a.w[t][i] + keep_a[i] * b.w"),
+    Mutation("merging forgets the maximum", "    b.m[i] = m;\n", ""),
+    Mutation("merging loses a", "keep_a[i] * a.w[t][i] + ", ""),
+    Mutation("rounds go upwards", "{3, 4, 2},  // round 2", "{2, 4, 2},  // round 2"),
+    Mutation("a round is missing", "        {1, 2, 1},  // round 1 of 2: 2 merges\n", ""),
+    Mutation("the mask is off by one", "position[i] >= static_cast<int32_t>(first_key + j)", "position[i] > static_cast<int32_t>(first_key + j)"),
+    Mutation("the mask is off by one, the other way", "static_cast<int32_t>(first_key + j)", "static_cast<int32_t>(first_key + j - 1)"),
+    Mutation("leaves are masked too late", "first + n > unmasked", "first + n > unmasked + BLOCK_N"),
+    Mutation("a tile sees one key too few", "(last - 1) / per_position + 1,", "(last - 1) / per_position,"),
+    Mutation("scores are scaled twice", "x[r] * scale;", "x[r] * scale * scale;"),
+    Mutation("a negative scale counts as positive", "static_cast<float>(c.scale)", "static_cast<float>(c.scale < 0 ? -c.scale : c.scale)"),
+    Mutation("heads of a group are interleaved", "kv_head * group + row % group", "kv_head + row % group * c.kv_heads"),
+    Mutation("positions of a group are mixed", "position_of_row = row / group", "position_of_row = row % c.q_len"),
+    Mutation("K is read with the strides of V", "key + first * c.k.row", "key + first * c.v.row"),
+    Mutation("V is read one row late", "value + first * c.v.row", "value + (first ? first - 1 : 0) * c.v.row"),
+    Mutation("the rest of a leaf is counted twice", "for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, key", "for (; j + KT <= n + 1; j += KT) dot_keys<QV, KT>(query, key"),
+    Mutation("the rest's maximum is left out", "        UNROLL for (int i = 0; i < QV; ++i) top[i] = max(top[i], score[j][i]);\n    }\n    if", "{}\n    }\n    if"),
+    Mutation("the rest is not filled with zeros", "std::memset(rest", "if (false) std::memset(rest", "what it would hold is computed and never read"),
+    Mutation("workers share a leaf", "(end - begin) * w / WORKERS, to", "(end - begin) * w / WORKERS - (w && end > begin), to"),
+    Mutation("splits leave out a leaf", "leaves * split / splits, leaves * (split + 1)", "leaves * split / splits + (split > 1), leaves * (split + 1)"),
+    Mutation("a split's state is another's", "mine[split] =", "mine[split ^ 1] =", "which slot a state lies in does not matter to a sum, up to the order of merging"),
+    Mutation("the output is of the next row", "position_of_row * c.o.row : sink", "(position_of_row + 1) * c.o.row : sink"),
+    Mutation("columns of V are off by one", "value + t * CHUNK, c.v.row, n", "value + t * CHUNK + 1, c.v.row, n"),
+    Mutation("the reference is rounded to nearest", "const vec up = near < x ? near + 1.0f : near;", "const vec up = near;", "weights up to 2^(1/2) do no harm in float32"),
+]
+
+
+@pytest.mark.parametrize("mutation", OF_CPP, ids=lambda m: m.fault)
+def test_faults_in_cpp(mutation: Mutation, home: object) -> None:
+    problem, variant = Problem.parse("fp32.d16.v8.causal@b1.h4.kv2.q64.k64"), space.parse(CPP)
+
+    def kernel(text: str) -> Kernel:
+        return cpp.load(cpp.build_text(text, "mutant", variant), variant, problem)
+
+    judged(mutation, cpp.source(variant, problem).text, kernel, problem, 8193)
+
+
+@pytest.mark.parametrize("family", ["fp32.d64", "fp32.d64.causal"])
+def test_a_kernel_whose_2_to_0_is_not_1_is_caught_by_length(family: str, home: object) -> None:
+    """The default decoding kernel of an earlier version, as it was; the short cases alone see nothing."""
+    problem = Problem.parse(f"{family}@b1.h2.q64.k64")
+    variant = space.parse(f"cpp.serial.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q2.k4.v4.n48")
+    text = cpp.source(variant, problem).text
+    faulty = text.replace("p = p * f + 1.0f;", "p = p * f + 1.00000012f;")
+    assert faulty != text
+    kernel = cpp.load(cpp.build_text(faulty, "mutant", variant), variant, problem)
+    assert "that drift" in check.check_family(kernel, problem, []).reason
+    assert not check.check_family(kernel, problem, [], longest=50).reason
+
+
+CUDA = "cuda.hybrid.t32.x4.r2.k4.w2.s4.last_block.polynomial.apart"
+OF_CUDA = [
+    Mutation("2^0 is not 1", "12583039.0f) << 23);", "12583039.0f) << 23 | 1u);"),
+    Mutation("a coefficient is wrong in its 4th digit", "0.693147", "0.693847"),
+    Mutation("small weights are cut off", "x < -126.0f ? 0.0f", "x < -24.0f ? 0.0f"),
+    Mutation("states are cut off", "larger(n, -127.0f) +", "(n < -24.0f ? -127.0f : n) +"),
+    Mutation("the log-sum-exp lacks ln 2", ") * 0.6931471805599453f;", ");"),
+    Mutation("the log-sum-exp is in base 10", ") * 0.6931471805599453f;", ") * 0.30103f;"),
+    Mutation("keep is not applied to S", "multiply_add(x->s[i], keep[i], sum)", "x->s[i] + sum"),
+    Mutation("keep is not applied to W", "multiply_add(x->w[i][first + n], keep[i], sum[i][n])", "x->w[i][first + n] + sum[i][n]"),
+    Mutation("the maximum is forgotten", "    x->m[i] = m;\n", ""),
+    Mutation("the first maximum is 0", "x->m[i] = no_key();", "x->m[i] = 0.0f;"),
+    Mutation("the weights lack the maximum's share", "exp2_of(multiply_add(score[i][j], c, -origin))", "exp2_of(score[i][j] * c)"),
+    Mutation("workers' S are swapped", "keep_a * a[(i * (COLUMNS + 2) + 1) * TEAM + t] + keep_b * b->s[i]", "keep_b * a[(i * (COLUMNS + 2) + 1) * TEAM + t] + keep_a * b->s[i]"),
+    Mutation("workers' W are swapped", "keep_a * a[(i * (COLUMNS + 2) + 2 + n) * TEAM + t] + keep_b *", "keep_b * a[(i * (COLUMNS + 2) + 2 + n) * TEAM + t] + keep_a *"),
+    Mutation("merging workers forgets the maximum", "    b->m[i] = m;\n", ""),
+    Mutation("splits' S are swapped", "s3 = keep_a * s2 + keep_b * s3", "s3 = keep_b * s2 + keep_a * s3"),
+    Mutation("splits' W are swapped", "w3 = keep_a * w1 + keep_b * w3", "w3 = keep_b * w1 + keep_a * w3"),
+    Mutation("merging splits forgets the maximum", "    m3 = m;\n", ""),
+    Mutation("a round's merge is missing", "    w1 = keep_a * w0 + keep_b * w1;\n", ""),
+    Mutation("splits overlap", "? split * each : seen, high", "? split * each - (split > 0) : seen, high"),
+    Mutation("splits leave a key out", "low + each < seen ? low + each : seen", "low + each < seen ? low + each - 1 : seen"),
+    Mutation("keys from the end on are seen", "if (key >= high || key", "if (key > high || key"),
+    Mutation("the mask is off by one", "key > position[i]", "key >= position[i]"),
+    Mutation("the mask is off by one, the other way", "key > position[i]", "key > position[i] + 1"),
+    Mutation("leaves are masked too late", "if (start >= whole)", "if (start > whole)"),
+    Mutation("a tile sees one key too few", "last_row / group + 1 < kv_len ? last_row / group + 1 : kv_len;  // keys that some", "last_row / group + 1 < kv_len ? last_row / group : kv_len;  // keys that some"),
+    Mutation("rows past the end are not zero", "if (first + row < rows) x = fetch", "x = fetch", "rows past the end are read from memory behind the query and never written"),
+    Mutation("rows of V past the end are not zero", "held[n] = zero_vec();", "", "their weights are 0: only what is no number would show"),
+    Mutation("heads of a group are interleaved", "kv_head * group + row % group) * head_stride", "kv_head + row % group * 2) * head_stride"),
+    Mutation("the sign is lost", "x.x * factor", "x.x"),
+    Mutation("K is read with the strides of V", "keys.stride = stride_kn;", "keys.stride = stride_vn;"),
+    Mutation("V is of the first KV head", "values.rows = value + batch * stride_vb + kv_head * stride_vh;", "values.rows = value + batch * stride_vb;"),
+    Mutation("the output is of the next row", "const int row = first + i / VALUE_DIM;", "const int row = first + i / VALUE_DIM + 1;"),
+    Mutation("lanes do not share their maximum", "  row_max(top, (SHARED float*)p, t, lane);\n", ""),
+    Mutation("lanes do not share their sum", "  row_sum(x->s, (SHARED float*)p, t, lane);\n", ""),
+    Mutation("half of the lanes share their maximum", "larger(x[i], lane_xor(x[i], 2))", "x[i]"),
+]
+
+
+@pytest.mark.parametrize("mutation", OF_CUDA, ids=lambda m: m.fault)
+def test_faults_in_cuda(mutation: Mutation, tmp_path: Path) -> None:
+    problem, variant = Problem.parse("fp32.d8.v4.causal@b1.h4.kv2.q64.k64"), space.parse(CUDA)
+
+    def kernel(text: str) -> Kernel:
+        return cuda.CudaKernel(emulated.EmulatedRuntime(variant, problem, text, tmp_path), variant, problem)
+
+    judged(mutation, cuda.source(variant, problem).text, kernel, problem, 301)
+
+
+def test_cuda_text_whose_2_to_0_is_not_1_is_caught_by_length(tmp_path: Path) -> None:
+    problem, variant = Problem.parse("fp32.d4"), space.parse("cuda.serial.t32.x4.r1.k4.apart")
+    text = cuda.source(variant, problem).text
+    for changed, wrong in ((text, False), (text.replace(OF_CUDA[0].old, OF_CUDA[0].new), True)):
+        folder = tmp_path / str(wrong)
+        kernel = cuda.CudaKernel(emulated.EmulatedRuntime(variant, problem, changed, folder), variant, problem)
+        reason = check.check_family(kernel, problem, [], longest=8193).reason
+        assert ("that drift" in reason) == wrong, reason
+
+
+TRITON = "triton.hybrid.ieee.m16.n16.warps4.stages1.w2.s4.last_block"
+OF_TRITON = [
+    Mutation("2^0 is not 1", "shifted.to(tl.int32, bitcast=True) << 23)", "(shifted.to(tl.int32, bitcast=True) << 23) + 64)"),
+    Mutation("states are cut off", "tl.maximum(n, -127.0)", "tl.where(n < -24.0, -127.0, n)"),
+    Mutation("the log-sum-exp lacks ln 2", ") * LN_2", ")"),
+    Mutation("the log-sum-exp lacks the maximum", "total = (x3_m + tl.log2(x3_s))", "total = tl.log2(x3_s)"),
+    Mutation("keep is not applied to S", "x0_s = x0_s * keep + tl.sum(p, 1)", "x0_s = x0_s + tl.sum(p, 1)"),
+    Mutation("keep is not applied to W", "x0_w0 = x0_w0 * keep[:, None]\n", "x0_w0 = x0_w0\n"),
+    Mutation("the second worker's keep is not applied", "x1_w0 = x1_w0 * keep[:, None]\n", "x1_w0 = x1_w0\n"),
+    Mutation("the maximum is forgotten", "x0_m = m\n", "x0_m = x0_m\n"),
+    Mutation("the first maximum is 0", "x0_m = tl.full([BLOCK_M], NONE, tl.float32)", "x0_m = tl.full([BLOCK_M], 0.0, tl.float32)"),
+    Mutation("merging swaps what is kept of S", "x1_s = keep_a * x0_s + keep_b * x1_s", "x1_s = keep_b * x0_s + keep_a * x1_s"),
+    Mutation("merging swaps what is kept of W", "x3_w0 = keep_a[:, None] * x2_w0 + keep_b[:, None] * x3_w0", "x3_w0 = keep_b[:, None] * x2_w0 + keep_a[:, None] * x3_w0"),
+    Mutation("merging forgets the maximum", "x3_m = m\n", "x3_m = x3_m\n"),
+    Mutation("merging loses a", "x3_w0 = keep_a[:, None] * x1_w0 + keep_b[:, None] * x3_w0", "x3_w0 = keep_b[:, None] * x3_w0"),
+    Mutation("rounds meet the wrong state", "x3_s = keep_a * x1_s", "x3_s = keep_a * x0_s"),
+    Mutation("a merge meets itself without a guard", "origin = tl.where(m == NONE, 0.0, m)", "origin = m"),
+    Mutation("keys from the end on are seen", "inside = start + keys < high", "inside = start + keys <= high"),
+    Mutation("the mask is off by one", "(start + keys[None, :] <= positions[:, None])", "(start + keys[None, :] < positions[:, None])"),
+    Mutation("the mask is off by one, the other way", "(start + keys[None, :] <= positions[:, None])", "(start + keys[None, :] <= positions[:, None] + 1)"),
+    Mutation("leaves are masked too late", "for start in tl.range(low, whole, STEP)", "for start in tl.range(low, tl.minimum(whole + STEP, high) // STEP * STEP, STEP)"),
+    Mutation("a tile sees one key too few", "q_len - 1) + 1)  # by some row", "q_len - 1))  # by some row"),
+    Mutation("every row sees one key more", "tile * BLOCK_M // group + 1)  # seen by every", "tile * BLOCK_M // group + 1 + STEP)  # seen by every"),
+    Mutation("splits overlap", "low = tl.minimum(split * each, seen)", "low = tl.minimum(tl.maximum(split * each - 1, 0), seen)"),
+    Mutation("splits leave a key out", "high = tl.minimum(low + each, seen)", "high = tl.minimum(low + each - 1, seen)"),
+    Mutation("the second worker reads the first one's leaf", "keys = tl.arange(0, BLOCK_N) + 16", "keys = tl.arange(0, BLOCK_N)"),
+    Mutation("heads of a group are interleaved", "heads = kv_head * group + rows % group", "heads = kv_head + rows % group * kv_heads"),
+    Mutation("positions of a group are mixed", "positions = rows // group", "positions = rows % q_len"),
+    Mutation("V is of the first KV head", "values_of_head = value + batch * stride_vb + kv_head * stride_vh", "values_of_head = value + batch * stride_vb"),
+    Mutation("K is read with the strides of V", "key_rows = keys_of_head + start * step_k + keys * step_k", "key_rows = keys_of_head + start * step_v + keys * step_v"),
+    Mutation("the scale's sign is lost", "query = query * (-1.0 if scale else 0.0)", "query = query * (1.0 if scale else 0.0)"),
+    Mutation("scores are scaled twice", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) * abs(scale) * LOG2_E or 1.0"),
+    Mutation("scores are in base e", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) or 1.0"),
+    Mutation("the output is not divided", "divisor = tl.where(x3_s == 0.0, 1.0, x3_s)", "divisor = tl.where(x3_s == 0.0, 1.0, 1.0)"),
+    Mutation("a split's state is written to another row", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows - (rows > 0)"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("mutation", OF_TRITON, ids=lambda m: m.fault)
+def test_faults_in_triton(mutation: Mutation, tmp_path: Path) -> None:
+    problem, variant = Problem.parse("fp32.d16.causal@b1.h4.kv2.q64.k64"), space.parse(TRITON)
+
+    def kernel(text: str) -> Kernel:
+        path = tmp_path / "mutant.py"
+        path.write_text(text)
+        found = triton.load(Built("mutant", path), variant, problem)
+        return found  # type: ignore[return-value]
+
+    judged(mutation, triton.source(variant, problem).text, kernel, problem, 301)
