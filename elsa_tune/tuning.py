@@ -210,12 +210,24 @@ class _Run:
                 later = sum(map(self.final_seconds, self.tasks[number + 1 :]))
                 wanted = self.final_seconds(task)
                 self.final(task, max(0.3 * wanted, min(wanted, self.left() - later)))
+            self.race_again()
         self.tell()
 
     def search(self, reserve: float) -> None:
         """Turns, for the problem that most are missing of, until only finals can still be run."""
         while self.left() > reserve and (waiting := [t for t in self.tasks if t.incumbent and t.trials < t.target]):
             self.turn(min(waiting, key=lambda task: task.trials / task.target), reserve)
+
+    def race_again(self) -> None:
+        """Finals of the least certain winners again, with the time that is left: all finals of a variant count together."""
+        uncertain = sorted((t for t in self.tasks if t.finals), key=self.uncertainty, reverse=True)
+        affordable = True
+        while affordable:
+            affordable = False
+            for task in uncertain:
+                if self.final_seconds(task) < self.left():
+                    affordable = True
+                    self.final(task, self.final_seconds(task))
 
     def try_late_ones_again(self, reserve: float) -> None:
         """Kernels that took too long while others used the machine get one more chance."""

@@ -49,6 +49,8 @@ SAMPLED = [
     ("cpp.blelloch.{isa}.q1.k8.v8.n48.s16.p32", "fp32.d128@b1.h8.kv2.q64.k64"),
     ("cpp.hybrid.{isa}.q2.k4.v4.n16.w4.s4", "fp32.d64.causal@b1.h4.kv1.q64.k64"),
     ("cpp.hybrid.{isa}.q4.k2.v2.n16.w2.s16.packed.e6", "fp32.d1.v3@b1.h2.q64.k64"),
+    ("cpp.serial.{isa}.q2.k4.v4.n16.d2", "fp32.d80@b1.h4.kv2.q64.k64"),
+    ("cpp.serial.{isa}.c4.q2.k4.v4.n32.d4", "fp32.d256@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp32.d48.v72@b1.h2.q64.k64"),
     ("cpp.blelloch.{isa}.q1.k4.v4.n16.w4.head.p8", "fp32.d64.causal@b1.h6.kv2.q64.k64"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32", "fp32.d64@b1.h8.kv2.q1.k64"),

@@ -137,6 +137,13 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
     return None
 
 
+def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | None:
+    steps = problem.head_dim // chunk
+    if head_parts > 1 and steps < 16 * head_parts:
+        return f"{steps} products are a short sum; {head_parts} parts of it cost more than they save"
+    return None
+
+
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
     if float(exp2.COEFFICIENTS[exp_degree][0]) != 1:
         return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
@@ -157,6 +164,7 @@ laws = (
     scan_has_states,
     packed_heads_are_read_again,
     packed_heads_fit,
+    head_parts_are_long,
     exp_is_exact,
 )
 generated = True

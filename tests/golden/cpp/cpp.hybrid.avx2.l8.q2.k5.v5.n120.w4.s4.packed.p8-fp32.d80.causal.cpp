@@ -201,13 +201,13 @@ constexpr int key_tile() {
 // scores[j] = Q k_j for KT keys at once; top = the largest seen.
 template <int QV, int KT>
 INLINE void dot_keys(const vec (*query)[QV], const float* key, int64_t stride, vec (*score)[QV], vec* top) {
-  vec acc[KT][QV];
-  UNROLL for (int j = 0; j < KT; ++j)
-    UNROLL for (int i = 0; i < QV; ++i) acc[j][i] = vec{};
   // As integers: the address may lie past the end of K, which a prefetch forgives and a pointer does not.
   const uintptr_t ahead = reinterpret_cast<uintptr_t>(key) + sizeof(float) * PREFETCH * stride;
   for (int j = 0; j < KT; ++j)
     for (int d = 0; d < HEAD_DIM; d += 16) __builtin_prefetch(reinterpret_cast<const void*>(ahead + sizeof(float) * (j * stride + d)));
+  vec acc[KT][QV];
+  UNROLL for (int j = 0; j < KT; ++j)
+    UNROLL for (int i = 0; i < QV; ++i) acc[j][i] = vec{};
   for (int d = 0; d < HEAD_STEPS; ++d) {
     UNROLL for (int j = 0; j < KT; ++j) {
       const vec k = spread(key + j * stride + d * CHUNK);
