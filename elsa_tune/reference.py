@@ -197,7 +197,7 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
     early, kept, first = torch.zeros(keys), noise.clone(), min(3, keys - 1)
     early[first], kept[first] = math.log(keys), 1.0
     yield case("one early key against all others", early, kept)
-    early[first], kept = 18.0, torch.zeros_like(noise)  # the others weigh 2^-26 each, and there are many
+    early[first], kept = 17.0, torch.zeros_like(noise)  # the others weigh 2^-25 each, and there are many
     kept[first] = 1.0
     yield case("one key that outweighs all others", early, kept, additions=keys // 16)
     constant = torch.rand(1, shaped.value_dim, generator=generator).expand(keys, -1)
@@ -245,9 +245,10 @@ def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Probl
     yield small, _given_logits(small, normal + 1e4, generator, "logits shifted by 1e4")
     yield small, _given_logits(small, normal - 1e4, generator, "logits shifted by -1e4")
     yield small, _given_logits(small, normal * 1e3, generator, "one key takes all")
-    slope = torch.linspace(0, 300, small.kv_len)
-    yield small, _given_logits(small, slope, generator, "scores that grow by 300")
-    yield small, _given_logits(small, -slope, generator, "scores that fall by 300")
+    steep = small.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=333, kv_len=333)
+    slope = torch.linspace(0, 3000, steep.kv_len)  # between two leaves farther than a float's exponent reaches
+    yield steep, _given_logits(steep, slope, generator, "scores that grow by 3000")
+    yield steep, _given_logits(steep, -slope, generator, "scores that fall by 3000")
     yield three, _given_logits(three, torch.tensor([0.0, -120.0, 0.0]), generator, "a key at -120 between two at 0")
 
 

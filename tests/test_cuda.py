@@ -69,7 +69,7 @@ FAMILIES = ("fp32.d64", "fp32.d40.v24.causal", "fp16.d64.causal", "fp16.d80", "b
 MORE = [
     ("serial.{}t128.x16.r4.k2.c64.stages2.{}", "fp32.d96.v128.causal"),
     ("serial.{}t64.x8.r4.k4.c32.swizzled.polynomial.apart.{}", "fp32.d128"),
-    ("serial.{}t32.x4.r1.k1.v1.native.heads.{}", "fp32.d1.v3.causal"),
+    ("serial.{}t32.x4.r1.k2.v1.native.heads.{}", "fp32.d1.v3.causal"),
     ("serial.{}t64.x8.r2.k2.v2.longest.apart.{}", "fp32.d33.v17.causal"),
     ("serial.{}t64.x16.r2.k2.c64.v2.{}", "fp32.d256"),
     ("hybrid.{}t128.x8.r2.k4.w4.s8.last_block.swizzled.c32.apart.polynomial.{}", "fp32.d96.causal"),
@@ -189,6 +189,8 @@ def test_the_emulator_sees_a_missing_barrier(barrier: str, spelling: str, tmp_pa
         ("serial.t128.x8.r4.k4", "fp32.d64", MI300, "spoken to in hip"),
         ("serial.hip.t32.x8.r4.k4", "fp32.d64", MI300, "do not fill warps of 64"),
         ("serial.t32.x8.r1.k4.w8", "fp32.d64", H200, "fewer than 8 lanes"),
+        ("serial.t32.x8.r1.k1.v1", "fp32.d64", H200, "single weights"),
+        ("serial.t128.x8.r4.k4", "fp32.d64@b1.h8.q16384.k16384", H200, "running sum over 16384 keys"),
         ("serial.opencl.t64.x16.r4.k4", "fp32.d64", OPENCL, "no shuffles among 16"),
         ("serial.t128.x8.r4.k4.shared", "fp32.d64", H200, "faster than shared memory"),
         ("serial.t128.x8.r4.k4.stages2.async", "fp32.d64", TX2, "no asynchronous copies"),

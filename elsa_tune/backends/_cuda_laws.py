@@ -254,6 +254,12 @@ def leaf_holds_vectors(lanes: int, keys: int, vector: int, layout: str) -> str |
     return f"{lanes * keys} weights of a row are no multiple of {row}" if lanes * keys % row else None
 
 
+def lane_adds_several_weights(keys: int, problem: Problem) -> str | None:
+    """To a sum of 1 and more, single weights of 2^-25 add nothing, however many come."""
+    exact = problem.precision in ("strict", "fp32")
+    return f"a lane adds single weights to its sum, which {problem.precision} notices" if keys == 1 and exact else None
+
+
 def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Problem) -> str | None:
     if not slice:
         return None
@@ -355,6 +361,7 @@ laws = (
     lanes_can_exchange,
     copies_are_there,
     leaf_holds_vectors,
+    lane_adds_several_weights,
     slices_divide,
     columns_fill_lanes,
     rows_fill_tile,
