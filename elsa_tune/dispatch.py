@@ -256,6 +256,7 @@ class _Shelf:
         self.troubles: dict[str, str] = {}
         self._layers: list[layers.Layer] | None = None
         self._families: dict[tuple[object, ...], list[Winner]] = {}
+        self._exact: dict[tuple[Problem, Device, float], Choice] = {}
         self._below: dict[Device, set[tuple[str, str]]] = {}
         self._kernels: dict[tuple[str, str], Any] = {}  # (family, variant) -> Kernel or Gradients
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
@@ -265,7 +266,7 @@ class _Shelf:
         """Who should serve a problem, and why: asked of its own winner, of its family's, then of those that differ in
         dimensions. A family is read once, then kept in memory."""
         if exactness.active and (times := exactness.asked()) is not None:
-            return choose_as_exact(problem, device, times, layers.nearest_first())
+            return self._as_exact(problem, device, times)
         chosen = choose(problem, device, self._known("problem", problem, device), set())
         if chosen.rung != "exact":
             slower = self._slower(device)
@@ -297,6 +298,15 @@ class _Shelf:
                     found = layers.known_winners(device, self._every_layer(), wanted)
                 self._families[entry] = found
             return self._families[entry]
+
+    def _as_exact(self, problem: Problem, device: Device, times: float) -> Choice:
+        entry = (problem, device, times)
+        with _lock:
+            if entry not in self._exact:
+                if len(self._exact) >= _MOST_SHAPES:
+                    self._exact.clear()
+                self._exact[entry] = choose_as_exact(problem, device, times, self._layers or layers.nearest_first())
+            return self._exact[entry]
 
     def _slower(self, device: Device) -> set[tuple[str, str]]:
         with _lock:
@@ -362,7 +372,7 @@ class _Shelf:
         winner, variant = chosen.winner, chosen.variant
         if winner is None or variant is None or winner.layer != "own" or winner.rung != "exact":
             return None
-        if winner.measurement.family != chosen.problem.family:
+        if winner.measurement.family != chosen.problem.family or winner.measurement.is_of_faulty_code:
             return None
         return backends.get(variant.backend).find(winner.measurement.digest)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from elsa_tune.measurement import DISTURBED
 
+FAR = 0.95
+"""Below this share of the best ratio nothing is tied, however wide the intervals are."""
+
 TIED = 0.98
 """Within this share of the best ratio, or with overlapping intervals, variants are tied."""
 
@@ -61,6 +64,6 @@ WINNERS = f"""{POOLED}, eligible AS (
   ) AS choice
   FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
   LEFT JOIN words facts ON facts.id = r.resources
-  WHERE r.ratio >= {TIED} * best.ratio OR r.ratio_high >= best.ratio_low
+  WHERE r.ratio >= {TIED} * best.ratio OR (r.ratio >= {FAR} * best.ratio AND r.ratio_high >= best.ratio_low)
 )
 SELECT * FROM tied WHERE choice = 1"""

@@ -45,7 +45,7 @@ def asked() -> float | None:
 def torchs_error(measured: Iterable[Measurement]) -> float | None:
     """The error of torch's fastest kernel among a problem's measurements, relative to max|v|, or None if nobody measured it."""
     rows = list(measured)
-    raced = {m.incumbent for m in rows if m.status == "ok"}
+    raced = {m.incumbent for m in rows if m.status == "ok" and m.incumbent.startswith("sdpa.")}
     errors = {m.variant: m.error for m in rows if m.status == "ok" and m.variant in raced and m.error is not None}
     return min(errors.values(), default=None)
 
@@ -54,8 +54,10 @@ def as_exact(measured: Iterable[Measurement], times: float) -> list[Measurement]
     """The newest measurement of each generated variant that errs at most ``times`` torch's error, fastest first."""
     rows = list(measured)
     limit = torchs_error(rows)
-    newest = {m.variant: m for m in rows if m.status == "ok" and m.ratio and not m.variant.startswith("sdpa.")}
+    against = [m for m in rows if not m.incumbent or m.incumbent.startswith("sdpa.")]  # a kit's own kernel is no torch
+    newest = {m.variant: m for m in against if not m.variant.startswith("sdpa.") and not m.disturbed}
     if limit is None:
         return []
-    exact = [m for m in newest.values() if m.error is not None and m.error <= times * limit]
+    usable = [m for m in newest.values() if m.status == "ok" and m.ratio]
+    exact = [m for m in usable if m.error is not None and m.error <= times * limit]
     return sorted(exact, key=lambda m: -(m.ratio or 0))

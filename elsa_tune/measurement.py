@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+KERNELS = 2
+"""Which kernels a measurement is of: raised when those of earlier versions turn out to be faulty. Theirs are built anew.
+1: the error of a long fold grew with the number of its leaves."""
+
 STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
 LONGEST_REASON = 2000
@@ -66,6 +70,11 @@ class Measurement:
     def family(self) -> str:
         """The problem's family."""
         return self.problem.partition("@")[0]
+
+    @property
+    def is_of_faulty_code(self) -> bool:
+        """Whether its kernel was rendered by a version whose kernels are not used any more (KERNELS)."""
+        return "source" in self.provenance and self.provenance.get("kernels", 1.0) != float(KERNELS)
 
     @property
     def disturbed(self) -> bool:

@@ -31,7 +31,7 @@ from elsa_tune.measure import (
     ratio,
     state,
 )
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -258,7 +258,7 @@ class Trials:
             "installation": self.database.installation,
         }
         if source := backends.get(variant.backend).source(variant, problem):
-            versions["source"] = source.digest
+            versions |= {"source": source.digest, "kernels": float(KERNELS)}
         if era := drift.era(self.database, self.device, str(problem)):
             versions["era"] = era
         if disturbed:

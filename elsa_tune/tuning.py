@@ -220,7 +220,8 @@ class _Run:
 
     def race_again(self) -> None:
         """Finals of the least certain winners again, with the time that is left: all finals of a variant count together."""
-        uncertain = sorted((t for t in self.tasks if t.finals), key=self.uncertainty, reverse=True)
+        open_to_finals = [t for t in self.tasks if t.incumbent and t.ranked()]
+        uncertain = sorted(open_to_finals, key=lambda task: (task.finals > 0, -self.uncertainty(task)))
         affordable = True
         while affordable:
             affordable = False
@@ -271,8 +272,13 @@ class _Run:
         before = self.winner(task)
         if before is None or before.variant.startswith("sdpa."):
             return False
-        self.final(task, min(1.0, self.final_seconds(task)), [parse(before.variant)])
-        after = task.latest[before.variant]
+        with suppress(BadVariant):  # of a version whose space had other values
+            variant = parse(before.variant)
+            if self.is_lawful(variant, task.problem):
+                self.final(task, min(1.0, self.final_seconds(task)), [variant])
+        after = task.latest.get(before.variant)
+        if after is None:  # of other code, or it can no longer be built
+            return True
         is_new = after.created > before.measurement.created and not after.disturbed
         return is_new and drift.moved(before, after)
 
@@ -313,7 +319,7 @@ class _Run:
             task.note(m)
             if m.no_verdict:
                 self.suggest(task, m.variant)
-            elif m.variant == m.incumbent and m.seconds:
+            elif m.variant == m.incumbent and m.seconds and not m.disturbed:
                 task.incumbent, task.seconds = self.trials.contender(parse(m.variant), task.problem), m.seconds
             elif m.status == "ok":
                 self.suggest(task, m.variant)
@@ -465,7 +471,8 @@ class _Run:
             try:
                 self.trials.final(task.problem, task.incumbent, usable, self.effort.final_rounds, seconds)
             except WorkerFailed as error:
-                self.notes.append(f"{task.problem}: the final was lost: {error.reason}")
+                if (note := f"{task.problem}: the final was lost: {error.reason}") not in self.notes:
+                    self.notes.append(note)
         self.pool(task)
 
     def finalists(self, task: Task) -> Iterator[Variant]:

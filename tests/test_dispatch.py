@@ -20,7 +20,7 @@ from elsa_tune import choose, dispatch, exactness, places, space
 from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
-from elsa_tune.measurement import Measurement
+from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
 from elsa_tune.winners import Database
@@ -484,6 +484,18 @@ def test_distance_is_a_metric_of_shapes() -> None:
     a, b, c = (Problem.parse(f"fp32.d16@{s}") for s in ("b1.h8.q64.k64", "b2.h8.q64.k128", "b4.h8.kv2.q16.k4096"))
     assert choose.distance(a, a) == 0 and choose.distance(a, b) == choose.distance(b, a) == 2
     assert choose.distance(a, c) <= choose.distance(a, b) + choose.distance(b, c)
+
+
+def test_kernels_that_a_faulty_version_built_are_built_anew(home: Path) -> None:
+    """Their libraries lie in the cache under the digest that was recorded; what serves is today's code, checked first."""
+    problem = Problem.parse(f"fp32.d16@{SHAPE}")
+    for kernels, trusted in ((1.0, False), (float(KERNELS), True)):
+        facts = {"source": "what was rendered then", "torch": torch.__version__, "kernels": kernels}
+        record(won(str(problem), provenance=facts, created=1.0 + kernels))
+        chosen = dispatch.explain(problem, HERE)
+        assert str(chosen.variant) == VARIANT and chosen.rung == "exact"
+        assert (dispatch._shelf._trusted(chosen) is not None) is trusted
+    assert Measurement(device="d", problem="p", variant="v", status="ok", provenance={"source": "x"}).is_of_faulty_code
 
 
 # How exact answers must be.

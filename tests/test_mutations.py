@@ -75,18 +75,42 @@ OF_CPP = [
     Mutation("a negative scale counts as positive", "static_cast<float>(c.scale)", "static_cast<float>(c.scale < 0 ? -c.scale : c.scale)"),
     Mutation("heads of a group are interleaved", "kv_head * group + row % group", "kv_head + row % group * c.kv_heads"),
     Mutation("positions of a group are mixed", "position_of_row = row / group", "position_of_row = row % c.q_len"),
-    Mutation("K is read with the strides of V", "key + first * c.k.row", "key + first * c.v.row"),
-    Mutation("V is read one row late", "value + first * c.v.row", "value + (first ? first - 1 : 0) * c.v.row"),
-    Mutation("the rest of a leaf is counted twice", "for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, key", "for (; j + KT <= n + 1; j += KT) dot_keys<QV, KT>(query, key"),
+    Mutation("K is read with the strides of V", "key + index * BLOCK_N * c.k.row", "key + index * BLOCK_N * c.v.row"),
+    Mutation("V is read one row late", "value + index * BLOCK_N * c.v.row", "value + (index ? index * BLOCK_N - 1 : 0) * c.v.row"),
+    Mutation("the rest of a leaf is counted twice", "for (; j + KT <= n; j += KT) dot_keys<QV, KT>(query, leaf", "for (; j + KT <= n + 1; j += KT) dot_keys<QV, KT>(query, leaf"),
     Mutation("the rest's maximum is left out", "        UNROLL for (int i = 0; i < QV; ++i) top[i] = max(top[i], score[j][i]);\n    }\n    if", "{}\n    }\n    if"),
     Mutation("the rest is not filled with zeros", "std::memset(rest", "if (false) std::memset(rest", "what it would hold is computed and never read"),
     Mutation("workers share a leaf", "(end - begin) * w / WORKERS, to", "(end - begin) * w / WORKERS - (w && end > begin), to"),
     Mutation("splits leave out a leaf", "leaves * split / splits, leaves * (split + 1)", "leaves * split / splits + (split > 1), leaves * (split + 1)"),
     Mutation("a split's state is another's", "mine[split] =", "mine[split ^ 1] =", "which slot a state lies in does not matter to a sum, up to the order of merging"),
     Mutation("the output is of the next row", "position_of_row * c.o.row : sink", "(position_of_row + 1) * c.o.row : sink"),
-    Mutation("columns of V are off by one", "value + t * CHUNK, c.v.row, n", "value + t * CHUNK + 1, c.v.row, n"),
+    Mutation("columns of V are off by one", "value + t * CHUNK, leaf.value_row, n", "value + t * CHUNK + 1, leaf.value_row, n"),
     Mutation("the reference is rounded to nearest", "const vec up = near < x ? near + 1.0f : near;", "const vec up = near;", "weights up to 2^(1/2) do no harm in float32"),
 ]
+
+
+OF_PACKED_CPP = [
+    Mutation("a head's first leaf alone is packed", "index >= leaves", "index == 0"),
+    Mutation("another head's copies are kept", "if (k != key || v != value) leaves = 0;", ""),
+    Mutation("the last leaf is cut short", "left < BLOCK_N ? left : BLOCK_N", "left < BLOCK_N ? left - 1 : BLOCK_N"),
+    Mutation("values are packed over keys", "copy(to + BLOCK_N * HEAD_DIM, from.value", "copy(to, from.value"),
+    Mutation("leaves overlap in the copy", "packed + index * LEAF_FLOATS", "packed + index * (LEAF_FLOATS - 1)"),
+    Mutation("two threads share a copy", "packed_bytes * workers.fetch_add(1)", "packed_bytes * (workers.fetch_add(1) / 2)"),
+    Mutation("a tile is left to nobody", "begun[group] < tiles &&", "begun[group] + 1 < tiles &&"),
+    Mutation("parts of the columns overlap", "for (int d = HEAD_STEPS * 1 / 2;", "for (int d = HEAD_STEPS * 1 / 2 - 1;"),
+    Mutation("the first part of the columns is lost", "sum_chunk(score[j][i] + acc[j][i])", "sum_chunk(acc[j][i])"),
+]
+
+
+@pytest.mark.parametrize("mutation", OF_PACKED_CPP, ids=lambda m: m.fault)
+def test_faults_in_packing(mutation: Mutation, home: object) -> None:
+    problem = Problem.parse("fp32.d32.v8.causal@b1.h4.kv2.q64.k64")
+    variant = space.parse(f"cpp.serial.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q1.k4.v4.n16.d2.head")
+
+    def kernel(text: str) -> Kernel:
+        return cpp.load(cpp.build_text(text, "mutant", variant), variant, problem)
+
+    judged(mutation, cpp.source(variant, problem).text, kernel, problem, 8193)
 
 
 @pytest.mark.parametrize("mutation", OF_CPP, ids=lambda m: m.fault)
