@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -40,6 +41,9 @@ _is_compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters and tracers want to see torch's own call
+_is_tracing = torch._C._is_tracing  # a recorded trace would hold the allocation of the output, and no kernel
+_transforms = torch._C._functorch.peek_interpreter_stack  # functorch's tensors have no memory of their own
+_SCALES = frozenset((type(None), float))
 
 
 def attention(
@@ -66,14 +70,21 @@ def attention(
         and not dropout_p
         and not _is_compiling()  # before what older compilers do not understand
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        and type(is_causal) is bool is type(enable_gqa)
+        and not _is_observed()
     ):
-        entry = _entry(query, key, value, is_causal, enable_gqa)
+        if type(scale) is int:
+            scale = float(scale)
+        try:
+            entry = _entry(query, key, value, is_causal, enable_gqa)
+        except RuntimeError:  # nested tensors have no shape
+            return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if exactness.active:
             entry = (*entry, exactness.asked())
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
-        if serve is not _torch_serves and not _dispatch_modes() and not _autocast():
+        if serve is not _torch_serves and type(scale) in _SCALES and not _autocast():
             try:
                 if not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
                     return serve(query, key, value, scale)
@@ -88,13 +99,19 @@ def attention(
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+def _is_observed() -> bool:
+    """Whether somebody wants to see, or to change, what torch itself is asked: tracers, modes, transforms, forward-mode
+    derivatives."""
+    return bool(_dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None)
+
+
 def serve_with_lse(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or needs_grad or _is_compiling() or _dispatch_modes() or _autocast():
+    if not plain or needs_grad or _is_compiling() or _autocast() or _is_observed() or type(scale) not in _SCALES:
         return None
     entry = _entry(query, key, value, is_causal, enable_gqa)
     if exactness.active:
@@ -130,7 +147,8 @@ def _torch_attention(
 ) -> Tensor:  # fmt: skip
     """torch's function, kept away from what its fused CPU kernel gets wrong: causal with a scale of 0 or less, a float32
     mask with a float64 query, and mistakes it lets pass."""
-    if key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
+    dense = isinstance(key, Tensor) and isinstance(value, Tensor) and not key.is_nested and not value.is_nested
+    if dense and key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
         raise WrongArguments(
             f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
         )
@@ -149,7 +167,7 @@ def _torch_attention(
     }
     causal_without_scale = is_causal and scale is not None and scale <= 0
     mixed_mask = attn_mask is not None and attn_mask.dtype not in (query.dtype, torch.bool)
-    if query.device.type == "cpu" and (causal_without_scale or mixed_mask):
+    if (causal_without_scale or mixed_mask) and query.device.type == "cpu":
         with sdpa_kernel(SDPBackend.MATH):
             return scaled_dot_product_attention(query, key, value, **arguments)
     return scaled_dot_product_attention(query, key, value, **arguments)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from numbers import Real
 
+from elsa_tune.errors import WrongArguments
 from elsa_tune.measurement import Measurement
 
 _asked: ContextVar[float | None] = ContextVar("elsa_tune_accuracy", default=None)
@@ -22,18 +24,23 @@ def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
     torch itself.
 
     torch's error is that of its fastest kernel, measured beside ours. Of the thread, or task, that enters it; the innermost
-    counts. ``float("inf")`` asks for nothing.
+    counts. ``float("inf")`` asks for nothing. Raises WrongArguments for what is no number above 0.
     """
     global active
+    if not isinstance(times_torchs_error, Real) or not times_torchs_error > 0:
+        raise WrongArguments(
+            f"times_torchs_error is {times_torchs_error!r}; give a number above 0, 1.0 for torch's own error"
+        )
     with _lock:
         active += 1
-    token = _asked.set(times_torchs_error)
+    token = _asked.set(float(times_torchs_error))
     try:
         yield
     finally:
-        _asked.reset(token)
         with _lock:
             active -= 1
+        with suppress(ValueError):  # left in another context than it was entered in
+            _asked.reset(token)
 
 
 def asked() -> float | None:
@@ -55,7 +62,8 @@ def as_exact(measured: Iterable[Measurement], times: float) -> list[Measurement]
     rows = list(measured)
     limit = torchs_error(rows)
     against = [m for m in rows if not m.incumbent or m.incumbent.startswith("sdpa.")]  # a kit's own kernel is no torch
-    newest = {m.variant: m for m in against if not m.variant.startswith("sdpa.") and not m.disturbed}
+    ours = [m for m in against if not m.variant.startswith("sdpa.") and not m.disturbed]
+    newest = {m.variant: m for m in sorted(ours, key=lambda m: m.status != "ok" or m.stage == "final")}  # over trials
     if limit is None:
         return []
     usable = [m for m in newest.values() if m.status == "ok" and m.ratio]

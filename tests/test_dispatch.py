@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
@@ -530,3 +532,66 @@ def test_accuracy_chooses_the_fastest_that_errs_no_more_than_torch(home: Path) -
         far = Problem.parse("fp32.d16@b2.h4.q60.k60")
         assert dispatch.explain(far, HERE).by_sdpa, "an error of another shape says nothing of this one"
     assert serving() == VARIANT and exactness.active == 0
+
+
+# What no kernel may touch, or not as it stands.
+
+
+def test_who_observes_sees_torchs_own_call() -> None:
+    """Traces, functionalisation, symbolic tracing and forward-mode derivatives of a shape that a kernel serves."""
+    q, k, v = tensors()
+    other = torch.randn_like(q)
+    traced = torch.jit.trace(elsa_tune.attention, (q, k, v))
+    assert close(traced(other, k, v), scaled_dot_product_attention(other, k, v))
+    assert close(torch.func.functionalize(elsa_tune.attention)(q, k, v), scaled_dot_product_attention(q, k, v))
+    graph = torch.fx.symbolic_trace(lambda a, b, c: elsa_tune.attention(a, b, c))
+    assert close(graph(q, k, v), scaled_dot_product_attention(q, k, v))
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        out = elsa_tune.attention(forward_ad.make_dual(q, other), k, v)
+        assert forward_ad.unpack_dual(out).tangent is not None
+        sums = elsa_tune.attention_with_lse(forward_ad.make_dual(q, other), k, v)[1]
+        assert forward_ad.unpack_dual(sums).tangent is not None
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_values_that_are_negated_when_read(place: int) -> None:
+    x = tensors()
+    negated = [torch._neg_view(t) if i == place else t for i, t in enumerate(x)]
+    plain = [t.resolve_neg() for t in negated]
+    assert close(elsa_tune.attention(*negated), scaled_dot_product_attention(*plain))
+    assert close(elsa_tune.attention(*x), scaled_dot_product_attention(*x))
+
+
+def test_a_query_whose_columns_lie_farthest_apart() -> None:
+    """An output laid out like it would have no contiguous rows."""
+    q, k, v = tensors()
+    odd = torch.randn(20000).as_strided(q.shape, (800, 1, 16, 1))
+    assert torch.empty_like(odd).stride(3) != 1
+    assert close(elsa_tune.attention(odd, k, v), scaled_dot_product_attention(odd.contiguous(), k, v))
+
+
+def test_a_scale_that_is_no_float() -> None:
+    q, k, v = tensors()
+    scale = torch.tensor(0.5)
+    for now in (0.5, 0.1):
+        scale.fill_(now)
+        expected = scaled_dot_product_attention(q, k, v, scale=now)
+        assert close(elsa_tune.attention(q, k, v, scale=scale), expected)  # type: ignore[arg-type]
+    assert close(elsa_tune.attention(q, k, v, scale=1), scaled_dot_product_attention(q, k, v, scale=1))
+    for wrong in ("0.3", 1j, [1]):
+        with pytest.raises(TypeError):
+            elsa_tune.attention(q, k, v, scale=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        elsa_tune.attention(q, k, v, is_causal="x")  # type: ignore[arg-type]
+
+
+def test_nested_tensors_go_to_torch() -> None:
+    n = torch.nested.nested_tensor([torch.ones(4, 50, 16), torch.ones(4, 30, 16)])
+    assert elsa_tune.attention(n, n, n).is_nested
+
+
+@pytest.mark.parametrize("times", [0.0, -1.0, float("nan"), "2", None, [1]])
+def test_accuracy_asks_for_a_number_above_0(times: object) -> None:
+    with pytest.raises(WrongArguments, match="times_torchs_error"), elsa_tune.accuracy(times):  # type: ignore[arg-type]
+        pass
+    assert exactness.active == 0

@@ -20,12 +20,14 @@ def new_output(query: Tensor, value_dim: int) -> Tensor:
     """An output [batch, heads, q_len, value_dim] laid out like ``query``: by head, or by position."""
     batch, heads, q_len, head_dim = query.shape
     if value_dim == head_dim:
-        return torch.empty_like(query)
+        alike = torch.empty_like(query)
+        if alike.stride(3) == 1:  # not so for a query whose last columns lie farther apart than its heads or rows
+            return alike
     if query.stride(1) < query.stride(2):
         return query.new_empty((batch, q_len, heads, value_dim)).transpose(1, 2)
     return query.new_empty((batch, heads, q_len, value_dim))
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor itself, or a copy whose rows are contiguous (and whose negation bit, if any, is applied)."""
-    return x if x.stride(3) == 1 else x.resolve_neg().clone(memory_format=torch.contiguous_format)
+    """The tensor itself, or a copy whose rows are contiguous and whose negation bit, if any, is applied."""
+    return x if x.stride(3) == 1 and not x.is_neg() else x.resolve_neg().clone(memory_format=torch.contiguous_format)

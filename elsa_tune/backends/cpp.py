@@ -321,8 +321,7 @@ class CppKernel:
         lse: Tensor | None = None,
     ) -> Tensor:
         check_dims(self._problem, query, key, value)
-        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-            query, key, value = map(rows_contiguous, (query, key, value))
+        query, key, value = map(rows_contiguous, (query, key, value))
         return self.bind(query, key, value)(query, key, value, scale, out, lse)
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -331,7 +330,8 @@ class CppKernel:
             return self  # rows are copied at every call
         function, threads, pool, empty_like = self._function, torch.get_num_threads, Pool, torch.empty_like
         value_dim, launch = self._problem.value_dim, openmp()[1]
-        default_scale, alike = 1 / math.sqrt(self._problem.head_dim), value_dim == self._problem.head_dim
+        default_scale = 1 / math.sqrt(self._problem.head_dim)
+        alike = value_dim == self._problem.head_dim and empty_like(query, device="meta").stride(3) == 1
         batch, heads, q_len, _ = query.shape
         _, kv_heads, kv_len, _ = value.shape
         strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
@@ -352,6 +352,8 @@ class CppKernel:
             lse: Tensor | None = None,
         ) -> Tensor:
             nonlocal known
+            if query.is_neg() or key.is_neg() or value.is_neg():
+                return self(query, key, value, scale, out, lse)
             if out is None:  # always laid out alike
                 out, settings = (
                     empty_like(query) if alike else new_output(query, value_dim),
