@@ -71,7 +71,10 @@ def attention(
         and not _is_compiling()  # before what older compilers do not understand
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         and type(is_causal) is bool is type(enable_gqa)
-        and not _is_observed()
+        and not _dispatch_modes()
+        and not _is_tracing()
+        and forward_ad._current_level < 0
+        and _transforms() is None
     ):
         if type(scale) is int:
             scale = float(scale)
@@ -99,19 +102,14 @@ def attention(
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def _is_observed() -> bool:
-    """Whether somebody wants to see, or to change, what torch itself is asked: tracers, modes, transforms, forward-mode
-    derivatives."""
-    return bool(_dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None)
-
-
 def serve_with_lse(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
-    plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN
+    plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
+    observed = _dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or needs_grad or _is_compiling() or _autocast() or _is_observed() or type(scale) not in _SCALES:
+    if not plain or needs_grad or _is_compiling() or _autocast() or observed:
         return None
     entry = _entry(query, key, value, is_causal, enable_gqa)
     if exactness.active:
