@@ -35,6 +35,9 @@ GPU_TRIALS = 2
 ENOUGH = 0.95
 """Share of the physical limit that ends a search: what is left is within the noise of the limit itself."""
 
+MORE_FINALS = 2
+"""Finals that a problem may have in a run, time allowing, after its first."""
+
 REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
 
@@ -222,13 +225,9 @@ class _Run:
         """Finals of the least certain winners again, with the time that is left: all finals of a variant count together."""
         open_to_finals = [t for t in self.tasks if t.incumbent and t.ranked()]
         uncertain = sorted(open_to_finals, key=lambda task: (task.finals > 0, -self.uncertainty(task)))
-        affordable = True
-        while affordable:
-            affordable = False
-            for task in uncertain:
-                if self.final_seconds(task) < self.left():
-                    affordable = True
-                    self.final(task, self.final_seconds(task))
+        for task in uncertain * MORE_FINALS:
+            if self.final_seconds(task) < self.left():
+                self.final(task, self.final_seconds(task))
 
     def try_late_ones_again(self, reserve: float) -> None:
         """Kernels that took too long while others used the machine get one more chance."""
