@@ -8,7 +8,7 @@ FAR = 0.95
 """Below this share of the best ratio nothing is tied, however wide the intervals are."""
 
 TIED = 0.98
-"""Within this share of the best ratio, or with overlapping intervals, variants are tied."""
+"""Within this share of the best ratio, or with intervals that overlap above FAR, variants are tied."""
 
 NARROWEST = 0.02
 """What is added to a final's relative spread before it weighs: an interval may be narrow by luck."""

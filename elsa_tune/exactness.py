@@ -31,9 +31,10 @@ def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
         raise WrongArguments(
             f"times_torchs_error is {times_torchs_error!r}; give a number above 0, 1.0 for torch's own error"
         )
+    times = float(times_torchs_error)
     with _lock:
         active += 1
-    token = _asked.set(float(times_torchs_error))
+    token = _asked.set(times)
     try:
         yield
     finally:
