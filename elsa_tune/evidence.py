@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elsa_tune.measurement import DISTURBED
 
-FAR = 0.95
+FAR = 0.97
 """Below this share of the best ratio nothing is tied, however wide the intervals are."""
 
 TIED = 0.98

@@ -38,6 +38,9 @@ ENOUGH = 0.95
 MORE_FINALS = 2
 """Finals that a problem may have in a run, time allowing, after its first."""
 
+FINAL_SECONDS, FASTEST = 0.6, 0.002
+"""What calls that are faster than FASTEST seconds are raced for in a final, whose rounds would be over within a neighbour's breath."""
+
 REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
 
@@ -384,11 +387,12 @@ class _Run:
 
     def final_seconds(self, task: Task) -> float:
         """What a final of four contenders takes, checks included: many rounds if a call is fast, a few if it is slow."""
-        return (
-            0.5
-            + 4 * task.seconds
-            + min(4 * self.effort.final_rounds * max(task.seconds, 0.002), max(1.2, 14 * task.seconds))
-        )
+        rounds = 4 * self.final_rounds(task) * max(task.seconds, FASTEST)
+        return 0.5 + 4 * task.seconds + min(rounds, max(1.2, 14 * task.seconds))
+
+    def final_rounds(self, task: Task) -> int:
+        """Rounds of a final: more of fast calls."""
+        return max(self.effort.final_rounds, round(FINAL_SECONDS / (4 * max(task.seconds, FASTEST))))
 
     def uncertainty(self, task: Task) -> float:
         """Relative width of the winner's interval."""
@@ -471,7 +475,7 @@ class _Run:
             if not usable:
                 return
             try:
-                self.trials.final(task.problem, task.incumbent, usable, self.effort.final_rounds, seconds)
+                self.trials.final(task.problem, task.incumbent, usable, self.final_rounds(task), seconds)
             except WorkerFailed as error:
                 if (note := f"{task.problem}: the final was lost: {error.reason}") not in self.notes:
                     self.notes.append(note)

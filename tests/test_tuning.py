@@ -38,7 +38,7 @@ def test_from_nothing_to_a_winner_that_serves(home: Path) -> None:
     def watch(progress: Progress) -> None:
         seen.append(progress.doing)
 
-    report = tune([SMALL], budget=12, watch=watch)
+    report = tune([SMALL], budget=40, watch=watch)
     assert report.complete and [str(o.problem) for o in report.outcomes] == [SMALL]
     assert report.outcomes[0].winner is not None
     winner = report.outcomes[0].winner.measurement
