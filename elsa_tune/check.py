@@ -15,6 +15,7 @@ from torch import Tensor
 from elsa_tune import reference
 from elsa_tune.backends import Gradients, Kernel
 from elsa_tune.device import Device
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.reference import Inputs
 from elsa_tune.space import Space
@@ -64,7 +65,7 @@ def _guarded_output(query: Tensor, value_dim: int) -> tuple[Guarded, Tensor]:
 def run(kernel: Kernel, inputs: Inputs, lse: Tensor | None = None) -> tuple[Tensor, str]:
     """One guarded call: the output, and what was wrong about its memory."""
     room, out = _guarded_output(inputs.query, inputs.value.shape[3])
-    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse)
+    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse, inputs.operands)
     stray = room.stray_writes()
     return result, f"{stray} values written outside the output" if stray else ""
 
@@ -148,7 +149,8 @@ def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
     """NaN in one query row must make that row NaN and no other."""
-    small = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70)
+    example = tuple(masks.get(problem.mask).examples[0].values())
+    small = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70, integers=example)
     inputs = reference.random_inputs(small, generator)
     inputs.query[0, 0, 7, 0] = float("nan")
     out, _ = run(kernel, inputs.to(device))

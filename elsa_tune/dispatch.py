@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune import backends, check, exactness, layers, winners
-from elsa_tune.backends import Built, Call, Gradients, Kernel, _kernel_cache
+from elsa_tune.backends import Built, Call, Gradients, Kernel, Operands, _kernel_cache
 from elsa_tune.choose import Choice, choose, choose_as_exact
 from elsa_tune.clock import tf32_allowed
 from elsa_tune.device import Device, detect, of_tensor
@@ -178,6 +178,7 @@ def _torch_serves(
     scale: float | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    operands: Operands = (),
 ) -> Tensor:
     raise AssertionError("a mark in the table, never called")
 
@@ -460,14 +461,13 @@ class LoadedKernel:
     ) -> Tensor:
         """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
         the log-sum-exp. Raises WrongArguments for other tensors."""
-        causal = self.problem.mask == "causal"
-        posed = problem_of(query, key, value, causal, enable_gqa=True)
-        if posed is None or posed.family != self.problem.family:
+        posed = problem_of(query, key, value, is_causal=False, enable_gqa=True)
+        if posed is None or posed.reshaped(mask=self.problem.mask).family != self.problem.family:
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
             )
-        return self._kernel(query, key, value, scale, None, lse)
+        return self._kernel(query, key, value, scale, None, lse, self.problem.operands)
 
     @property
     def source(self) -> Source | None:

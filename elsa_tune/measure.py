@@ -308,7 +308,8 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
     bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
     def calls(kernel: Callable[..., object]) -> list[Callable[[], object]]:
-        return [partial(kernel, *x.tensors) for x in bench.inputs]
+        more = {"operands": problem.operands} if problem.operands else {}
+        return [partial(kernel, *x.tensors, **more) for x in bench.inputs]
 
     before = () if contenders[0].device.is_gpu else bench.written()
     timers = [clock.timer(calls(c.load(problem)), c.device, problem.launch, before) for c in contenders]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
+from elsa_tune.parts import mask as masks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = ("fp32", "fp16", "bf16")
-MASKS = ("none", "causal")
 PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
 DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
@@ -19,14 +22,15 @@ LARGEST = 2**40
 """Of every dimension: more than any memory holds."""
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
+_MASKS = "|".join(sorted(masks.names(), key=len, reverse=True))
 _FAMILY = re.compile(
     rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
-    rf"(\.(?P<mask>causal))?(\.(?P<direction>backward))?",
+    rf"(\.(?P<mask>({_MASKS})(\+({_MASKS}))*))?(\.(?P<direction>backward))?",
     re.ASCII,
 )
 _SHAPE = re.compile(
     r"b(?P<batch>\d{1,13})\.h(?P<heads>\d{1,13})(\.kv(?P<kv_heads>\d{1,13}))?\.q(?P<q_len>\d{1,13})\.k(?P<kv_len>\d{1,13})"
-    rf"(\.(?P<order>({'|'.join(ORDERS)})(-({'|'.join(ORDERS)})){{0,2}}))?(\.(?P<launch>graph))?",
+    rf"(\.(?P<order>({'|'.join(ORDERS)})(-({'|'.join(ORDERS)})){{0,2}}))?(?P<integers>(\.[a-z]+\d{{1,13}})*)(\.(?P<launch>graph))?",
     re.ASCII,
 )
 _EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
@@ -37,7 +41,8 @@ class Problem:
     """An attention problem: a family (what a kernel is compiled for) and a shape (what it is called with).
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
-    value [batch, kv_heads, kv_len, value_dim]. ``mask`` "causal" is torch's: key j is seen by query i iff j <= i.
+    value [batch, kv_heads, kv_len, value_dim]. ``mask`` names one of elsa_tune.parts.mask, or several joined by ``+``; ``integers``
+    are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant.
     ``precision`` is the arithmetic class; by default the dtype's own. ``order`` is how query, key and value lie in memory
     (elsa_tune.order): one word for all, or three, and the plainest among those that are alike for these lengths. ``launch`` is how a GPU is told: call by call
     (eager), or as part of a captured graph.
@@ -55,13 +60,14 @@ class Problem:
     q_len: int = 1
     kv_len: int = 1
     order: str = CONTIGUOUS
+    integers: tuple[int, ...] = ()
     launch: str = "eager"
 
     def __post_init__(self) -> None:
         for name, default in (("value_dim", self.head_dim), ("kv_heads", self.heads), ("precision", self.dtype)):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
-        words = {"dtype": DTYPES, "mask": MASKS, "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
+        words = {"dtype": DTYPES, "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
@@ -71,6 +77,12 @@ class Problem:
         if self.heads % self.kv_heads:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
+            )
+        own = masks.get(self.mask).integers
+        if self.integers and (len(self.integers) != len(own) or not all(0 <= n <= LARGEST for n in self.integers)):
+            given = ", ".join(map(str, self.integers))[:60]
+            raise BadProblem(
+                f"mask {self.mask} has the integers ({', '.join(own)}), from 0 to {LARGEST}; {given} are given"
             )
         object.__setattr__(self, "order", self._plainest_order())
 
@@ -106,7 +118,10 @@ class Problem:
         grouped = f".kv{self.kv_heads}" if self.kv_heads != self.heads else ""
         launch = f".{self.launch}" if self.launch != "eager" else ""
         order = f".{self.order}" if self.order != CONTIGUOUS else ""
-        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{order}{launch}"
+        own = "".join(
+            f".{name}{value}" for name, value in zip(masks.get(self.mask).integers, self.integers, strict=False)
+        )
+        return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{order}{own}{launch}"
 
     @property
     def orders(self) -> tuple[str, str, str]:
@@ -123,10 +138,23 @@ class Problem:
     @property
     def seen_pairs(self) -> int:
         """(query, key) pairs of one head that the mask lets through."""
-        if self.mask == "none":
-            return self.q_len * self.kv_len
-        square = min(self.q_len, self.kv_len)
-        return square * (square + 1) // 2 + (self.q_len - square) * self.kv_len
+        return _pairs(self.mask, self.q_len, self.kv_len, self.integers)
+
+    def seen(self, position: Any) -> tuple[Any, Any]:
+        """The keys [low, high) that the queries at these positions (an integer or a tensor) see."""
+        return masks.get(self.mask).seen(position, self.q_len, self.kv_len, self._named_integers())
+
+    def dense(self) -> Tensor:
+        """bool [q_len, kv_len]: whether a position sees a key."""
+        return masks.get(self.mask).dense(self.q_len, self.kv_len, self._named_integers())
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """What a kernel takes beside its tensors."""
+        return self.integers or (0,) * len(masks.get(self.mask).integers)
+
+    def _named_integers(self) -> dict[str, int]:
+        return dict(zip(masks.get(self.mask).integers, self.operands, strict=True))
 
     def akin(self, family: str) -> bool:
         """Whether a family differs from this problem's in its dimensions at most."""
@@ -153,7 +181,7 @@ class Problem:
         once = rows * (self.head_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
         return once if self.direction == "forward" else 2 * once
 
-    def reshaped(self, **shape: int | str) -> Problem:
+    def reshaped(self, **shape: int | str | tuple[int, ...]) -> Problem:
         """The same family with another shape."""
         return replace(self, **shape)  # type: ignore[arg-type]
 
@@ -173,5 +201,17 @@ def _parse(text: str) -> Problem:
     if not all(found):
         raise BadProblem(f"problem {text[:100]!r} is misspelled; write it like {_EXAMPLE}")
     words = {k: v for match in found if match for k, v in match.groupdict().items() if v is not None}
+    spelled = dict(re.findall(r"([a-z]+)(\d+)", words.pop("integers", "")))
     values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in words.items()}
-    return Problem(**values)
+    own = masks.get(values.get("mask", masks.NONE)).integers
+    if shape and list(spelled) != list(own):
+        raise BadProblem(
+            f"problem {text[:100]!r} needs the integers of its mask and no others: {', '.join(own) or 'none'}"
+        )
+    return Problem(**values, integers=tuple(map(int, spelled.values())))
+
+
+@lru_cache(maxsize=4096)
+def _pairs(mask: str, q_len: int, kv_len: int, integers: tuple[int, ...]) -> int:
+    own = masks.get(mask).integers
+    return masks.get(mask).pairs(q_len, kv_len, dict(zip(own, integers or (0,) * len(own), strict=True)))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune.order import arranged
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 
 UNIT = 2.0**-24
@@ -30,6 +32,7 @@ class Inputs:
 
     ``additions``: so many additions of equal numbers round the same way wherever keys are folded in a row; 0 where chance rules.
     ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
+    ``operands``: what a kernel takes beside its tensors, the integers of the problem's mask.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Inputs:
     natural: bool = True
     additions: int = 0
     forward: tuple[Tensor, Tensor, Tensor] | None = None
+    operands: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -116,15 +120,21 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     for first in range(0, problem.kv_len, KEYS_AT_ONCE):
         key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
         logits = query @ key.T
-        if problem.mask == "causal":
-            logits = logits.masked_fill(
-                torch.arange(first, first + len(key), device=query.device) > position, -math.inf
-            )
+        if problem.mask != NONE:
+            logits = logits.masked_fill(_hidden(problem, position, first, len(key)), -math.inf)
         merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
         origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
         out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
         total = merged
     return out.cpu(), total.cpu()
+
+
+def _hidden(problem: Problem, position: Tensor, first: int, count: int) -> Tensor:
+    """Which of ``count`` keys from ``first`` on the queries at these positions [rows, 1] do not see, [rows, count]."""
+    key = torch.arange(first, first + count, device=position.device)
+    low, high = problem.seen(position)
+    hidden: Tensor = (key < low) | (key >= high)
+    return hidden
 
 
 def every_row(problem: Problem) -> Rows:
@@ -147,6 +157,7 @@ def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
         normal(p.batch, p.heads, p.q_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.value_dim),
+        operands=p.operands,
     )
 
 
@@ -155,28 +166,35 @@ def _given_logits(problem: Problem, logits: Tensor, generator: torch.Generator, 
     base = random_inputs(problem, generator)
     query, key = torch.zeros_like(base.query), torch.zeros_like(base.key)
     query[..., 0], key[..., 0] = 1, logits.to(key.dtype)
-    return Inputs(name, query, key, base.value, scale=1.0, natural=False)
+    return Inputs(name, query, key, base.value, scale=1.0, natural=False, operands=problem.operands)
 
 
 LONG = (1 << 16) + 1
 """Keys of the long cases: one more than tiles share."""
 
-_CAUSAL_PAIRS = 1 << 24
-"""(query, key) pairs of a long causal case, where as many queries as keys are needed."""
+_MASKED_PAIRS = 1 << 24
+"""(query, key) pairs of a long case with a mask, where as many queries as keys are needed."""
 
 
 def hostile(problem: Problem, generator: torch.Generator, longest: int = LONG) -> Iterator[tuple[Problem, Inputs]]:
-    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys."""
-    yield from _small(problem, generator)
-    yield from _long(problem, generator, longest)
+    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys; a mask's
+    integers in turn what its examples are, so that they cut inside small shapes."""
+    examples = masks.get(problem.mask).examples
+    for number, example in enumerate(examples):
+        posed = problem.reshaped(integers=tuple(example.values()))
+        if not number:
+            yield from _small(posed, generator)
+            yield from _long(posed, generator, longest)
+        else:
+            yield from _lengths(posed, generator)
 
 
 def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterator[tuple[Problem, Inputs]]:
     """Few queries and many keys, along which values and scores change slowly, or not at all: what a fold does to its state at
     every leaf adds up. Of the query rows one sees the scores, one none of them, one their negatives."""
-    causal = problem.mask == "causal"
-    keys = min(longest, math.isqrt(_CAUSAL_PAIRS // problem.group)) if causal else longest
-    shaped = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=keys if causal else 3, kv_len=keys)
+    masked = problem.mask != NONE
+    keys = min(longest, math.isqrt(_MASKED_PAIRS // problem.group)) if masked else longest
+    shaped = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=keys if masked else 3, kv_len=keys)
     dtype = DTYPES[problem.dtype]
     turns = torch.tensor([1.0, 0.0, -1.0]).repeat(-(-shaped.q_len // 3))[: shaped.q_len]
     query = torch.zeros(1, shaped.heads, shaped.q_len, shaped.head_dim, dtype=dtype)
@@ -191,7 +209,8 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
         key = torch.zeros(1, 1, keys, shaped.head_dim, dtype=dtype)
         key[0, 0, :, 0] = scores.to(dtype)
         value = values.to(dtype)[None, None]
-        return shaped, Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions)
+        posed = Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions, operands=shaped.operands)
+        return shaped, posed
 
     yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
     early, kept, first = torch.zeros(keys), noise.clone(), min(3, keys - 1)
@@ -209,8 +228,13 @@ def _additions(keys: int) -> int:
     return max(keys // 16, min(keys, LONG // 16))
 
 
-def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
-    small = problem.reshaped(batch=2, heads=2 * problem.group, kv_heads=2, q_len=37, kv_len=131)
+def _few_heads(problem: Problem) -> Problem:
+    return problem.reshaped(batch=2, heads=2 * problem.group, kv_heads=2, q_len=37, kv_len=131)
+
+
+def _lengths(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
+    """Normal inputs of lengths that divide nothing, that tiles divide, of one query, of one key."""
+    small = _few_heads(problem)
     lengths = {
         "one key": (5, 1),
         "one query": (1, 700),
@@ -221,24 +245,23 @@ def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Probl
     yield small, random_inputs(small, generator)
     for name, (q_len, kv_len) in lengths.items():
         shaped = small.reshaped(q_len=q_len, kv_len=kv_len)
-        made = random_inputs(shaped, generator)
-        yield shaped, Inputs(name, made.query, made.key, made.value)
+        yield shaped, replace(random_inputs(shaped, generator), name=name)
 
+
+def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Problem, Inputs]]:
+    small = _few_heads(problem)
+    yield from _lengths(problem, generator)
     made = random_inputs(small, generator)
-    yield small, Inputs("negative scale", made.query, made.key, made.value, scale=-0.3)
-    yield small, Inputs("scale 0: equal logits", made.query, made.key, made.value, scale=0.0)
+    yield small, replace(made, name="negative scale", scale=-0.3)
+    yield small, replace(made, name="scale 0: equal logits", scale=0.0)
     signs = torch.tensor([1e3, -1e3]).repeat(small.kv_len)[: small.kv_len, None]
-    yield small, Inputs("cancelling values", made.query * 0, made.key, made.value + signs.to(made.value.dtype))
+    values = made.value + signs.to(made.value.dtype)
+    yield small, replace(made, name="cancelling values", query=made.query * 0, value=values)
 
     def by_position(x: Tensor) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
 
-    yield (
-        small,
-        Inputs(
-            "[batch, length, head, dim] memory", by_position(made.query), by_position(made.key), by_position(made.value)
-        ),
-    )
+    yield small, replace(made.with_tensors(by_position), name="[batch, length, head, dim] memory")
 
     normal = torch.randn(small.kv_len, generator=generator)
     three = small.reshaped(kv_len=3)
@@ -317,20 +340,22 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
     return f"the log-sum-exp errs by {float(difference[worst]):.1e}, more than {float(allowed[worst]):.1e}"
 
 
-def logsumexp(query: Tensor, key: Tensor, is_causal: bool, scale: float | None, rows: int = 256) -> Tensor:
+def logsumexp(
+    query: Tensor, key: Tensor, mask: str, operands: tuple[int, ...], scale: float | None, rows: int = 256
+) -> Tensor:
     """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
     batch, heads, q_len, head_dim = query.shape
     group, kv_len = heads // key.shape[1], key.shape[2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
+    posed = Problem(head_dim=head_dim, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
     found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     for first in range(0, q_len, rows):
         some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
         scores = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        if is_causal:
+        if mask != NONE:
             position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-            hidden = torch.arange(kv_len, device=query.device)[None, :] > position
-            scores = scores.masked_fill(hidden, float("-inf"))
+            scores = scores.masked_fill(_hidden(posed, position, 0, kv_len), float("-inf"))
         found[:, :, first : first + rows] = torch.logsumexp(scores, -1)
     return found
 
@@ -341,7 +366,7 @@ def logsumexp(query: Tensor, key: Tensor, is_causal: bool, scale: float | None, 
 def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -> Inputs:
     """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
     wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
-    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem.mask == "causal", inputs.scale)
+    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem.mask, problem.operands, inputs.scale)
     group, dtype = problem.group, inputs.query.dtype
     output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
     for b in range(problem.batch):
@@ -361,8 +386,8 @@ def _weights(
     at = rows.to(inputs.query.device)
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
     p = torch.exp(scores - lse[b, h, at, None].to(wide))
-    if problem.mask == "causal":
-        p = p.masked_fill(torch.arange(problem.kv_len, device=p.device)[None, :] > at[:, None], 0.0)
+    if problem.mask != NONE:
+        p = p.masked_fill(_hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
     return p, scale
 
 

@@ -31,7 +31,7 @@ def attention_with_lse(
     if served := dispatch.serve_with_lse(query, key, value, is_causal, scale, enable_gqa):
         return served
     output = dispatch.attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
-    return output, logsumexp(query, key, is_causal, scale)
+    return output, logsumexp(query, key, "causal" if is_causal else "none", (), scale)
 
 
 def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

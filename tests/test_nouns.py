@@ -15,7 +15,8 @@ from elsa_tune.backends import cpp, cuda, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
 from elsa_tune.order import CONTIGUOUS, ORDERS
-from elsa_tune.problem import DIRECTIONS, DTYPES, MASKS, PRECISIONS, Problem
+from elsa_tune.parts import mask as masks
+from elsa_tune.problem import DIRECTIONS, DTYPES, PRECISIONS, Problem
 from elsa_tune.render import undeclared
 from elsa_tune.space import Space
 
@@ -28,10 +29,10 @@ sizes = st.integers(1, 1 << 20)
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    kv_heads = draw(st.integers(1, 16))
+    kv_heads, mask = draw(st.integers(1, 16)), draw(st.sampled_from((*masks.names(), "causal+window", "prefix+window")))
     return Problem(
         dtype=draw(st.sampled_from(DTYPES)), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
-        mask=draw(st.sampled_from(MASKS)), precision=draw(st.sampled_from(PRECISIONS)),
+        mask=mask, integers=tuple(draw(sizes) for _ in masks.get(mask).integers), precision=draw(st.sampled_from(PRECISIONS)),
         direction=draw(st.sampled_from(DIRECTIONS)), batch=draw(sizes), heads=kv_heads * draw(st.integers(1, 8)),
         kv_heads=kv_heads, q_len=draw(sizes), kv_len=draw(sizes),
     )  # fmt: skip
@@ -45,7 +46,21 @@ def test_problem_reads_what_it_spells(problem: Problem) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fp32", "fp32.d64@b1", "fp64.d64", "fp32.d0", "fp32.d64@b1.h3.kv2.q1.k1", "d64.fp32", "fp32.d64@b1.h8.q1.k0"],
+    [
+        "",
+        "fp32",
+        "fp32.d64@b1",
+        "fp64.d64",
+        "fp32.d0",
+        "fp32.d64@b1.h3.kv2.q1.k1",
+        "d64.fp32",
+        "fp32.d64@b1.h8.q1.k0",
+        "fp32.d64.window@b1.h1.q4.k5",
+        "fp32.d64.window@b1.h1.q4.k5.right3.left2",
+        "fp32.d64@b1.h1.q4.k5.left3",
+        "fp32.d64.window+causal",
+        "fp32.d64.causal+causal",
+    ],
 )
 def test_bad_problem(text: str) -> None:
     with pytest.raises(BadProblem):
@@ -57,6 +72,16 @@ def test_problem_counts_what_the_mask_lets_through() -> None:
         problem = Problem(head_dim=4, mask="causal", q_len=q_len, kv_len=kv_len)
         assert problem.seen_pairs == sum(j <= i for i in range(q_len) for j in range(kv_len))
         assert problem.flops == 4 * problem.seen_pairs * 4
+        window = Problem(head_dim=4, mask="window", integers=(2, 1), q_len=q_len, kv_len=kv_len)
+        assert window.seen_pairs == sum(i - 2 <= j <= i + 1 for i in range(q_len) for j in range(kv_len))
+
+
+def test_a_masks_integers_are_its_own() -> None:
+    with pytest.raises(BadProblem, match="left, right"):
+        Problem(head_dim=4, mask="window", integers=(2,))
+    with pytest.raises(BadProblem, match="integers"):
+        Problem(head_dim=4, mask="causal", integers=(2,))
+    assert Problem(head_dim=4, mask="window").operands == (0, 0), "of a family alone"
 
 
 @pytest.mark.parametrize("device", [AVX512, NEON, host_cpu()])

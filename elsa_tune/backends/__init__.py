@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from elsa_tune.space import Law
 
 
+Operands = tuple[int, ...]
+"""What a family takes beside its tensors: the integers of its mask, in its order."""
+
+
 class Call(Protocol):
     """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can.
 
@@ -36,6 +40,7 @@ class Call(Protocol):
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor: ...
 
 

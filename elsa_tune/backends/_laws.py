@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elsa_tune.device import Device
+from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 
 SCRATCH_BYTES = 256 << 20
@@ -11,6 +12,11 @@ SCRATCH_BYTES = 256 << 20
 
 LARGEST_DIM = 256
 """Of heads and values, that kernels are generated for."""
+
+
+def mask_has_text(problem: Problem) -> str | None:
+    """Why a language whose texts know no mask but causal cannot serve the problem, or None."""
+    return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
 
 
 def dims_are_generated(problem: Problem) -> str | None:

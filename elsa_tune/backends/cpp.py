@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from elsa_tune import exp2, scan
-from elsa_tune.backends import Built, Call, Kernel, _compiler, _kernel_cache
+from elsa_tune.backends import Built, Call, Kernel, Operands, _compiler, _kernel_cache
 from elsa_tune.backends._laws import dims_are_generated, scan_has_states
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device, host_cpu
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
 from elsa_tune.variant import Variant
@@ -125,6 +126,8 @@ def packed_heads_are_read_again(
         return None
     if splits > 1:
         return "splits of a head are taken by several threads, each of which would pack its own"
+    if masks.get(problem.mask).cuts_front:
+        return f"with {problem.mask}, tiles begin at different leaves of a head"
     rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
     return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
 
@@ -171,7 +174,7 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32, forward, no mask or causal, dimensions up to 256, on CPUs."""
+    """C++ serves float32, forward, masks in closed form, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
     if problem.dtype != "fp32" or problem.precision not in ("fp32", "strict"):
@@ -197,7 +200,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "family": problem.family,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": problem.mask,
+            "mask": masks.get(problem.mask),
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
             "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
             "scratch_bytes": SCRATCH_BYTES,
@@ -310,6 +313,9 @@ class CppKernel:
         function = ctypes.CDLL(str(library)).elsa_attention
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         self._function, self._problem = function, problem
+        self._operands = struct.Struct(
+            f"<{len(problem.operands)}q"
+        ).pack  # appended to the call, where a family has some
 
     def __call__(
         self,
@@ -319,10 +325,11 @@ class CppKernel:
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor:
         check_dims(self._problem, query, key, value)
         query, key, value = map(rows_contiguous, (query, key, value))
-        return self.bind(query, key, value)(query, key, value, scale, out, lse)
+        return self.bind(query, key, value)(query, key, value, scale, out, lse, operands)
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """A call for exactly these shapes and strides. What the scale and torch's threads decide is computed when they change."""
@@ -336,12 +343,13 @@ class CppKernel:
         _, kv_heads, kv_len, _ = value.shape
         strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
+        more = self._operands
 
-        def packed(out: Sequence[int], scale: float | None) -> bytes:
+        def packed(out: Sequence[int], scale: float | None, operands: Operands) -> bytes:
             return _LAYOUT(
                 batch, heads, kv_heads, q_len, kv_len, *strides, *out,
                 default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
-            )  # fmt: skip
+            ) + more(*operands)  # fmt: skip
 
         def call(
             query: Tensor,
@@ -350,21 +358,22 @@ class CppKernel:
             scale: float | None = None,
             out: Tensor | None = None,
             lse: Tensor | None = None,
+            operands: Operands = (),
         ) -> Tensor:
             nonlocal known
             if query.is_neg() or key.is_neg() or value.is_neg():
-                return self(query, key, value, scale, out, lse)
+                return self(query, key, value, scale, out, lse, operands)
             if out is None:  # always laid out alike
                 out, settings = (
                     empty_like(query) if alike else new_output(query, value_dim),
-                    (scale, threads(), pool.usable),
+                    (scale, threads(), pool.usable, operands),
                 )
                 decided = known
                 if settings != decided[0]:
-                    decided = known = (settings, packed(out.stride()[:3], scale))
+                    decided = known = (settings, packed(out.stride()[:3], scale, operands))
                 layout = decided[1]
             else:
-                layout = packed(out.stride()[:3], scale)
+                layout = packed(out.stride()[:3], scale, operands)
             sums = lse.data_ptr() if lse is not None else 0
             if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from elsa_tune import device as devices
 from elsa_tune import exp2, scan
-from elsa_tune.backends import Built, Call, Kernel, _cuda_runtimes, _gpu_report, _kernel_cache, _opencl, _rtc
+from elsa_tune.backends import Built, Call, Kernel, Operands, _cuda_runtimes, _gpu_report, _kernel_cache, _opencl, _rtc
 from elsa_tune.backends._cuda_laws import Tiling, laws
 from elsa_tune.backends._cuda_runtimes import Launch, Runtime
-from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
+from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
@@ -43,7 +43,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"the CUDA C backend multiplies and adds without a matrix unit; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
-    return dims_are_generated(problem)
+    return mask_has_text(problem) or dims_are_generated(problem)
 
 
 @cache
@@ -160,6 +160,7 @@ class CudaKernel:
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor:
         check_dims(self._problem, query, key, value)
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.backends import Built, Call, Kernel
+from elsa_tune.backends import Built, Call, Kernel, Operands
 from elsa_tune.device import Device
+from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 from elsa_tune.reference import logsumexp
 from elsa_tune.variant import Variant
@@ -96,12 +97,19 @@ def find(digest: str) -> Built | None:
     return Built(digest)
 
 
+@cache
+def _dense(mask: str, q_len: int, kv_len: int, operands: Operands, device: torch.device) -> Tensor:
+    posed = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
+    return posed.dense().to(device)
+
+
 @dataclass(frozen=True)
 class SdpaKernel:
-    """torch's function with one of its backends chosen; it always allocates its own output."""
+    """torch's function with one of its backends chosen; it always allocates its own output. A mask that torch has no form of
+    is a dense one."""
 
     _backend: SDPBackend
-    _is_causal: bool
+    _mask: str
 
     def __call__(
         self,
@@ -111,16 +119,20 @@ class SdpaKernel:
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor:
         if lse is not None:
-            lse.copy_(logsumexp(query, key, self._is_causal, scale))
+            lse.copy_(logsumexp(query, key, self._mask, operands, scale))
+        is_causal, attn_mask = self._mask == "causal", None
+        if self._mask not in (NONE, "causal"):
+            attn_mask = _dense(self._mask, query.shape[2], key.shape[2], operands, query.device)
         grouped = query.shape[1] != key.shape[1]
         if grouped and self._backend is SDPBackend.EFFICIENT_ATTENTION:  # it takes no groups: what users do by hand
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
             grouped = False
         with sdpa_kernel(self._backend):
             return scaled_dot_product_attention(
-                query, key, value, is_causal=self._is_causal, scale=scale, enable_gqa=grouped
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
             )
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -142,6 +154,7 @@ class FlexKernel:
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor:
         lengths, grouped = (query.shape[2], key.shape[2]), query.shape[1] != key.shape[1]
         mask = _causal_blocks(*lengths, query.device) if self._is_causal else None
@@ -197,8 +210,10 @@ def _causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
 
 def load(built: Built, variant: Variant, problem: Problem) -> Any:
     """The chosen kernel, or the gradients through it."""
-    name, is_causal = str(variant.axes["kernel"]), problem.mask == "causal"
-    kernel: Kernel = FlexKernel(is_causal) if name == "flex" else SdpaKernel(BACKENDS[name], is_causal)
+    name = str(variant.axes["kernel"])
+    kernel: Kernel = (
+        FlexKernel(problem.mask == "causal") if name == "flex" else SdpaKernel(BACKENDS[name], problem.mask)
+    )
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 

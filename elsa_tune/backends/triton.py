@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune import scan
-from elsa_tune.backends import Built, Call, Gradients, Kernel, _gpu_report, _kernel_cache
-from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
+from elsa_tune.backends import Built, Call, Gradients, Kernel, Operands, _gpu_report, _kernel_cache
+from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.backends._triton_laws import DOTS, laws, parts, version
 from elsa_tune.device import Device
@@ -46,7 +46,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    return dims_are_generated(problem)
+    return mask_has_text(problem) or dims_are_generated(problem)
 
 
 @cache
@@ -250,6 +250,7 @@ class TritonKernel:
         scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
+        operands: Operands = (),
     ) -> Tensor:
         check_dims(self._problem, query, key, value)
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:

@@ -35,7 +35,6 @@ constexpr int BLOCK_N = 32;
 constexpr int WORKERS = 1;
 constexpr int SPLITS = 8;
 constexpr int PREFETCH = 0;               // keys
-constexpr bool CAUSAL = false;
 constexpr int64_t SCRATCH_BYTES = 67108864;  // at most this much memory for split states
 
 // What the caller passes: 8-byte slots, packed by elsa_tune/backends/cpp.py in this order.
@@ -353,7 +352,8 @@ struct Tile {
     if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
   }
 
-  // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
+  // The total over leaves [begin, end) of the key axis, keys below limit, into worker[WORKERS - 1]. Every row of the tile sees
+  // keys below unmasked.
   INLINE void total(const Rows<QV>& rows, Keys& keys, int64_t begin, int64_t end, int64_t limit, int64_t unmasked) {
     for (int w = 0; w < WORKERS; ++w) {
       worker[w].identity();

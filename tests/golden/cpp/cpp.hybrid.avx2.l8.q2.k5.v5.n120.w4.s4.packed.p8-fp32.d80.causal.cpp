@@ -35,7 +35,6 @@ constexpr int BLOCK_N = 120;
 constexpr int WORKERS = 4;
 constexpr int SPLITS = 4;
 constexpr int PREFETCH = 8;               // keys
-constexpr bool CAUSAL = true;
 constexpr int64_t SCRATCH_BYTES = 67108864;  // at most this much memory for split states
 
 // What the caller passes: 8-byte slots, packed by elsa_tune/backends/cpp.py in this order.
@@ -238,15 +237,29 @@ INLINE void dot_values(const vec (*p)[QV], const float* value, int64_t stride, i
   UNROLL for (int t = 0; t < VT; ++t)
     UNROLL for (int i = 0; i < QV; ++i) w[t][i] = w[t][i] * keep[i] + acc[t][i];
 }
-// Causal, top-left: the row at position i sees keys 0..i. top is taken anew, masked scores left out.
+// Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
+INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+[[maybe_unused]] INLINE int64_t floor_divide(int64_t x, int64_t n) { return (x - (x < 0 ? n - 1 : 0)) / n; }
+
+struct Seen { int64_t low, high; };
+
+INLINE Seen seen(const Call& c, [[maybe_unused]] int64_t position) {
+  [[maybe_unused]] const int64_t q_len = c.q_len, kv_len = c.kv_len;
+  return {most(0, least(0, kv_len)), most(0, least((position + 1), kv_len))};
+}
+
+// top is taken anew, hidden scores left out.
 template <int QV>
-INLINE void apply_mask(vec (*score)[QV], const ivec* position, int64_t first_key, int n, vec* top) {
+INLINE void apply_mask(vec (*score)[QV], const ivec* high, int64_t first_key, int n, vec* top) {
   for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
-  for (int j = 0; j < n; ++j)
+  for (int j = 0; j < n; ++j) {
+    const int32_t key = static_cast<int32_t>(first_key + j);
     UNROLL for (int i = 0; i < QV; ++i) {
-      score[j][i] = position[i] >= static_cast<int32_t>(first_key + j) ? score[j][i] : splat(-INF);
+      score[j][i] = (high[i] > key) ? score[j][i] : splat(-INF);
       top[i] = max(top[i], score[j][i]);
     }
+  }
 }
 // The query rows of one tile: row r of a KV head is position r / group, query head r % group.
 // Rows past the end read the tile's first row and write to a sink, so nothing branches on them.
@@ -255,7 +268,7 @@ struct Rows {
   const float* query[QV * ROWS];
   float* output[QV * ROWS];
   float* lse[QV * ROWS];  // null if nobody asks
-  ivec position[QV];  // of each lane
+  ivec high[QV];  // the first that it no longer sees
 
   Rows(const Call& c, int64_t b, int64_t kv_head, int64_t first, float* sink) {
     const int64_t group = c.heads / c.kv_heads, rows = c.q_len * group;
@@ -266,8 +279,10 @@ struct Rows {
       query[r] = c.query + b * c.q.batch + head * c.q.head + position_of_row * c.q.row;
       lse[r] = inside && c.lse ? c.lse + (b * c.heads + head) * c.q_len + position_of_row : nullptr;
       output[r] = inside ? c.output + b * c.o.batch + head * c.o.head + position_of_row * c.o.row : sink;
-      for (int lane = 0; lane < CHUNK; ++lane)
-        reinterpret_cast<int32_t*>(&position[r / ROWS])[r % ROWS * CHUNK + lane] = static_cast<int32_t>(position_of_row);
+      const Seen keys = seen(c, position_of_row);
+      for (int lane = r % ROWS * CHUNK; lane < (r % ROWS + 1) * CHUNK; ++lane) {
+        reinterpret_cast<int32_t*>(&high[r / ROWS])[lane] = static_cast<int32_t>(keys.high);
+      }
     }
   }
 
@@ -393,7 +408,7 @@ struct Tile {
       for (; j < n; ++j)
         UNROLL for (int i = 0; i < QV; ++i) top[i] = max(top[i], score[j][i]);
     }
-    if (masked) apply_mask<QV>(score, rows.position, first, n, top);
+    if (masked) apply_mask<QV>(score, rows.high, first, n, top);
 
     // Weights: 2^(score log2(e) - m), one multiply-add and one exp2, and the running sum. m is met in
     // differences only, so large scores lose nothing to its rounding.
@@ -421,7 +436,8 @@ struct Tile {
     if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
   }
 
-  // The total over leaves [begin, end) of the key axis, limit keys in all, into worker[WORKERS - 1].
+  // The total over leaves [begin, end) of the key axis, keys below limit, into worker[WORKERS - 1]. Every row of the tile sees
+  // keys below unmasked.
   INLINE void total(const Rows<QV>& rows, Keys& keys, int64_t begin, int64_t end, int64_t limit, int64_t unmasked) {
     for (int w = 0; w < WORKERS; ++w) {
       worker[w].identity();
@@ -464,10 +480,9 @@ struct Grid {
     alignas(64) float sink[VALUE_DIM];
     const Rows<QV> query_rows(c, b, head, first, sink);
     keys.head(c.key + b * c.k.batch + head * c.k.head, c.value + b * c.v.batch + head * c.v.head);
-    const int64_t per_position = c.heads / c.kv_heads;
-    const int64_t last = first + QV * ROWS < rows ? first + QV * ROWS : rows;
-    const int64_t seen = (last - 1) / per_position + 1, unmasked = first / per_position + 1;
-    const int64_t limit = seen < c.kv_len ? seen : c.kv_len;
+    const int64_t per_position = c.heads / c.kv_heads, end = least(first + QV * ROWS, rows);
+    const Seen by_first = seen(c, first / per_position), by_last = seen(c, (end - 1) / per_position);
+    const int64_t limit = by_last.high, unmasked = by_first.high;
     const int64_t leaves = (limit + BLOCK_N - 1) / BLOCK_N;
     Tile<QV> work;
     query_rows.load_query(work.query, static_cast<float>(c.scale));

@@ -1,0 +1,95 @@
+"""What every mask promises: bounds that grow, a picture drawn by hand, torch's own form, and what is derived from bounds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+from elsa_tune.errors import BadProblem
+from elsa_tune.parts import mask
+from elsa_tune.parts.mask import Mask
+
+PAIRS = ["+".join(two) for two in itertools.combinations([n for n in mask.names() if n != mask.NONE], 2)]
+LENGTHS = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5), (33, 50)]
+
+
+def by_definition(one: Mask, q_len: int, kv_len: int, integers: dict[str, int]) -> list[list[bool]]:
+    """Each key asked of each position, in Python's integers."""
+
+    def sees(position: int, key: int) -> bool:
+        names = {"position": position, "q_len": q_len, "kv_len": kv_len, **integers}
+        return one.low.value(**names) <= key < one.high.value(**names)
+
+    return [[sees(i, j) for j in range(kv_len)] for i in range(q_len)]
+
+
+@pytest.mark.parametrize("name", [*mask.names(), *PAIRS])
+class TestContract:
+    def test_bounds_grow_with_the_position(self, name: str) -> None:
+        one = mask.get(name)
+        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
+            seen = [one.seen(i, q_len, kv_len, integers) for i in range(q_len)]
+            assert seen == sorted(seen) and sorted(high for _, high in seen) == [high for _, high in seen]
+            assert all(0 <= low <= kv_len and 0 <= high <= kv_len for low, high in seen)
+
+    def test_dense_and_counted(self, name: str) -> None:
+        one = mask.get(name)
+        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
+            expected = by_definition(one, q_len, kv_len, dict(integers))
+            dense = one.dense(q_len, kv_len, integers)
+            assert dense.shape == (q_len, kv_len) and dense.tolist() == expected
+            assert one.pairs(q_len, kv_len, integers) == sum(map(sum, expected))
+
+    def test_examples_cut_inside_small_shapes(self, name: str) -> None:
+        one = mask.get(name)
+        assert all(set(example) == set(one.integers) for example in one.examples)
+        cut = [one.pairs(12, 12, example) < 144 for example in one.examples]
+        assert any(cut) or name == mask.NONE
+
+    def test_what_a_tile_skips_and_need_not_test(self, name: str) -> None:
+        """Keys that some position of a tile sees lie in [low(first), high(last)), those that all see fill [low(last), high(first))."""
+        one = mask.get(name)
+        for (q_len, kv_len), integers, rows in itertools.product(LENGTHS, one.examples, (1, 4, 8)):
+            dense = torch.tensor(by_definition(one, q_len, kv_len, dict(integers)))
+            for first in range(0, q_len, rows):
+                last = min(first + rows, q_len) - 1
+                (low, common_high), (common_low, high) = (one.seen(i, q_len, kv_len, integers) for i in (first, last))
+                tile = dense[first : last + 1]
+                assert not tile[:, :low].any() and not tile[:, high:].any()
+                assert tile[:, common_low : max(common_low, common_high)].all()
+
+
+@pytest.mark.parametrize("name", mask.names())
+def test_the_picture_drawn_by_hand(name: str) -> None:
+    one = mask.of_one_file(name)
+    drawn = [[cell == "x" for cell in row] for row in one.picture.split()]
+    assert one.dense(len(drawn), len(drawn[0]), one.examples[0]).tolist() == drawn
+
+
+@pytest.mark.parametrize("name", [n for n in mask.names() if mask.of_one_file(n).torchs])
+def test_torchs_own_form(name: str) -> None:
+    one = mask.of_one_file(name)
+    forms = {"is_causal": causal_upper_left, "causal_lower_right": causal_lower_right}
+    for q_len, kv_len in LENGTHS:
+        assert one.dense(q_len, kv_len, {}).tolist() == forms[one.torchs](q_len, kv_len)._materialize().tolist()
+
+
+def test_a_million_positions_are_counted_at_once() -> None:
+    assert mask.get("causal").pairs(1 << 20, 1 << 20, {}) == (1 << 19) * ((1 << 20) + 1)
+    estimated = mask.get("causal").pairs(1 << 26, 1 << 26, {})
+    assert abs(estimated / ((1 << 25) * ((1 << 26) + 1)) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("text", ["banded", "window+causal", "causal+causal", "causal+none", "causal+", ""])
+def test_misspelled(text: str) -> None:
+    with pytest.raises(BadProblem, match="unknown|spelled"):
+        mask.get(text)
+
+
+def test_every_mask_is_one_short_file_and_their_integers_differ() -> None:
+    ones = [mask.of_one_file(name) for name in mask.names()]
+    integers = [name for one in ones for name in one.integers]
+    assert len(set(integers)) == len(integers) and [one.name for one in ones] == list(mask.names())
