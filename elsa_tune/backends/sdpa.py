@@ -97,7 +97,7 @@ def find(digest: str) -> Built | None:
     return Built(digest)
 
 
-@cache
+@lru_cache(maxsize=4)
 def _dense(mask: str, q_len: int, kv_len: int, operands: Operands, device: torch.device) -> Tensor:
     posed = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
     return posed.dense().to(device)
