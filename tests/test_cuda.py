@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -13,9 +14,10 @@ import torch
 from contracts import kernels
 from emulated import launched
 
-from elsa_tune import check, dispatch, reference, scan, space, tuning
+from elsa_tune import backends, check, dispatch, reference, scan, space, tuning
 from elsa_tune import device as devices
-from elsa_tune.backends import Kernel, _cuda_laws, _wavefronts, cuda
+from elsa_tune.backends import Kernel, _counters, _cuda_laws, _wavefronts, cuda
+from elsa_tune.backends._counters import Counters
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.problem import Problem
@@ -155,6 +157,25 @@ def test_sums_in_halves_obey_the_contract(spelling: str, family: str, tmp_path: 
         for k in (kernel, floats)
     ]
     assert errors[0] > errors[1]
+
+
+def test_a_special_function_unit_that_errs_by_two_units_is_strict_enough(tmp_path: Path) -> None:
+    """ex2.approx errs by 2 units in the last place at most, so a weight by 4 u, and an output by 8 u max|v|: what is allowed for two
+    keys, and with one it cancels. Errors of that size, their signs drawn from the score's bits."""
+    problem = Problem.parse("fp32.strict.d64@b1.h4.kv2.q64.k64")
+    variant = space.parse("cuda.serial.t64.x8.r4.k4.native.apart")
+    text, exact = cuda.source(variant, problem).text, "DEVICE float exp2_native(float x) { return exp2f(x); }"
+    assert exact in text
+    errs = """DEVICE float exp2_native(float x) {
+  const float y = exp2f(x);
+  return x == 0.0f || y < 1e-37f ? y : float_of(bits_of(y) + (bits_of(x) * 2654435761u >> 31) * 4u - 2u);
+}"""
+    runtime = emulated.EmulatedRuntime(variant, problem, text.replace(exact, errs), tmp_path)
+    here = Space.load("sdpa").variants(problem, devices.host_cpu())
+    sdpa = backends.get("sdpa")
+    peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
+    verdict = check.check_family(cuda.CudaKernel(runtime, variant, problem), problem, peers, longest=1025)
+    assert not verdict.reason, verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -356,6 +377,25 @@ def test_launches_through_the_drivers(spelling: str, family: str, api: str, tmp_
     for name, step in found.items():  # a stream's own and a spare for a capture; where there is none, the graph clears
         expected = counts.get(name, (0, 0)) if "last_block" in spelling else (0, 0)
         assert (step["cleared"], step["waited"]) == expected, name
+
+
+def test_counters_grow_and_captures_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream's set grows; what a capture was given stays its own, whatever else is asked for, and is taken from no stream."""
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: waits.append(1)))
+    here, counters = torch.device("cpu"), Counters()
+    first = counters.of(here, 0, 0, 10)
+    assert counters.of(here, 0, 0, 7) is first and len(counters.of(here, 0, 0, 20)) >= 20 and len(waits) == 2
+    owned = counters.of(here, 3, 1, 20)
+    assert counters.of(here, 3, 1, 5) is owned and counters.of(here, 0, 0, 20) is not owned
+    other = counters.of(here, 3, 2, 20)
+    assert other is not owned and counters.of(here, 3, 1, 20) is owned
+    for capture in (1, 4):  # more than were made before it began: cleared in the graph, for one launch, each time
+        cleared = counters.of(here, 3, capture, 30)
+        assert len(cleared) == 30 and counters.of(here, 3, capture, 30) is not cleared
+    monkeypatch.setattr(_counters, "MOST_GRAPHS", 2)
+    counters.of(here, 0, 0, 40)
+    assert counters.of(here, 3, 5, 40) is not counters.of(here, 3, 5, 40)
 
 
 @pytest.mark.opencl

@@ -328,8 +328,8 @@ def registers_hold_the_rest(tiling: Tiling, copies: str, accumulate: str, blocks
     floats = tiling.floats_of_a_thread
     if copies == "held":
         floats += tiling.copies * tiling.words
-    if accumulate == "apart":
-        floats += tiling.floats_apart
+    if accumulate == "apart":  # they take the place of scores, which are weights in shared memory by then
+        floats += max(0, tiling.floats_apart - tiling.rows * tiling.keys)
     return _beyond(floats, registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * tiling.threads)))
 
 
