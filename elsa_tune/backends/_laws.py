@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from elsa_tune.device import Device
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 
@@ -51,7 +52,9 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
-    return "all tiles are equally long" if order == "longest" and problem.mask != "causal" else None
+    mask = masks.get(problem.mask)
+    grows = mask.cuts_back and not mask.cuts_front
+    return None if order != "longest" or grows else "all tiles are equally long"
 
 
 def shared_bytes(device: Device) -> int:

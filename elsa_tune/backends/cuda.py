@@ -16,10 +16,11 @@ from elsa_tune import exp2, scan
 from elsa_tune.backends import Built, Call, Kernel, Operands, _cuda_runtimes, _gpu_report, _kernel_cache, _opencl, _rtc
 from elsa_tune.backends._cuda_laws import Tiling, laws
 from elsa_tune.backends._cuda_runtimes import Launch, Runtime
-from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
+from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
 from elsa_tune.variant import Variant
@@ -35,7 +36,7 @@ PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16", "approx"), "bf16": ("
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """CUDA C serves float32, float16 and bfloat16, forward, no mask or causal, dimensions up to 256, on GPUs and OpenCL
+    """CUDA C serves float32, float16 and bfloat16, forward, masks in closed form, dimensions up to 256, on GPUs and OpenCL
     devices."""
     if device.kind not in TEMPLATES:
         return f"the CUDA C backend runs on GPUs and OpenCL devices, not on {device}"
@@ -45,7 +46,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"{device.arch} multiplies {problem.dtype} on a matrix unit, which multiply-adds alone do not reach; Triton uses it"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
-    return mask_has_text(problem) or dims_are_generated(problem)
+    return dims_are_generated(problem)
 
 
 @cache
@@ -65,7 +66,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "dtype": problem.dtype,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": problem.mask,
+            "mask": masks.get(problem.mask),
             "tiling": tiling,
             "parts": [""] if tiling.words == 1 else [".x", ".y", ".z", ".w"][: tiling.words],
             "exp2_coefficients": exp2.COEFFICIENTS[5],
@@ -169,7 +170,7 @@ class CudaKernel:
             query, key, value = map(rows_contiguous, (query, key, value))
         if out is None:
             out = new_output(query, self._problem.value_dim)
-        self._runtime.run(self._launches(query, key, value, scale, out, lse))
+        self._runtime.run(self._launches(query, key, value, scale, out, lse, operands))
         return out
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -177,8 +178,9 @@ class CudaKernel:
         return self
 
     def _launches(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, out: Tensor, lse: Tensor | None
-    ) -> list[Launch]:
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, out: Tensor, lse: Tensor | None,
+        operands: Operands,
+    ) -> list[Launch]:  # fmt: skip
         """The kernels to start, in order; as many heads at a time as the states of splits have memory for."""
         width = self._tiling.vector * query.element_size()
         begins = tuple(x.data_ptr() % width == 0 for x in (query, key, value))
@@ -195,8 +197,9 @@ class CudaKernel:
         for turn in plan.turns:
             if self._schedule == "last_block":
                 arrivals = self._runtime.counters(query, turn.tiles)
-            given = (query, key, value, out, lse, partial, arrivals, *turn.plain)
-            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, _ATTEND, given))
+            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *operands)
+            types = _ATTEND + "q" * len(operands)
+            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, types, given))
             if turn.finish_blocks:
                 merged = (partial, out, lse, *turn.finish_plain)
                 launches.append(Launch("finish", turn.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))

@@ -199,6 +199,20 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+// Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
+DEVICE index_t least(index_t x, index_t y) { return x < y ? x : y; }
+DEVICE index_t most(index_t x, index_t y) { return x > y ? x : y; }
+DEVICE index_t floor_divide(index_t x, index_t n) { return (x - (x < 0 ? n - 1 : 0)) / n; }
+
+typedef struct { int low, high; } Seen;
+
+DEVICE Seen keys_seen(index_t position, index_t q_len, index_t kv_len) {
+  Seen x;
+  x.low = (int)most(0, least(0, kv_len));
+  x.high = (int)most(0, least((position + 1), kv_len));
+  (void)position, (void)q_len;
+  return x;
+}
 // score[i][j] += Q row i . K row j over one slice of columns.
 DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
   const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;
@@ -216,12 +230,12 @@ DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, cons
   }
 }
 
-// Leave out keys from `high` on, and, causal and top-left, those after a row's position.
-DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const int* position, int lane) {
+// Leave out keys from `high` on, and those that a row does not see.
+DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const Seen* rows, int lane) {
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int j = 0; j < KEYS; ++j) {
       const int key = first_key + j * LANES + lane;
-      if (key >= high || key > position[i]) score[i][j] = no_key();
+      if (key >= high || key >= rows[i].high) score[i][j] = no_key();
     }
 }
 
@@ -356,7 +370,7 @@ DEVICE void finish_value(const GLOBAL float* partial, GLOBAL element* output, GL
 }
 // Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
 // their way while one is used. From key `whole` on leaves need the mask.
-DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
+DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const Seen* rows, float c, int worker, int t) {
   const int lane = lane_of(t), team_row = team_row_of(t);
   float score[ROWS][KEYS], keep[ROWS];
   int slot = 0;
@@ -388,7 +402,7 @@ DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SH
     barrier_block();
     slice_fetch(held, values, first_key, 0, VALUE_SLICE, t);
     add_scores(score, query, stages + slot * STAGE_SIZE, 64, team_row, lane);
-    if (start >= whole) apply_mask(score, first_key, high, position, lane);
+    if (start >= whole) apply_mask(score, first_key, high, rows, lane);
     weigh(score, x, keep, p, c, team_row, lane, t);
     barrier_block();
     slice_put(held, stages + slot * STAGE_SIZE, VALUE_SLICE, t);
@@ -430,8 +444,9 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
   const int thread = thread_index(), worker = thread / TEAM, t = thread % TEAM, lane = lane_of(t), team_row = team_row_of(t);
 
   const int last_row = first + BLOCK_M < rows ? first + BLOCK_M - 1 : rows - 1;
-  const int seen = last_row / group + 1 < kv_len ? last_row / group + 1 : kv_len;  // keys that some row sees
-  const int unmasked = first / group + 1 < kv_len ? first / group + 1 : kv_len;    // keys that every row sees
+  const Seen by_first = keys_seen(first / group, q_len, kv_len), by_last = keys_seen(last_row / group, q_len, kv_len);
+  const int seen = by_last.high;      // keys that some row sees
+  const int unmasked = by_first.high;  // that every row sees
   const int each = ((seen + BLOCK_N - 1) / BLOCK_N + SPLITS - 1) / SPLITS * BLOCK_N;
   const int low = split * each < seen ? split * each : seen, high = low + each < seen ? low + each : seen;
   const int common = high < unmasked ? high : unmasked, whole = low + (common > low ? (common - low) / STEP * STEP : 0);
@@ -447,13 +462,13 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
   values.length = kv_len;
   values.dim = VALUE_DIM;
   values.aligned = aligned_value;
-  int position[ROWS];
-  UNROLL for (int i = 0; i < ROWS; ++i) position[i] = (first + i * TEAM_ROWS + team_row) / group;
+  Seen by_row[ROWS];
+  UNROLL for (int i = 0; i < ROWS; ++i) by_row[i] = keys_seen((first + i * TEAM_ROWS + team_row) / group, q_len, kv_len);
 
   load_query(shared, query + batch * stride_qb, stride_qh, stride_qm, first, rows, group, kv_head, sign, aligned_query, thread);
   State x;
   set_identity(&x);
-  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, position, c, worker, t);
+  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, by_row, c, worker, t);
   merge_workers((SHARED float*)shared, &x, worker, t);
 
   UNROLL for (int i = 0; i < ROWS; ++i) {

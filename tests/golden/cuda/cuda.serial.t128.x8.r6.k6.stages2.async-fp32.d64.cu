@@ -201,8 +201,7 @@ DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, cons
 }
 
 // Leave out keys from `high` on.
-DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, const int* position, int lane) {
-  (void)position;
+DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, int lane) {
   UNROLL for (int i = 0; i < ROWS; ++i)
     UNROLL for (int j = 0; j < KEYS; ++j) {
       const int key = first_key + j * LANES + lane;
@@ -281,7 +280,7 @@ DEVICE void add_values(State* x, const float* keep, const SHARED stored* p, cons
 }
 // Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
 // their way while one is used. From key `whole` on leaves need the mask.
-DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
+DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, float c, int worker, int t) {
   const int lane = lane_of(t), team_row = team_row_of(t);
   float score[ROWS][KEYS], keep[ROWS];
   int slot = 0;
@@ -298,7 +297,7 @@ DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SH
     UNROLL for (int i = 0; i < ROWS; ++i)
       UNROLL for (int j = 0; j < KEYS; ++j) score[i][j] = 0.0f;
     add_scores(score, query, stages + slot * STAGE_SIZE, 0, team_row, lane);
-    if (start >= whole) apply_mask(score, first_key, high, position, lane);
+    if (start >= whole) apply_mask(score, first_key, high, lane);
     weigh(score, x, keep, p, c, team_row, lane, t);
     slot = slot + 1 == STAGES ? 0 : slot + 1;
 
@@ -340,13 +339,11 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
   values.length = kv_len;
   values.dim = VALUE_DIM;
   values.aligned = aligned_value;
-  int position[ROWS];
-  UNROLL for (int i = 0; i < ROWS; ++i) position[i] = (first + i * TEAM_ROWS + team_row) / group;
 
   load_query(shared, query + batch * stride_qb, stride_qh, stride_qm, first, rows, group, kv_head, sign, aligned_query, thread);
   State x;
   set_identity(&x);
-  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, position, c, worker, t);
+  fold(&x, shared, stages + worker * (STAGES * STAGE_SIZE), stages + WORKERS * (STAGES * STAGE_SIZE) + worker * P_SIZE, keys, values, low, whole, high, c, worker, t);
 
   UNROLL for (int i = 0; i < ROWS; ++i) {
     const int row = first + i * TEAM_ROWS + team_row;
