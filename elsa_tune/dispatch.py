@@ -27,6 +27,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.gradients import differentiable
 from elsa_tune.measurement import Winner
 from elsa_tune.order import joined, order_of
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source
 from elsa_tune.space import Space
@@ -236,7 +237,7 @@ def _ready_kernel(problem: Problem | None, query: Tensor, ready: Callable[[Any],
         return None
 
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES = {getattr(torch, elements.get(name).torch): name for name in elements.names()}
 
 
 def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Problem | None:
@@ -247,8 +248,6 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
     if not (query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() == 4):
         return None
     if not (query.device == key.device == value.device and query.dtype in _DTYPES):
-        return None
-    if query.is_cpu and query.dtype != torch.float32:
         return None
     batch, heads, q_len, head_dim = query.shape
     _, kv_heads, kv_len, value_dim = value.shape

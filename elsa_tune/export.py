@@ -12,7 +12,8 @@ from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
 from elsa_tune.layers import known_winners, layers
 from elsa_tune.measurement import Measurement
-from elsa_tune.problem import DTYPE_BYTES, Problem
+from elsa_tune.parts import element as elements
+from elsa_tune.problem import Problem
 from elsa_tune.render import write
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -45,7 +46,7 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
     name = name or f"attention_{re.sub('[^a-z0-9]+', '_', problem.family)}"
     context = {
         "name": name, "variant": variant, "problem": problem, "language": language, "device": device,
-        "text": source.text, "bytes": DTYPE_BYTES[problem.dtype], "splits": int(axes["splits"]),
+        "text": source.text, "bytes": elements.get(problem.dtype).bytes, "splits": int(axes["splits"]),
         "schedule": axes.get("schedule", "fold"), "scratch_bytes": SCRATCH_BYTES,
         "tiling": _cuda_laws.Tiling.of(axes, problem) if variant.backend == "cuda" else None,
         "flags": " ".join(compile_flags(variant)) if variant.backend == "cpp" else "",

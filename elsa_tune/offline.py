@@ -23,7 +23,8 @@ from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
 from elsa_tune.layers import write_lines
 from elsa_tune.measure import Worker, WorkerFailed, build
 from elsa_tune.measurement import Measurement
-from elsa_tune.problem import DTYPE_BYTES, Problem
+from elsa_tune.parts import element as elements
+from elsa_tune.problem import Problem
 from elsa_tune.search import Search
 from elsa_tune.space import Space, read_toml
 from elsa_tune.trial import BUILD_SECONDS
@@ -144,7 +145,7 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     latency = _LATENCY / max(1, axes["stages"])
     queue = -(-tiles // goal.device.cores)  # tiles that one multiprocessor computes, ``resident`` of them at a time
     busy = turns * max(queue * clocks, -(-queue // resident) * (clocks + latency)) / (goal.ghz * 1e9)
-    width = DTYPE_BYTES[problem.dtype]
+    width = elements.get(problem.dtype).bytes
     again = tiles * turns * step * (problem.head_dim + problem.value_dim) * width  # read by tiles, mostly from cache
     states = 8 * pairs * rows * (problem.value_dim + 2) * axes["splits"] if axes["splits"] > 1 else 0
     moved = max((problem.bytes + states) / goal.gbytes, again / (4 * goal.gbytes)) / 1e9

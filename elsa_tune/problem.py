@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = ("fp32", "fp16", "bf16")
 PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
 DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
 LARGEST = 2**40
 """Of every dimension: more than any memory holds."""
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 _MASKS = "|".join(sorted(masks.names(), key=len, reverse=True))
 _FAMILY = re.compile(
-    rf"(?P<dtype>{'|'.join(DTYPES)})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
+    rf"(?P<dtype>{'|'.join(elements.names())})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
     rf"(\.(?P<mask>({_MASKS})(\+({_MASKS}))*))?(\.(?P<direction>backward))?",
     re.ASCII,
 )
@@ -67,7 +66,7 @@ class Problem:
         for name, default in (("value_dim", self.head_dim), ("kv_heads", self.heads), ("precision", self.dtype)):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
-        words = {"dtype": DTYPES, "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
+        words = {"dtype": elements.names(), "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
@@ -178,7 +177,7 @@ class Problem:
     def bytes(self) -> int:
         """Bytes of query, key, value and output, each once; with their gradients for the backward direction."""
         rows = self.batch * self.heads * self.q_len + self.batch * self.kv_heads * self.kv_len
-        once = rows * (self.head_dim + self.value_dim) * DTYPE_BYTES[self.dtype]
+        once = rows * (self.head_dim + self.value_dim) * elements.get(self.dtype).bytes
         return once if self.direction == "forward" else 2 * once
 
     def reshaped(self, **shape: int | str | tuple[int, ...]) -> Problem:

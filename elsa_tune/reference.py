@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.order import arranged
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
@@ -23,7 +24,11 @@ CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11,
 ROUNDS_PRODUCTS = ("tf32", "approx")
 """Classes whose products are of rounded operands, or are summed rounded; the others' are exact in float32."""
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+def torch_dtype(problem: Problem) -> torch.dtype:
+    """What torch calls the problem's element."""
+    found: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ def every_row(problem: Problem) -> Rows:
 
 def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
     """Standard normal tensors of the problem's shape and dtype."""
-    p, dtype = problem, DTYPES[problem.dtype]
+    p, dtype = problem, torch_dtype(problem)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -195,7 +200,7 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
     masked = problem.mask != NONE
     keys = min(longest, math.isqrt(_MASKED_PAIRS // problem.group)) if masked else longest
     shaped = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=keys if masked else 3, kv_len=keys)
-    dtype = DTYPES[problem.dtype]
+    dtype = torch_dtype(problem)
     turns = torch.tensor([1.0, 0.0, -1.0]).repeat(-(-shaped.q_len // 3))[: shaped.q_len]
     query = torch.zeros(1, shaped.heads, shaped.q_len, shaped.head_dim, dtype=dtype)
     query[..., 0] = turns.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -15,6 +16,7 @@ from elsa_tune import backends, exp2, reference, space
 from elsa_tune.backends import Kernel, _compiler, cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, WrongArguments
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 
@@ -57,13 +59,49 @@ SAMPLED = [
     ("cpp.serial.{isa}.c{lanes}.q4.k1.v4.n32", "fp32.d64@b1.h4.kv1.q1.k64"),
     ("cpp.blelloch.{isa}.c2.q2.k4.v4.n32.s4", "fp32.d256@b1.h4.kv2.q2.k64"),
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp32.d80.causal@b1.h3.kv1.q2.k64"),
+    ("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.causal@b1.h4.kv2.q64.k64"),
+    ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp16.d48.v72@b1.h2.q64.k64"),
+    ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp16.d80.causal+window@b1.h3.kv1.q2.k64.left9.right0"),
 ]
+
+# Every mask, and some of their intersections: sequential and split over workers and memory.
+MASKS = [name for name in masks.names() if name != masks.NONE]
+MASKED = [*MASKS, *("+".join(pair) for pair in itertools.combinations(MASKS, 2))]
+HOW = [
+    "cpp.serial.{isa}.q2.k4.v4.n24",
+    "cpp.hybrid.{isa}.q2.k5.v5.n16.w4.s4.packed",
+    "cpp.blelloch.{isa}.c4.q4.k1.v4.n32.w2",
+]
+SAMPLED += [(HOW[i % 3], f"fp32.d64.{name}") for i, name in enumerate(MASKED)]
+SAMPLED += [(how, f"fp32.d40.v24.{name}") for how in HOW for name in MASKS]
 
 
 @pytest.mark.parametrize(("variant", "problem"), SAMPLED)
 def test_contract(variant: str, problem: str) -> None:
     wanted = Problem.parse(problem)
+    wanted = wanted if "@" in problem else wanted.reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64)
     kernels.obeys(kernel_of(here(variant), wanted), wanted, peers(wanted))
+
+
+def _every_pattern(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).reshape(1, 1024, 1, 64)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_pattern_of_a_narrow_element_is_widened_and_narrowed(dtype: str) -> None:
+    """One key is its own mean: each value comes back as it was; two are rounded as torch rounds their mean."""
+    problem = Problem.parse(f"{dtype}.d64@b1.h1024.q1.k1")
+    kernel, values = (
+        kernel_of(here("cpp.serial.{isa}.q1.k4.v4.n16.packed"), problem),
+        _every_pattern(reference.torch_dtype(problem)),
+    )
+    query = torch.zeros_like(values)
+    assert torch.equal(kernel(query, query, values).nan_to_num(7.0), values.nan_to_num(7.0))
+    others = values[:, torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
+    two = torch.cat([values, others], 2)
+    mean = ((values.float() + others.float()) / 2).to(values.dtype)
+    keys = torch.zeros_like(two)
+    assert torch.equal(kernel(query, keys, two).nan_to_num(7.0, 8.0, 9.0), mean.nan_to_num(7.0, 8.0, 9.0))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -15,8 +15,9 @@ from elsa_tune.backends import cpp, cuda, triton
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
 from elsa_tune.order import CONTIGUOUS, ORDERS
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
-from elsa_tune.problem import DIRECTIONS, DTYPES, PRECISIONS, Problem
+from elsa_tune.problem import DIRECTIONS, PRECISIONS, Problem
 from elsa_tune.render import undeclared
 from elsa_tune.space import Space
 
@@ -31,7 +32,7 @@ sizes = st.integers(1, 1 << 20)
 def problems(draw: st.DrawFn) -> Problem:
     kv_heads, mask = draw(st.integers(1, 16)), draw(st.sampled_from((*masks.names(), "causal+window", "prefix+window")))
     return Problem(
-        dtype=draw(st.sampled_from(DTYPES)), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
+        dtype=draw(st.sampled_from(elements.names())), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
         mask=mask, integers=tuple(draw(sizes) for _ in masks.get(mask).integers), precision=draw(st.sampled_from(PRECISIONS)),
         direction=draw(st.sampled_from(DIRECTIONS)), batch=draw(sizes), heads=kv_heads * draw(st.integers(1, 8)),
         kv_heads=kv_heads, q_len=draw(sizes), kv_len=draw(sizes),

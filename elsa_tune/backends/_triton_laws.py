@@ -15,7 +15,8 @@ from elsa_tune.backends._laws import (
 )
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.problem import DTYPE_BYTES, Problem
+from elsa_tune.parts import element as elements
+from elsa_tune.problem import Problem
 
 
 def version() -> str:
@@ -133,7 +134,7 @@ def shared_memory_holds_stages(
     if device.kind != "cuda" or device.capability < 80 or problem.direction == "backward":
         return None  # leaves on their way wait in registers, or are counted by the compiler alone
     columns = sum(p.size for d in (problem.head_dim, problem.value_dim) for p in parts(d, dims))
-    size, most = (stages - 1) * workers * block_n * columns * DTYPE_BYTES[problem.dtype], shared_bytes(device)
+    size, most = (stages - 1) * workers * block_n * columns * elements.get(problem.dtype).bytes, shared_bytes(device)
     return f"leaves on their way take {size >> 10} KiB; {device.arch} gives {most >> 10}" if size > most else None
 
 

@@ -140,6 +140,12 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
     return None
 
 
+def narrow_elements_are_packed(packing: str, problem: Problem) -> str | None:
+    if packing == "direct" and problem.dtype != "fp32":
+        return f"keys and values of {problem.dtype} are widened as they are packed"
+    return None
+
+
 def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | None:
     steps = problem.head_dim // chunk
     if head_parts > 1 and steps < 16 * head_parts:
@@ -167,6 +173,7 @@ laws = (
     scan_has_states,
     packed_heads_are_read_again,
     packed_heads_fit,
+    narrow_elements_are_packed,
     head_parts_are_long,
     exp_is_exact,
 )
@@ -174,11 +181,11 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32, forward, masks in closed form, dimensions up to 256, on CPUs."""
+    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
-    if problem.dtype != "fp32" or problem.precision not in ("fp32", "strict"):
-        return f"the C++ backend computes float32, not {problem.dtype} in class {problem.precision}"
+    if problem.precision not in ("strict", problem.dtype):
+        return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
     return dims_are_generated(problem)
@@ -201,6 +208,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
             "mask": masks.get(problem.mask),
+            "dtype": problem.dtype,
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
             "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
             "scratch_bytes": SCRATCH_BYTES,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from elsa_tune import check, reference
-from elsa_tune.backends import Kernel
+from elsa_tune.backends import Call, Kernel
 from elsa_tune.order import ORDERS
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 
 
@@ -17,10 +20,21 @@ def obeys(
     """The whole contract; repeatability with ``keys`` keys, hostile inputs of up to ``longest``."""
     verdict = check.check_family(kernel, problem, peers, longest=longest)
     assert not verdict.reason, verdict.reason
-    strides(kernel, problem)
-    same_bits_again(kernel, problem, keys)
-    inputs_untouched(kernel, problem)
-    log_sum_exp(kernel, problem)
+    problem = with_example(problem)
+    call: Call = partial(kernel, operands=problem.operands)
+    strides(call, problem)
+    same_bits_again(call, problem, keys)
+    inputs_untouched(call, problem)
+    log_sum_exp(call, problem)
+
+
+def with_example(problem: Problem) -> Problem:
+    """The problem with integers of its mask that cut inside small shapes."""
+    return problem.reshaped(integers=tuple(masks.get(problem.mask).examples[0].values()))
+
+
+def _hidden(problem: Problem, scores: Tensor) -> Tensor:
+    return scores.masked_fill(~problem.dense(), float("-inf"))
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
@@ -28,7 +42,7 @@ def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
     return shaped, reference.random_inputs(shaped, torch.Generator().manual_seed(5))
 
 
-def strides(kernel: Kernel, problem: Problem) -> None:
+def strides(kernel: Call, problem: Problem) -> None:
     """The same values from any memory layout: views of larger tensors, expanded batches, reversed storage order."""
     _, x = _inputs(problem)
     expected = kernel(x.query, x.key, x.value)
@@ -53,14 +67,14 @@ def strides(kernel: Kernel, problem: Problem) -> None:
     assert all(torch.equal(again[i], one[0]) for i in range(3))
 
 
-def same_bits_again(kernel: Kernel, problem: Problem, keys: int) -> None:
+def same_bits_again(kernel: Call, problem: Problem, keys: int) -> None:
     """No result depends on which thread came first."""
     _, x = _inputs(problem, kv_len=keys)
     first = kernel(x.query, x.key, x.value)
     assert all(torch.equal(kernel(x.query, x.key, x.value), first) for _ in range(5))
 
 
-def inputs_untouched(kernel: Kernel, problem: Problem) -> None:
+def inputs_untouched(kernel: Call, problem: Problem) -> None:
     """Inputs keep every bit."""
     _, x = _inputs(problem)
     copies = [t.clone() for t in (x.query, x.key, x.value)]
@@ -68,7 +82,7 @@ def inputs_untouched(kernel: Kernel, problem: Problem) -> None:
     assert all(torch.equal(a, b) for a, b in zip(copies, (x.query, x.key, x.value), strict=True))
 
 
-def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
+def log_sum_exp(kernel: Call, problem: Problem) -> None:
     """The log-sum-exp beside an output that asking for it does not change."""
     shaped, x = _inputs(problem, kv_len=97)
     lse = torch.full(x.query.shape[:3], float("nan"))
@@ -76,8 +90,7 @@ def log_sum_exp(kernel: Kernel, problem: Problem) -> None:
     assert torch.equal(with_it, kernel(x.query, x.key, x.value))
     keys = x.key.double().repeat_interleave(shaped.group, 1)
     scores = x.query.double() @ keys.transpose(-1, -2) / shaped.head_dim**0.5
-    if shaped.mask == "causal":
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
+    scores = _hidden(shaped, scores)
     assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=allowed_of_lse(problem))
 
 
@@ -89,7 +102,7 @@ def allowed_of_lse(problem: Problem) -> float:
 def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
     """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
     generator = torch.Generator().manual_seed(3)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+    dtype, posed = reference.torch_dtype(problem), with_example(problem).reshaped(q_len=29, kv_len=53)
 
     def tensor(heads: int, length: int, dim: int) -> Tensor:
         x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
@@ -97,11 +110,12 @@ def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Ten
 
     q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
     lse = torch.full(q.shape[:3], float("nan"))
-    out = kernel(q, k, v, None, None, lse)
+    out = kernel(q, k, v, None, None, lse, posed.operands)
     scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
-    if problem.mask == "causal":
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), float("-inf"))
-    truth = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+    scores = _hidden(posed, scores)
+    truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(2, 1)
     of_out, of_lse = 64 * reference.CLASS_UNITS[problem.precision], allowed_of_lse(problem)
-    error = max(float((out - truth).abs().max()) / of_out, float((lse - scores.logsumexp(-1)).abs().max()) / of_lse)
+    sums = scores.logsumexp(-1)
+    difference = torch.where(lse == sums, 0.0, lse - sums)  # -inf where no key is seen
+    error = max(float((out - truth).abs().max()) / of_out, float(difference.abs().max()) / of_lse)
     return out, lse, error

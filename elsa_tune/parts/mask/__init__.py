@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 
 from elsa_tune.errors import BadProblem
+from elsa_tune.parts._registry import files_of, found
 from elsa_tune.parts.mask._base import Mask, intersection
 
 __all__ = ["NONE", "Mask", "get", "names", "of_one_file"]
@@ -17,7 +16,7 @@ NONE = "none"
 @cache
 def names() -> tuple[str, ...]:
     """Every mask's name: the files of this folder."""
-    return tuple(sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")))
+    return files_of(__path__)
 
 
 @cache
@@ -25,7 +24,7 @@ def of_one_file(name: str) -> Mask:
     """The mask of that file. Raises BadProblem."""
     if name not in names():
         raise BadProblem(f"mask {name[:60]!r} is unknown; use {', '.join(names())}, or several joined by '+'")
-    mask: Mask = import_module(f"elsa_tune.parts.mask.{name}").MASK
+    mask: Mask = found(__name__, name, "MASK")
     return mask
 
 
@@ -33,8 +32,8 @@ def of_one_file(name: str) -> Mask:
 def get(text: str) -> Mask:
     """The mask that ``causal`` or ``causal+window`` spells. Raises BadProblem, also where it could be spelled shorter or sorted."""
     words = text.split("+")
-    found = [of_one_file(word) for word in words]
+    ones = [of_one_file(word) for word in words]
     if words != sorted(set(words)) or (len(words) > 1 and NONE in words):
         sound = "+".join(sorted(set(words) - {NONE}))
         raise BadProblem(f"mask {text[:60]!r} is spelled {sound!r}: sorted, each once, and 'none' only alone")
-    return found[0] if len(found) == 1 else intersection(found)
+    return ones[0] if len(ones) == 1 else intersection(ones)

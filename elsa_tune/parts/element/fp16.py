@@ -1,0 +1,5 @@
+"""IEEE half precision."""
+
+from elsa_tune.parts.element._base import Element
+
+ELEMENT = Element("fp16", 2, "float16", 2.0**-11, ("fp16", "approx"))
