@@ -225,7 +225,9 @@ def test_the_model_counts_wavefronts_as_addresses_do(spelling: str, tmp_path: Pa
     load = "DEVICE vec load_vec(const SHARED stored* from) { "
     text = cuda.source(variant, problem).text
     assert load in text
-    runtime = emulated.EmulatedRuntime(variant, problem, text.replace(load, load + "emulated::keep_read(from); "), tmp_path)
+    runtime = emulated.EmulatedRuntime(
+        variant, problem, text.replace(load, load + "emulated::keep_read(from); "), tmp_path
+    )
     inputs = reference.random_inputs(problem, torch.Generator().manual_seed(1))
     [attend, *_] = (kernel := cuda.CudaKernel(runtime, variant, problem))._launches(
         inputs.query, inputs.key, inputs.value, None, kernel(inputs.query, inputs.key, inputs.value), None

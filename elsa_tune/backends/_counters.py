@@ -62,7 +62,7 @@ def _cleared(device: torch.device, count: int) -> Tensor:
     clear for every stream without waiting for what others do."""
 
     def make() -> Tensor:
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             made = torch.zeros(count, dtype=torch.int32, device=device)
         stream.synchronize()
