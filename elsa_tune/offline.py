@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elsa_tune import backends, places
 from elsa_tune import workload as workloads
-from elsa_tune.backends import Built
+from elsa_tune.backends import Built, _wavefronts
 from elsa_tune.backends._cuda_laws import Tiling
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
@@ -55,8 +55,11 @@ _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6
 """Clocks of the matrix unit relative to one float16 product."""
 
 
-_MIX = {"all": 1.12, "shared": 0.1}
+_MIX = 1.12
 """Instructions for each multiply-add of a CUDA C kernel's hottest loop, where no disassembler reads it."""
+
+_EXP = {"library": 4, "native": 1, "polynomial": 11}
+"""Instructions of a 2^x in CUDA C: the library's is the special-function unit's between two guards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,7 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
         resources["loop_all"] * warps / _SCHEDULERS,
         resources["loop_fma"] * threads / goal.fma,
         resources["loop_exp"] * threads / goal.exp,
-        resources["loop_shared"] * warps * 2,
+        resources.get("wavefronts", resources["loop_shared"] * 2) * warps,
         products * _PRODUCTS.get(dot, 8.0) / goal.matrix if on_matrix else 0,
     )
     latency = _LATENCY / max(1, axes["stages"])
@@ -168,11 +171,11 @@ def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, in
     products = products * tiling.stored_bytes // 4  # two at a time, if of halves
     scores, copied = tiling.rows * tiling.keys, 2 * tiling.copies * (tiling.head_slices + tiling.value_slices)
     hottest = resources.get("loop_fma", 0)
-    mix = {name: resources[f"loop_{name}"] / hottest if hottest else guess for name, guess in _MIX.items()}
+    mix = resources["loop_all"] / hottest if hottest else _MIX
     return {
         "loop_fma": products + 2 * scores,
-        "loop_all": round(products * mix["all"]) + 10 * scores + 6 * copied,
-        "loop_shared": round(products * mix["shared"]) + scores + copied,
+        "loop_all": round(products * mix) + (6 + _EXP[str(variant.axes["exp"])]) * scores + 6 * copied,
+        "wavefronts": _wavefronts.of_turn(tiling),
         "loop_exp": scores + tiling.rows,
         "loop_matrix": 0,
     }

@@ -13,8 +13,8 @@ import emulated
 import pytest
 
 from elsa_tune import backends, check, space
-from elsa_tune.backends import Built, Kernel, cpp, cuda, triton
-from elsa_tune.device import host_cpu
+from elsa_tune.backends import Built, Kernel, _opencl, cpp, cuda, triton
+from elsa_tune.device import host_cpu, opencl_devices
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 
@@ -172,15 +172,65 @@ OF_CUDA = [
     Mutation("lanes do not share their maximum", "  row_max(top, (SHARED float*)p, t, lane);\n", ""),
     Mutation("lanes do not share their sum", "  row_sum(x->s, (SHARED float*)p, t, lane);\n", ""),
     Mutation("half of the lanes share their maximum", "larger(x[i], lane_xor(x[i], 2))", "x[i]"),
+    Mutation("threads side by side have the same row", "* ABREAST + t % ABREAST", "* ABREAST"),
+    Mutation("counters are not set back", "(int)atomicInc((unsigned*)count, (unsigned)last)", "(int)atomicInc((unsigned*)count, 1u << 30)"),
 ]
+HIP = "cuda.hip.hybrid.t64.x4.r2.k4.w2.s4.last_block.native"
+OF_HIP = [
+    Mutation("lanes exchange with the wrong ones", "return __shfl_xor(x, mask);", "return __shfl_xor(x, mask / 2);"),
+    Mutation("counters are not set back", "(int)atomicInc((unsigned*)count, (unsigned)last)", "(int)atomicInc((unsigned*)count, 1u << 30)"),
+    Mutation("weights are powers of e", "return __ocml_native_exp2_f32(x);", "return expf(x);"),
+    Mutation("a log-sum-exp of e", "return log2f(x);", "return logf(x);"),
+    Mutation("there are no barriers", "{ __syncthreads(); }", "{}"),
+]
+OPENCL = "cuda.hybrid.opencl.t32.x4.r2.k4.w2.s4.two_kernels.shared"
+OF_OPENCL = [
+    Mutation("multiply-adds subtract", "return fma(a, b, c);", "return fma(a, b, -c);"),
+    Mutation("the larger is the smaller", "return fmax(a, b);", "return fmin(a, b);"),
+    Mutation("weights are powers of e", "return exp2(x);", "return exp(x);"),
+    Mutation("a log-sum-exp of e", "return log2(x);", "return log(x);"),
+    Mutation("bits are numbers", "return as_float(bits);", "return (float)bits;"),
+    Mutation("numbers are bits", "return as_uint(x);", "return (unsigned)(int)x;", "a whole number beyond 2^23 ends in the same bits as its float, and only those go into the exponent"),
+    Mutation("bits are half of it", "return as_uint(x);", "return as_uint(x) >> 1;"),
+    Mutation("there are no barriers", "barrier(CLK_LOCAL_MEM_FENCE);", ""),
+    Mutation("pairs of blocks compute the same", "return (int)get_group_id(0);", "return (int)get_group_id(0) / 2;"),
+    Mutation("threads side by side have the same row", "* ABREAST + t % ABREAST", "* ABREAST"),
+    Mutation("lanes read their neighbours' maxima", "of_row[l * ABREAST]", "of_row[l]"),
+    Mutation("the second kernel forgets the last threads", "if (state_row >= (index_t)slots * rows) return;", "if (state_row >= (index_t)slots * rows - 1) return;"),
+]
+
+
+def _emulated(spelling: str, mutation: Mutation, folder: Path) -> None:
+    problem, variant = Problem.parse("fp32.d8.v4.causal@b1.h4.kv2.q64.k64"), space.parse(spelling)
+
+    def kernel(text: str) -> Kernel:
+        return cuda.CudaKernel(emulated.EmulatedRuntime(variant, problem, text, folder), variant, problem)
+
+    judged(mutation, cuda.source(variant, problem).text, kernel, problem, 301)
 
 
 @pytest.mark.parametrize("mutation", OF_CUDA, ids=lambda m: m.fault)
 def test_faults_in_cuda(mutation: Mutation, tmp_path: Path) -> None:
-    problem, variant = Problem.parse("fp32.d8.v4.causal@b1.h4.kv2.q64.k64"), space.parse(CUDA)
+    _emulated(CUDA, mutation, tmp_path)
+
+
+@pytest.mark.parametrize("mutation", OF_HIP, ids=lambda m: m.fault)
+def test_faults_in_hip(mutation: Mutation, tmp_path: Path) -> None:
+    """Those of its dialect; the text below is CUDA's."""
+    _emulated(HIP, mutation, tmp_path)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("mutation", OF_OPENCL, ids=lambda m: m.fault)
+def test_faults_in_opencl(mutation: Mutation) -> None:
+    """Those of its dialect, and of what no other dialect asks for: exchanges through memory, a second kernel."""
+    pytest.importorskip("pyopencl", reason="needs pyopencl: pip install 'elsa-tune[opencl]'")
+    if not opencl_devices():
+        pytest.skip("needs an OpenCL device: apt-get install pocl-opencl-icd")
+    problem, variant = Problem.parse("fp32.d8.v4.causal@b1.h4.kv2.q64.k64"), space.parse(OPENCL)
 
     def kernel(text: str) -> Kernel:
-        return cuda.CudaKernel(emulated.EmulatedRuntime(variant, problem, text, tmp_path), variant, problem)
+        return cuda.CudaKernel(_opencl.OpenClRuntime(text, opencl_devices()[0]), variant, problem)
 
     judged(mutation, cuda.source(variant, problem).text, kernel, problem, 301)
 

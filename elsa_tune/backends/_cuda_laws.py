@@ -68,6 +68,11 @@ class Tiling:
         return self.team // self.lanes
 
     @property
+    def abreast(self) -> int:
+        """Threads side by side that share keys and value columns and differ in their query rows: two, if a warp holds both."""
+        return 2 if self.team_rows > 1 and 2 * self.lanes <= 32 else 1
+
+    @property
     def block_m(self) -> int:
         """Query rows of a tile."""
         return self.team_rows * self.rows
@@ -198,6 +203,21 @@ class Tiling:
         return self.rows * self.groups * self.words
 
 
+def _of_tiling(law: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A law over a tiling, made one over the axes it follows from: it is asked as soon as those are chosen."""
+    others = [name for name in inspect.signature(law).parameters if name != "tiling"]
+
+    @wraps(law)
+    def over_axes(**known: Any) -> str | None:
+        return law(Tiling.of(known, known["problem"]), **{name: known[name] for name in others})
+
+    names = dict.fromkeys([*TILED, "problem", *others])
+    over_axes.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    return over_axes
+
+
 # Laws: each says in one sentence why a combination cannot work or cannot win.
 
 
@@ -229,11 +249,12 @@ def team_is_whole(threads: int, lanes: int, workers: int, device: Device) -> str
     return None
 
 
-def lanes_can_exchange(exchange: str, lanes: int, device: Device) -> str | None:
+@_of_tiling
+def lanes_can_exchange(tiling: Tiling, exchange: str, device: Device) -> str | None:
     if exchange == "shuffle" and device.kind == "opencl":
-        width = int(device.arch.partition("shuffle")[2] or 0)
-        if width < lanes:
-            return f"{device} has no shuffles among {lanes} work-items"
+        width, among = int(device.arch.partition("shuffle")[2] or 0), tiling.lanes * tiling.abreast
+        if width < among:
+            return f"{device} has no shuffles among {among} work-items"
     if exchange == "shared" and device.kind != "opencl" and device.capability not in (50, 52, 53):
         return f"shuffles on {device.arch} are faster than shared memory"
     return None
@@ -290,21 +311,6 @@ def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: 
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
 
-def _of_tiling(law: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A law over a tiling, made one over the axes it follows from: it is asked as soon as those are chosen."""
-    others = [name for name in inspect.signature(law).parameters if name != "tiling"]
-
-    @wraps(law)
-    def over_axes(**known: Any) -> str | None:
-        return law(Tiling.of(known, known["problem"]), **{name: known[name] for name in others})
-
-    names = dict.fromkeys([*TILED, "problem", *others])
-    over_axes.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
-    )
-    return over_axes
-
-
 def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
     """OpenCL 1.2, section 3.3.1: no guarantees of memory consistency between work-groups."""
     if schedule == "last_block" and dialect == "opencl":
@@ -322,8 +328,8 @@ def registers_hold_the_rest(tiling: Tiling, copies: str, accumulate: str, blocks
     floats = tiling.floats_of_a_thread
     if copies == "held":
         floats += tiling.copies * tiling.words
-    if accumulate == "apart":
-        floats += tiling.floats_apart
+    if accumulate == "apart":  # they take the place of scores, which are weights in shared memory by then
+        floats += max(0, tiling.floats_apart - tiling.rows * tiling.keys)
     return _beyond(floats, registers or min(MOST_REGISTERS, 65536 // (max(1, blocks) * tiling.threads)))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.backends import _rocm
+from elsa_tune.backends._counters import Counters
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 
@@ -43,7 +44,7 @@ class Runtime(Protocol):
         """Memory for so many floats, where ``like`` lies."""
 
     def counters(self, like: Tensor, count: int) -> Tensor:
-        """So many integers, zero."""
+        """So many integers, zero, for launches that leave them zero."""
 
 
 class TorchMemory:
@@ -51,9 +52,6 @@ class TorchMemory:
 
     def floats(self, like: Tensor, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, device=like.device)
-
-    def counters(self, like: Tensor, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32, device=like.device)
 
 
 def _address(x: Tensor | None) -> int:
@@ -77,14 +75,23 @@ class GpuRuntime(TorchMemory):
     """A module of a GPU, launched on torch's current stream: nothing waits, and a graph can capture it."""
 
     def __init__(self, driver: Driver, code: bytes) -> None:
-        self._driver, self._code = driver, code
+        self._driver, self._code, self._counters = driver, code, Counters()
         self._functions: dict[tuple[int, str], Any] = {}  # a module belongs to one GPU's context
+
+    def counters(self, like: Tensor, count: int) -> Tensor:
+        with torch.cuda.device(like.device):
+            stream, capture = torch.cuda.current_stream().cuda_stream, 0
+            if torch.cuda.is_current_stream_capturing():
+                self._driver.bind(torch.cuda.current_device())
+                capture = self._driver.capture(stream)
+            return self._counters.of(like.device, stream, capture, count)
 
     def run(self, launches: list[Launch]) -> None:
         with torch.cuda.device(launches[0].arguments[0].device):
-            stream = torch.cuda.current_stream().cuda_stream
+            stream, ordinal = torch.cuda.current_stream().cuda_stream, torch.cuda.current_device()
+            self._driver.bind(ordinal)
             for launch in launches:
-                place = (torch.cuda.current_device(), launch.name)
+                place = (ordinal, launch.name)
                 if place not in self._functions:
                     self._functions[place] = self._driver.function(self._code, launch.name, launch.shared)
                 self._driver.launch(self._functions[place], launch, stream)
@@ -92,6 +99,12 @@ class GpuRuntime(TorchMemory):
 
 class Driver(Protocol):
     """What loads machine code and starts it."""
+
+    def bind(self, ordinal: int) -> None:
+        """Let this thread, whose current device torch has made that one, speak to it."""
+
+    def capture(self, stream: int) -> int:
+        """The number of the capture that the stream is under."""
 
     def function(self, code: bytes, name: str, shared: int) -> Any:
         """The kernel ``name`` of a module, allowed ``shared`` bytes of shared memory."""
@@ -112,6 +125,19 @@ class CudaDriver:
         if answer[0] != self._api.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"CUDA error: {self._api.cuGetErrorString(answer[0])[1].decode()}")
         return answer[1] if len(answer) > 1 else None
+
+    def bind(self, ordinal: int) -> None:
+        """The current context, else the device's primary one: torch binds none where a thread is on the device already, as every
+        new thread is on the first. Asked at every call, since others may change it: a quarter of a microsecond."""
+        if int(self._checked(self._api.cuCtxGetCurrent())):
+            return
+        device = self._checked(self._api.cuDeviceGet(ordinal))
+        self._checked(self._api.cuCtxSetCurrent(self._checked(self._api.cuDevicePrimaryCtxRetain(device))))
+
+    def capture(self, stream: int) -> int:
+        answer = self._api.cuStreamGetCaptureInfo(stream)
+        self._checked(answer)
+        return int(answer[2])
 
     def function(self, code: bytes, name: str, shared: int) -> Any:
         module = self._checked(self._api.cuModuleLoadData(code))
@@ -142,6 +168,14 @@ class HipDriver:
     def _checked(self, name: str, *arguments: object) -> None:
         if failed := getattr(self._api, name)(*arguments):
             raise RuntimeError(f"HIP error: {name} answered {failed}")
+
+    def bind(self, ordinal: int) -> None:
+        """Nothing: HIP gives a thread the primary context of its device, the first unless it was told another, and torch tells."""
+
+    def capture(self, stream: int) -> int:
+        status, number = ctypes.c_int(), ctypes.c_ulonglong()
+        self._checked("hipStreamGetCaptureInfo", ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number))
+        return number.value
 
     def function(self, code: bytes, name: str, shared: int) -> Any:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()

@@ -41,6 +41,8 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"the CUDA C backend runs on GPUs and OpenCL devices, not on {device}"
     if problem.precision not in PRECISIONS[problem.dtype]:
         return f"the CUDA C backend multiplies and adds without a matrix unit; {problem.dtype} has no class {problem.precision} there"
+    if problem.dtype != "fp32" and problem.precision != "approx" and device.kind == "cuda" and device.capability >= 80:
+        return f"{device.arch} multiplies {problem.dtype} on a matrix unit, which multiply-adds alone do not reach; Triton uses it"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
     return dims_are_generated(problem)

@@ -50,12 +50,16 @@ class EmulatedRuntime:
             str(variant),
         )
         self._library, self.seed = ctypes.CDLL(str(folder / "kernel.so")), 0
+        self._counters = torch.zeros(0, dtype=torch.int32)
 
     def floats(self, like: Tensor, count: int) -> Tensor:
         return torch.full((count,), float("nan"))
 
     def counters(self, like: Tensor, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int32)
+        """Cleared when they are made, and never again."""
+        if len(self._counters) < count:
+            self._counters = torch.zeros(count, dtype=torch.int32)
+        return self._counters
 
     def run(self, launches: list[Launch]) -> None:
         for launch in launches:
@@ -65,6 +69,12 @@ class EmulatedRuntime:
             function.restype = ctypes.c_char_p
             if fault := function(launch.blocks, launch.threads, self.seed, pointers):
                 raise AssertionError(f"{launch.name}: {fault.decode()}")
+
+    def reads(self, threads: int) -> list[list[int]]:
+        """Where each thread of the last block read shared memory, in bytes and in its order, if the text keeps that."""
+        count, read = ctypes.c_size_t(), self._library.emulated_reads
+        read.restype = ctypes.POINTER(ctypes.c_uint)
+        return [read(thread, ctypes.byref(count))[: count.value] for thread in range(threads)]
 
 
 def kernel(variant: Variant, problem: Problem, folder: Path) -> tuple[cuda.CudaKernel, EmulatedRuntime]:

@@ -43,6 +43,7 @@ struct Thread {
   int block_waits = 0, warp_waits = 0;  // barriers reached
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  std::vector<unsigned> reads;  // where it read shared memory, in bytes, if asked to keep that
 };
 
 inline std::vector<Thread> threads;
@@ -51,6 +52,10 @@ inline ucontext_t scheduler;
 inline int running = 0;
 inline unsigned current_block = 0;
 inline const char* fault = nullptr;
+
+inline void keep_read(const void* from) {
+  threads[running].reads.push_back(static_cast<unsigned>(static_cast<const char*>(from) - reinterpret_cast<const char*>(memory)));
+}
 
 inline void yield() { swapcontext(&threads[running].context, &scheduler); }
 
@@ -91,6 +96,7 @@ void run(unsigned blocks, int count, unsigned seed, const Body& body) {
       thread.block_waits = thread.warp_waits = 0;
       thread.groups.clear();
       thread.open.clear();
+      thread.reads.clear();
       thread.stack.resize(1 << 17);
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();
@@ -131,7 +137,7 @@ void launch(void (*kernel)(A...), unsigned blocks, int count, unsigned seed, voi
 inline void __syncthreads() { emulated::wait(false); }
 inline void __syncwarp() { emulated::wait(true); }
 inline void __threadfence() {}
-inline int atomicAdd(int* at, int more) { const int old = *at; *at += more; return old; }
+inline unsigned atomicInc(unsigned* at, unsigned last) { const unsigned old = *at; *at = old >= last ? 0 : old + 1; return old; }
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   const int me = emulated::running;
   emulated::slots[me] = x;
@@ -158,4 +164,9 @@ inline void copy_wait() {  // all but the newest ASYNC_AHEAD groups have landed
       std::memset(copy.to, 0, COPY_BYTES);
       std::memcpy(copy.to, copy.from, copy.valid);
     }
+}
+
+extern "C" inline __attribute__((used)) const unsigned* emulated_reads(int thread, size_t* count) {  // of the last block
+  *count = emulated::threads[thread].reads.size();
+  return emulated::threads[thread].reads.data();
 }

@@ -37,6 +37,7 @@ enum {
   TEAM = 64,          // threads of a worker
   LANES = 8,           // threads that share query rows
   TEAM_ROWS = 8,
+  ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 8, KEYS = 4,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 64, BLOCK_N = 32,
   STEP = 32,          // keys of one turn of the loop: a leaf for each worker
@@ -150,6 +151,11 @@ DEVICE void slice_put(const vec* held, SHARED stored* to, const int columns, int
     if (row < BLOCK_N) store_vec(to + place(row, column, SLICE_STRIDE), held[n]);
   }
 }
+// Threads side by side differ in their query row first, then in their lane: each address of a load of K and V, and of Q and the weights,
+// is that of a pair of threads, and shared memory answers a load of 128 bits in half the time.
+DEVICE int lane_of(int t) { return t / ABREAST % LANES; }
+DEVICE int team_row_of(int t) { return t / (ABREAST * LANES) * ABREAST + t % ABREAST; }
+
 // Query row r of a KV head is (position r / group, head r % group).
 DEVICE index_t row_offset(int row, int group, int kv_head, index_t head_stride, index_t row_stride) {
   return (index_t)(kv_head * group + row % group) * head_stride + (index_t)(row / group) * row_stride;
@@ -172,17 +178,17 @@ DEVICE void load_query(SHARED stored* to, const GLOBAL element* query, index_t h
 // The largest of the values that the lanes of a row hold, for every row of the thread.
 DEVICE void row_max(float* x, SHARED float* scratch, int t, int lane) {
   (void)scratch, (void)t, (void)lane;
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 8));
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 4));
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 2));
-  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = larger(x[i], lane_xor(x[i], 1));
 }
 
 // Their sum.
 DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
   (void)scratch, (void)t, (void)lane;
+  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 8);
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 4);
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 2);
-  UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 1);
 }
 
 // The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score c - m), and
@@ -351,7 +357,7 @@ DEVICE void add_values(State* x, const float* keep, const SHARED stored* p, cons
 // Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
 // their way while one is used. From key `whole` on leaves need the mask.
 DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const int* position, float c, int worker, int t) {
-  const int lane = t % LANES, team_row = t / LANES;
+  const int lane = lane_of(t), team_row = team_row_of(t);
   float score[ROWS][KEYS], keep[ROWS];
   int slot = 0;
   vec held[COPIES];
@@ -393,7 +399,7 @@ KERNEL(THREADS, 1) attend(const GLOBAL element* query, const GLOBAL element* key
   const int rows = group * q_len, tiles = (rows + BLOCK_M - 1) / BLOCK_M, index = block_index();
   const int split = index % SPLITS, tile = index / SPLITS % tiles, slot = index / SPLITS / tiles;
   const int pair = first_pair + slot, batch = pair / kv_heads, kv_head = pair % kv_heads, first = tile * BLOCK_M;
-  const int thread = thread_index(), worker = thread / TEAM, t = thread % TEAM, lane = t % LANES, team_row = t / LANES;
+  const int thread = thread_index(), worker = thread / TEAM, t = thread % TEAM, lane = lane_of(t), team_row = team_row_of(t);
 
   const int last_row = first + BLOCK_M < rows ? first + BLOCK_M - 1 : rows - 1;
   const int seen = last_row / group + 1 < kv_len ? last_row / group + 1 : kv_len;  // keys that some row sees
