@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,11 +129,11 @@ class SdpaKernel:
         return self
 
 
-@dataclass(frozen=True)
 class FlexKernel:
-    """torch's FlexAttention, compiled."""
+    """torch's FlexAttention, compiled for each shape anew."""
 
-    _is_causal: bool
+    def __init__(self, is_causal: bool) -> None:
+        self._is_causal, self._compiled = is_causal, _compiled_flex()
 
     def __call__(
         self,
@@ -144,11 +145,12 @@ class FlexKernel:
         lse: Tensor | None = None,
     ) -> Tensor:
         lengths, grouped = (query.shape[2], key.shape[2]), query.shape[1] != key.shape[1]
-        mask = _causal_blocks(*lengths, query.device) if self._is_causal else None
+        mask = causal_blocks(*lengths, query.device) if self._is_causal else None
+        options = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
         if lse is None:
-            made: Tensor = _flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+            made: Tensor = self._compiled(query, key, value, **options)
             return made
-        made, sums = _flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=True)
+        made, sums = self._compiled(query, key, value, **options, return_lse=True)
         lse.copy_(sums)
         return made
 
@@ -181,18 +183,50 @@ class AutogradKernel:
         return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
 
-@cache
-def _flex() -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Any]:
+    """FlexAttention for torch.compile to compile in a code object of its own: for one that was compiled for eight shapes,
+    Dynamo gives up and calls it eagerly, and every problem is another shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    flex: Callable[..., Any] = flex_attention
+
+    def attend(*tensors: Tensor, **options: Any) -> Any:
+        return flex(*tensors, **options)
+
+    alone = FunctionType(attend.__code__.replace(), attend.__globals__, closure=attend.__closure__)
+    return torch.compile(alone, dynamic=False)
+
+
+def _is_causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row >= column
+
+
+FLEX_BLOCK = 128
+"""Rows and columns of a block of FlexAttention's masks."""
 
 
 @cache
-def _causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
+    """FlexAttention's block mask of key j <= query i, from the blocks themselves: create_block_mask would evaluate every pair,
+    16 GiB of them at 128K."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, q_len, kv_len, device=str(device))
+    rows, columns = -(-q_len // FLEX_BLOCK), -(-kv_len // FLEX_BLOCK)
+    row = torch.arange(rows, dtype=torch.int32, device=device)
+    is_whole = row < q_len // FLEX_BLOCK  # what lies beyond the end counts as masked
+    full = torch.where(is_whole, row.clamp(max=kv_len // FLEX_BLOCK), 0)
+    partial = (row + 1).clamp(max=columns) - full
+    column = torch.arange(columns, dtype=torch.int32, device=device)
+    first = (column + full[:, None]) % columns  # partial blocks follow the full ones
+    return BlockMask.from_kv_blocks(
+        partial[None, None].contiguous(),
+        first[None, None].contiguous(),
+        full[None, None].contiguous(),
+        column.expand(1, 1, rows, columns).contiguous(),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=_is_causal,
+        seq_lengths=(q_len, kv_len),
+    )
 
 
 def load(built: Built, variant: Variant, problem: Problem) -> Any:
