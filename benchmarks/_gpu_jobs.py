@@ -1,0 +1,81 @@
+"""Jobs of benchmarks/gpu.py that run in workers, and the ledger of what workers' time was spent on."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from elsa_tune import measure
+from elsa_tune.backends import Built
+from elsa_tune.device import Device
+from elsa_tune.measure import Contender
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Variant
+
+CALLS = 100
+
+
+class Ledger:
+    """A worker, and the seconds that each of its jobs took."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker, self.spent = worker, Counter[str]()
+
+    def run(self, job: Callable[..., Any], *arguments: object, timeout: float) -> Any:
+        start = time.monotonic()
+        try:
+            return self._worker.run(job, *arguments, timeout=timeout)
+        finally:
+            self.spent[job.__name__] += time.monotonic() - start
+
+    def renew(self) -> None:
+        self._worker.renew()
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(seconds, 1) for name, seconds in self.spent.items()}
+
+
+def build_timed(variant: Variant, problem: Problem, device: Device) -> tuple[Built, float]:
+    """What was built, and its seconds."""
+    start = time.monotonic()
+    built = measure.build(variant, problem, device)
+    return built, time.monotonic() - start
+
+
+def warm(problem: Problem, contender: Contender) -> tuple[Built, float]:
+    """Call a contender once, so that what it compiles is on disk; what it is, and seconds."""
+    start = time.monotonic()
+    measure.check_shape(problem, contender, contender)
+    return contender.built, time.monotonic() - start
+
+
+def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str, float | str]:
+    """Microseconds that a call takes the host, which does not wait for the GPU: the least of three rows of CALLS; or why it
+    could not be called."""
+    found: dict[str, float | str] = {}
+    for contender in contenders:
+        try:
+            found[str(contender.variant)] = _launch_cost(problem, contender)
+        except Exception as error:
+            found[str(contender.variant)] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _launch_cost(problem: Problem, contender: Contender) -> float:
+    import torch
+
+    tensors = measure._bench(problem, contender.device).inputs[0].tensors
+    wait = torch.cuda.synchronize if contender.device.is_gpu else lambda: None
+    kernel, rows = contender.load(problem), list[float]()
+    call = kernel.bind(*tensors) if problem.direction == "forward" else kernel
+    call(*tensors)
+    for _ in range(3):
+        wait()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call(*tensors)
+        rows.append(1e6 * (time.perf_counter() - start) / CALLS)
+    wait()
+    return round(min(rows), 2)
