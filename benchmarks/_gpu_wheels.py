@@ -25,7 +25,7 @@ PLATFORMS = (
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 )
-KEPT = re.compile(r"torch|triton|numpy|nvidia-.*|cuda-.*|pip|setuptools")
+KEPT = re.compile(r"torch|triton|numpy|nvidia-(?!ml-py).*|cuda-.*|pip|setuptools")
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("elsa_tune.tuning", "elsa_tune.doctor", "elsa_tune.cli", "elsa_tune.exchange")
 """Modules that import everything elsa-tune is made of."""
@@ -41,7 +41,7 @@ def wanted() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
     texts = [text.partition(";")[0].strip() for text in every if "python_version <" not in text]
-    return [text for text in texts if not KEPT.fullmatch(plain(re.split(r"[<>=\[ ]", text)[0])) or "ml-py" in text]
+    return [text for text in texts if not KEPT.fullmatch(plain(re.split(r"[<>=\[ ]", text)[0]))]
 
 
 def download(folder: Path) -> int:
@@ -53,7 +53,7 @@ def download(folder: Path) -> int:
     subprocess.run([*command, "--dest", str(folder), *wanted()], check=True)
     for wheel in folder.glob("*.whl"):
         name = plain(wheel.name.split("-")[0])
-        if KEPT.fullmatch(name) and name != "nvidia-ml-py":
+        if KEPT.fullmatch(name):
             wheel.unlink()
     sizes = [wheel.stat().st_size for wheel in folder.glob("*.whl")]
     print(f"{len(sizes)} wheels, {sum(sizes) / 2**20:.0f} MiB in {folder}")
@@ -65,7 +65,7 @@ def lacking(folder: Path) -> list[Path]:
     found = []
     for wheel in sorted(folder.glob("*.whl")):
         name = plain(wheel.name.split("-")[0])
-        if KEPT.fullmatch(name) and name != "nvidia-ml-py":
+        if KEPT.fullmatch(name):
             continue
         try:
             version(name)
@@ -80,18 +80,12 @@ def install(folder: Path, site: Path) -> int:
         print("installing", *(wheel.name for wheel in wheels), flush=True)
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *options, *map(str, wheels)], check=False)
-    path = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; "
-    for module in NEEDED:
-        done = subprocess.run(
-            [sys.executable, "-c", f"{path}import {module}"], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:]
-            print(
-                f"lacking: {module}: {''.join(said)}; `make wheels-gpu` fills {folder.name}, carry it along", flush=True
-            )
-            return 1
-    return 0
+    program = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; import {', '.join(NEEDED)}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:]
+        print(f"lacking: {''.join(said)}; `make wheels-gpu` fills {folder.name}, carry it along", flush=True)
+    return done.returncode
 
 
 if __name__ == "__main__":
