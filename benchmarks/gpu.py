@@ -73,7 +73,7 @@ def stages(session: Session) -> None:
             with log.step(f"launches {problem}", needs=reserve + CLOSING):
                 session.launches(problem)
     left = log.left - reserve - CLOSING
-    with log.step("search", needs=reserve + CLOSING + min(LEAST_SEARCH, 0.4 * session.total)):
+    with log.step("search", needs=reserve + CLOSING + min(LEAST_SEARCH, 0.25 * session.total)):
         session.search(left - max(tuning.LEAST_GRACE, tuning.GRACE * left))
     if device.is_gpu:
         for tool in ("memcheck", "racecheck"):
