@@ -82,6 +82,7 @@ def sanitize(tool: str, device: Device, log: Log, seconds: float) -> None:
             stderr=subprocess.STDOUT,
             timeout=seconds,
             check=False,
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor has bounds of its own
         )
         said, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as error:

@@ -27,8 +27,8 @@ PLATFORMS = (
 )
 KEPT = re.compile(r"torch|triton|numpy|nvidia-(?!ml-py).*|cuda-.*|pip|setuptools")
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("elsa_tune.tuning", "elsa_tune.doctor", "elsa_tune.cli", "elsa_tune.exchange")
-"""Modules that import everything elsa-tune is made of."""
+IMPORTED = ("elsa_tune.tuning", "elsa_tune.doctor", "elsa_tune.cli", "elsa_tune.exchange", "pebble", "archspec.cpu")
+"""What must be importable: everything elsa-tune is made of, and what it imports late."""
 
 
 def plain(name: str) -> str:
@@ -36,12 +36,16 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def wanted() -> list[str]:
-    """pyproject.toml's requirements, and NVIDIA's telemetry, without what is never touched."""
+def name_of(requirement: str) -> str:
+    """The distribution that a requirement is of."""
+    return plain(re.split(r"[<>=;\[ ]", requirement)[0])
+
+
+def wanted(*extras: str) -> list[str]:
+    """pyproject.toml's requirements, those of extras too, without what is never touched."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    every = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
-    texts = [text.partition(";")[0].strip() for text in every if "python_version <" not in text]
-    return [text for text in texts if not KEPT.fullmatch(plain(re.split(r"[<>=\[ ]", text)[0]))]
+    every = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    return [text for text in every if "python_version <" not in text and not KEPT.fullmatch(name_of(text))]
 
 
 def download(folder: Path) -> int:
@@ -50,7 +54,7 @@ def download(folder: Path) -> int:
     target = ["--python-version", PYTHON, "--implementation", "cp", *(x for p in PLATFORMS for x in ("--platform", p))]
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *target, *constraints]
-    subprocess.run([*command, "--dest", str(folder), *wanted()], check=True)
+    subprocess.run([*command, "--dest", str(folder), *wanted("gpu")], check=True)
     for wheel in folder.glob("*.whl"):
         name = plain(wheel.name.split("-")[0])
         if KEPT.fullmatch(name):
@@ -80,7 +84,11 @@ def install(folder: Path, site: Path) -> int:
         print("installing", *(wheel.name for wheel in wheels), flush=True)
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *options, *map(str, wheels)], check=False)
-    program = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; import {', '.join(NEEDED)}"
+    program = (
+        f"import sys, importlib.metadata; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]\n"
+        f"for name in {[*map(name_of, wanted())]}: importlib.metadata.version(name)\n"
+        f"import {', '.join(IMPORTED)}"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:]

@@ -9,7 +9,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit
 : "${OUT:?names the folder that results go to}"
-python=${PYTHON:-python3} site=$(mktemp -d) limit=${LIMIT:-560}
+python=${PYTHON:-python3} site=$(mktemp -d) limit=${LIMIT:-520}
 mkdir -p "$OUT"
 out=$(cd "$OUT" && pwd)
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

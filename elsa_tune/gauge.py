@@ -13,7 +13,7 @@ from operator import or_
 
 from elsa_tune.device import Device
 
-READ_EVERY, ASK_EVERY = 0.02, 2.0
+READ_EVERY, ASK_EVERY = 0.05, 2.0
 """Seconds between readings of a library, and of a program that is started for each."""
 
 _QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"

@@ -102,8 +102,7 @@ def test_who_cannot_be_launched_loses_alone(monkeypatch: pytest.MonkeyPatch, los
     raced = race(PROBLEM, contenders, 4, 10.0)
     assert set(raced.failed) == {lost} and raced.samples[lost] == ()
     assert "capture ended badly" in raced.failed[lost] and "not permitted" in raced.failed[lost]
-    assert all(len(s) >= 1 for i, s in enumerate(raced.samples) if i != lost) and len(raced.disturbed) == 3
-    assert len(raced.samples[1 if lost == 0 else 0]) >= 3
+    assert all(s for i, s in enumerate(raced.samples) if i != lost) and len(raced.disturbed) == 3
 
 
 def test_a_race_of_nobody_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

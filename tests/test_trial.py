@@ -13,7 +13,7 @@ from planted import peers, planted, variant_of
 from elsa_tune import quiet, tuning
 from elsa_tune.check import Verdict
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, race
+from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.quiet import Heard
@@ -83,6 +83,8 @@ def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
 
     class Refusing(Hanging):
         def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
+            if job in (peak, state):
+                return {}
             raced = super().run(job, *arguments, timeout=timeout)
             if job is race:
                 lost = [c.variant for c in arguments[1]].index(healthy.variant)

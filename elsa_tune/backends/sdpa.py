@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -178,7 +179,8 @@ class AutogradKernel:
         name = (query.data_ptr(), scale)
         if name not in self._graphs:
             q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
+            with functorch.patch(donated_buffer=False):  # or what is compiled could be differentiated only once
+                self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
         made, leaves = self._graphs[name]
         return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
