@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from elsa_tune import measure
+from elsa_tune import clock, measure
 from elsa_tune.backends import Built
+from elsa_tune.check import Verdict
 from elsa_tune.device import Device
 from elsa_tune.measure import Contender
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 CALLS = 100
+BROKEN = 77
+"""The exit code of a process whose GPU context a kernel broke."""
 
 
 class Ledger:
@@ -37,18 +42,42 @@ class Ledger:
         return {name: round(seconds, 1) for name, seconds in self.spent.items()}
 
 
-def build_timed(variant: Variant, problem: Problem, device: Device) -> tuple[Built, float]:
-    """What was built, and its seconds."""
+class Prepared(NamedTuple):
+    """A kernel before its race: what was built, its check on the family's hostile inputs, and the seconds of both."""
+
+    built: Built
+    verdict: Verdict | None
+    building: float
+    checking: float = 0.0
+
+
+def prepare(variant: Variant, problem: Problem, device: Device, peers: Sequence[Contender] | None) -> Prepared:
+    """Build, and check beside torch's own (``peers``; None: build only). A kernel that breaks the GPU's context ends this process,
+    which others would lose their work in."""
     start = time.monotonic()
     built = measure.build(variant, problem, device)
-    return built, time.monotonic() - start
+    building = time.monotonic() - start
+    if built.flaw or peers is None:
+        return Prepared(built, None, building)
+    start = time.monotonic()
+    try:
+        verdict = measure.check_family(problem, Contender(variant, built, device), peers)
+    except Exception as error:
+        told = f"{variant} on {problem.family}: {type(error).__name__}: {error}"
+        try:
+            clock.survive(device, told)
+        except RuntimeError:
+            print(told, file=sys.stderr, flush=True)
+            os._exit(BROKEN)
+        raise RuntimeError(told.replace("CUDA error", "error of CUDA")) from error  # the context is whole: go on in it
+    return Prepared(built, verdict, building, time.monotonic() - start)
 
 
-def warm(problem: Problem, contender: Contender) -> tuple[Built, float]:
-    """Call a contender once, so that what it compiles is on disk; what it is, and seconds."""
+def warm(problem: Problem, contender: Contender) -> Prepared:
+    """Call a contender once, so that what it compiles is on disk."""
     start = time.monotonic()
     measure.check_shape(problem, contender, contender)
-    return contender.built, time.monotonic() - start
+    return Prepared(contender.built, None, time.monotonic() - start)
 
 
 def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str, float | str]:

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from _gpu_jobs import Ledger, build_timed, launch_costs, warm
+from _gpu_jobs import Ledger, Prepared, launch_costs, prepare, warm
 from _gpu_lists import SHORT, candidates, checks
 from _gpu_log import Log
 from elsa_tune import backends, layers, offline, tuning
 from elsa_tune.backends import sdpa
+from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.measure import Contender, WorkerFailed
@@ -35,8 +36,8 @@ from elsa_tune.variant import Variant
 from elsa_tune.winners import Database
 
 ROUNDS, RACE_SECONDS = 12, 1.5
-CHECKS, BUILDS = 0.12, 0.25
-"""Shares of the time: for small checks, and until when builds may last."""
+CHECKS, PREPARED = 0.12, 0.3
+"""Shares of the time: for small checks, and until when races begin, whatever is not built."""
 
 CLOSING = 5.0
 """Seconds that writing results is left."""
@@ -57,6 +58,7 @@ class Session:
         self.seen: dict[Problem, dict[str, Measurement]] = {}
         self.racing: dict[Problem, tuple[Contender, list[Contender]]] = {}
         self.unbuilt: dict[str, str] = {}  # digest -> why
+        self.verdicts: dict[str, Verdict | None] = {}  # digest -> on its family
 
     def recorded(self, problem: Problem, m: Measurement) -> None:
         self.seen.setdefault(problem, {})[m.variant] = m
@@ -76,31 +78,40 @@ class Session:
         }  # fmt: skip
         self.log.line("machine", f"{self.device} ({self.device.name}) {software} {self.trials.limits}", **facts)
 
-    def build_all(self) -> None:
-        """Everything that will be checked and raced, side by side, in order of need; FlexAttention is compiled to disk."""
-        pool = ThreadPoolExecutor(host_cpu().cores)
+    def prepare_all(self) -> None:
+        """Everything that will be raced is built and checked side by side, in order of need, and FlexAttention compiled to disk;
+        small checks meanwhile."""
         jobs: dict[str, Future[Any]] = {}
-        checked = checks(self.device) if self.device.is_gpu else []
-        for problem, variant in [*checked, *((p, v) for p in self.problems for v in candidates(p, self.device))]:
-            digest = self.digest(problem, variant)
-            if digest and digest not in jobs:
-                todo = (self.builders.run, build_timed, variant, problem, self.device)
-                jobs[digest] = pool.submit(*todo, timeout=BUILD_SECONDS)
-        first = [jobs[digest] for p, v in checked if (digest := self.digest(p, v)) in jobs]
-        for problem in self.problems:
-            for peer in self.trials.peers(problem, slow=True):
-                if peer.variant.axes["kernel"] in sdpa.SLOW_TO_START:
-                    jobs[f"{problem} {peer.variant}"] = pool.submit(
-                        self.builders.run, warm, problem, peer, timeout=BUILD_SECONDS
-                    )
-        if self.device.is_gpu:
-            wait(first, timeout=0.5 * BUILDS * self.total)
-            with self.log.step("check"):
-                said = check_command(self.device, CHECKS * self.total)
-                self.log.line("checked", said[-200:].strip(), said=said[-4000:])
-        wait(jobs.values(), timeout=max(1.0, self.log.left - (1 - BUILDS) * self.total))
-        pool.shutdown(wait=False, cancel_futures=True)
-        self.tell_of_builds(jobs)
+        pool = ThreadPoolExecutor(host_cpu().cores)
+        try:
+            raced = {self.digest(p, v): (p, v) for p in self.problems for v in candidates(p, self.device)}
+            small = {self.digest(p, v): (p, v) for p, v in checks(self.device)} if self.device.is_gpu else {}
+            for digest in filter(None, [*small, *raced]):
+                if digest not in jobs:
+                    problem, variant = raced.get(digest) or small[digest]
+                    peers = self.trials.peers(problem) if self.device.is_gpu and digest in raced else None
+                    todo = (self.builders.run, prepare, variant, problem, self.device, peers)
+                    jobs[digest] = pool.submit(*todo, timeout=BUILD_SECONDS)
+            first = [jobs[digest] for digest in small if digest]
+            for problem in self.problems:
+                for peer in self.trials.peers(problem, slow=True):
+                    if peer.variant.axes["kernel"] in sdpa.SLOW_TO_START:
+                        name, todo = f"{problem} {peer.variant}", (self.builders.run, warm, problem, peer)
+                        jobs[name] = pool.submit(*todo, timeout=BUILD_SECONDS)
+            if self.device.is_gpu:
+                wait(first, timeout=0.5 * PREPARED * self.total)
+                with self.log.step("check"):
+                    said = check_command(self.device, CHECKS * self.total)
+                    self.log.line("checked", said[-200:].strip(), said=said[-4000:])
+            late = wait(jobs.values(), timeout=max(1.0, self.log.left - (1 - PREPARED) * self.total)).not_done
+            ready = {digest: job for digest, job in jobs.items() if job not in late}
+            if late:
+                for job in late:
+                    job.cancel()
+                self.builders.renew()  # nothing runs beside a race
+        finally:  # also when this process is told to end
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.tell_of_preparations(jobs, ready)
 
     def digest(self, problem: Problem, variant: Variant) -> str:
         """What a variant would build; empty where its compiler cannot even be named."""
@@ -108,19 +119,22 @@ class Session:
             return backends.get(variant.backend).digest(variant, problem, self.device)
         return ""
 
-    def tell_of_builds(self, jobs: dict[str, Future[Any]]) -> None:
-        """What was built in how many seconds, and why the rest was not; that will not be raced."""
-        seconds = list[float]()
-        for digest, job in jobs.items():
-            if not job.done() or job.cancelled():
+    def tell_of_preparations(self, jobs: dict[str, Future[Any]], ready: dict[str, Future[Any]]) -> None:
+        """What was built and checked in how many seconds, and why the rest was not; that will not be raced."""
+        done = list[Prepared]()
+        for digest in jobs:
+            if digest not in ready:
                 self.unbuilt[digest] = "not built in time"
-            elif error := job.exception():
+            elif error := ready[digest].exception():
                 self.unbuilt[digest] = str(error)
             else:
-                seconds.append(job.result()[1])
+                done.append(ready[digest].result())
+                self.verdicts[digest] = done[-1].verdict
+        building, checking = sum(p.building for p in done), sum(p.checking for p in done)
         self.log.line(
-            "built", f"{len(seconds)} of {len(jobs)} in {sum(seconds):.0f} s of compilers; not: {list(self.unbuilt.values())}",
-            built=len(seconds), seconds=sum(seconds), longest=max(seconds, default=0.0), unbuilt=self.unbuilt,
+            "prepared", f"{len(done)} of {len(jobs)}: {building:.0f} s of compilers, {checking:.0f} s of checks; not: {self.unbuilt}",
+            prepared=len(done), building=building, checking=checking, longest=max((p.building for p in done), default=0.0),
+            unbuilt=self.unbuilt,
         )  # fmt: skip
 
     # Races.
@@ -133,6 +147,9 @@ class Session:
         load: dict[str, float] = {}
         try:
             built = self.trials.build(problem, [v for v in variants if v not in unbuilt])
+            for candidate in built:
+                if verdict := self.verdicts.get(self.digest(problem, candidate.variant)):
+                    self.trials.take(problem, candidate, verdict)
             usable = [c for c in built if self.trials.usable(problem, incumbent, seconds, c)]
             everyone = [c for c in self.trials.peers(problem, True) if self.ran(problem, c, incumbent)] + usable
             try:

@@ -43,7 +43,7 @@ def run(device: Device, problems: Sequence[str], seconds: float, out: Path) -> L
     with (
         Database.for_writing() as database,
         Worker(memory) as worker,
-        Worker(memory, count=max(1, host_cpu().cores - 1)) as builders,
+        Worker(memory, count=max(2, host_cpu().cores - 1)) as builders,
     ):
         session = Session(device, problems, log, database, worker, builders)
         try:
@@ -60,8 +60,8 @@ def stages(session: Session) -> None:
     reserve = SANITIZER * session.total if device.is_gpu else 0.0
     with log.step("machine"):
         session.introduce()
-    with log.step("builds"):
-        session.build_all()
+    with log.step("preparations"):
+        session.prepare_all()
     session.trials.deadline = log.deadline - reserve - CLOSING
     for number, problem in enumerate(session.problems):
         with log.step(f"race {problem}", needs=reserve + CLOSING):

@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,13 +119,15 @@ class Worker:
     def _start(self) -> None:
         from pebble import ProcessPool
 
-        self._pool = ProcessPool(**self._options)
+        self._pool, self._waiting = ProcessPool(**self._options), set[Any]()
 
     def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
         """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message."""
         from pebble import ProcessExpired
 
         future = self._pool.schedule(job, args=arguments, timeout=timeout)
+        waiting = self._waiting
+        waiting.add(future)
         try:
             result: T = future.result()
             return result
@@ -132,10 +135,14 @@ class Worker:
             raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s; the worker was killed") from error
         except ProcessExpired as error:
             raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
+        except CancelledError as error:
+            raise WorkerFailed("failed", "given up: the worker was ended") from error
         except Exception as error:
             if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
                 self.renew()  # its GPU context may be lost for good
             raise WorkerFailed("failed", f"{type(error).__name__}: {error}") from error
+        finally:
+            waiting.discard(future)
 
     def renew(self) -> None:
         """Go on in a new process: what is left of a job that failed may be in the way of the next one's."""
@@ -143,7 +150,9 @@ class Worker:
         self._start()
 
     def close(self) -> None:
-        """End the process at once."""
+        """End the process at once; whoever waits for a job, in another thread, learns that it was given up."""
+        for future in list(self._waiting):
+            future.cancel()
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
@@ -360,7 +369,7 @@ class _Referee:
                 self._held_up.append((contender, number))
                 return found
 
-    def disturbed(self, samples: Sequence[Sequence[float]], base: int) -> list[float]:
+    def disturbed(self, samples: Sequence[Sequence[float]], base: int = 0) -> list[float]:
         """The share of each contender's rounds in which it or the incumbent was held up; all, if others wanted the machine."""
         if self._whole is not None and self._whole.heard().busy:
             return [1.0] * len(samples)

@@ -217,6 +217,10 @@ class Trials:
             self._record_contender(problem, candidate, "wrong", reason=verdict.reason)
         return not verdict.reason
 
+    def take(self, problem: Problem, candidate: Contender, verdict: Verdict) -> None:
+        """Know what check_family said of a candidate elsewhere on this device."""
+        self._families[problem.family, candidate.built.digest] = verdict
+
     def _family(self, problem: Problem, candidate: Contender) -> Verdict:
         key = (problem.family, candidate.built.digest)
         if key not in self._families:

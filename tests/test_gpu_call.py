@@ -60,21 +60,32 @@ class Planted(Rehearsed):
     def befalls(self, fault: str, variant: object) -> bool:
         return str(variant) == self.faults.get(fault)
 
-    def do_build_timed(self, variant: Variant, problem: Problem, goal: Device) -> Any:
+    def do_prepare(self, variant: Variant, problem: Problem, goal: Device, peers: Any) -> Any:
+        from _gpu_jobs import Prepared
+
         if self.befalls("compiler fails", variant):
             raise WorkerFailed("failed", "BuildFailed: planted")
-        return self.do_build(variant, problem, goal), 1.0
+        if self.befalls("breaks the context", variant):
+            raise WorkerFailed("failed", "the worker died with exit code 77")
+        built = self.do_build(variant, problem, goal)
+        wrong = Verdict(1.0, 1e7, "planted") if self.befalls("wrong", variant) else Verdict(1e-7, 0.5)
+        return Prepared(built, None if built.flaw or peers is None else wrong, 1.0, 0.5)
 
     def do_warm(self, problem: Problem, contender: Any) -> Any:
-        return contender.built, 1.0
+        from _gpu_jobs import Prepared
+
+        return Prepared(contender.built, None, 1.0)
 
     def do_launch_costs(self, problem: Problem, contenders: Any) -> dict[str, float]:
         return {str(c.variant): 10.0 for c in contenders}
 
     def do_check_family(self, problem: Problem, candidate: Any, peers: Any) -> Verdict:
+        return Verdict(1e-7, 0.5)
+
+    def do_check_shape(self, problem: Problem, candidate: Any, incumbent: Any) -> Verdict:
         if self.befalls("raises", candidate.variant):
             raise WorkerFailed("failed", "RuntimeError: planted at launch")
-        return Verdict(1.0, 1e7, "planted") if self.befalls("wrong", candidate.variant) else Verdict(1e-7, 0.5)
+        return super().do_check_shape(problem, candidate, incumbent)
 
     def do_race(self, problem: Problem, contenders: Any, rounds: int, seconds: float, beat: float = 0.0) -> Any:
         names = [str(c.variant) for c in contenders]
@@ -119,11 +130,11 @@ def test_the_twelve_problems_are_lawful_and_each_has_enough_to_race(gpu: Any) ->
 def test_a_failure_at_every_step_costs_its_own_line(gpu: Any, tmp_path: Path) -> None:
     from _gpu_lists import candidates
 
-    first, second, third, fourth = (str(v) for v in candidates(Problem.parse(LONG), H200)[:4])
+    first, second, third, fourth, fifth = (str(v) for v in candidates(Problem.parse(LONG), H200)[:5])
     captured = next(str(v) for v in candidates(Problem.parse(SHORT), H200) if "half" in str(v))
     Planted.faults = {
         "raises": first, "wrong": second, "compiler fails": third, "is not captured": captured, "worker dies": DECODE,
-        "telemetry": "absent",
+        "breaks the context": fifth, "telemetry": "absent",
     }  # fmt: skip
     gpu.run(H200, [SHORT, LONG, DECODE], 60.0, tmp_path)
     raced = {line["problem"]: line for line in lines(tmp_path, "raced")}
@@ -132,7 +143,9 @@ def test_a_failure_at_every_step_costs_its_own_line(gpu: Any, tmp_path: Path) ->
     assert (
         "planted at launch" in absent[first] and absent[second] == "wrong: planted" and "BuildFailed" in absent[third]
     )
-    assert fourth in rows and {"sdpa.efficient", "sdpa.flex", "sdpa.math"} <= set(rows)
+    assert (
+        "exit code 77" in absent[fifth] and fourth in rows and {"sdpa.efficient", "sdpa.flex", "sdpa.math"} <= set(rows)
+    )
     lost = raced[f"{SHORT}.graph"]
     assert "capturing" in lost["absent"][captured] and captured in raced[SHORT]["rows"]
     assert len([v for v in lost["rows"] if not v.startswith("sdpa.")]) >= 2 and "sdpa.flash" in lost["rows"]
@@ -146,7 +159,7 @@ def test_a_failure_at_every_step_costs_its_own_line(gpu: Any, tmp_path: Path) ->
     row = rows[fourth]
     assert row["predicted"] > 0 and row["resources"]["shared"] and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert raced[LONG]["load"] == {"sm_mhz": 1755.0, "watts": 640.0, "throttled": 4.0}
-    assert raced[LONG]["seconds"].keys() >= {"race", "check_family", "all"}
+    assert raced[LONG]["seconds"].keys() >= {"race", "check_shape", "all"}
     written = {path.name.partition("+")[2].partition("_t13.0")[2] or path.name for path in tmp_path.iterdir()}
     assert {"lines.jsonl", ".json", ".jsonl", ".trials.jsonl"} <= written
 
@@ -170,7 +183,7 @@ def test_the_deadline_in_the_middle_of_finals(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_what_was_flushed_before_a_kill_is_readable(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--problem", SMALL, "--minutes", "1"]
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--problem", SMALL, "--minutes", "0.6"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("ELSA_TUNE_HOME", None)
     process = subprocess.Popen(
@@ -234,7 +247,7 @@ def test_the_whole_command_where_packages_are_lacking(tmp_path: Path) -> None:
         "WHEELS": str(wheels),
         "OUT": str(out),
     }
-    command = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--problem", SMALL, "--minutes", "1"]
+    command = ["bash", "benchmarks/gpu.sh", "--device", "cpu", "--problem", SMALL, "--minutes", "0.6"]
 
     def called() -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,18 @@ def test_the_worker_serves_on_after_every_fault(worker: Worker) -> None:
     for fault in ("segfault", "hang", "healthy"):
         verdict(worker, fault)
     assert verdict(worker, "healthy") is None
+
+
+def test_who_waits_for_a_worker_that_is_ended_learns_of_it() -> None:
+    """One job runs, one waits for its turn; nobody waits for ever."""
+    with Worker() as one, ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(one.run, time.sleep, 60.0, timeout=100.0) for _ in range(2)]
+        time.sleep(0.2)
+        one.renew()
+        for job in waiting:
+            with pytest.raises(WorkerFailed, match="given up"):
+                job.result(timeout=20)
+        assert one.run(divmod, 7, 2, timeout=30.0) == (3, 1)
 
 
 def test_exceptions_of_a_job_are_failures_with_their_message(worker: Worker) -> None:
