@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,10 @@ class AutogradKernel:
     """Gradients by autograd through one of torch's kernels; the graph of each set of inputs is made once."""
 
     def __init__(self, forward: Call) -> None:
+        # what torch compiles may be differentiated only once otherwise; read both when it compiles and when it is called
+        self._lasting = (
+            partial(functorch.patch, donated_buffer=False) if isinstance(forward, FlexKernel) else nullcontext
+        )
         self._forward, self._graphs = forward, dict[tuple[int, float | None], tuple[Tensor, tuple[Tensor, ...]]]()
 
     def __call__(
@@ -177,12 +182,12 @@ class AutogradKernel:
         scale: float | None = None,
     ) -> tuple[Tensor, ...]:
         name = (query.data_ptr(), scale)
-        if name not in self._graphs:
-            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            with functorch.patch(donated_buffer=False):  # or what is compiled could be differentiated only once
+        with self._lasting():
+            if name not in self._graphs:
+                q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
                 self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
-        made, leaves = self._graphs[name]
-        return torch.autograd.grad(made, leaves, grad, retain_graph=True)
+            made, leaves = self._graphs[name]
+            return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
 
 def _compiled_flex() -> Callable[..., Any]:
