@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from elsa_tune import clock, measure
 from elsa_tune.backends import Built
 from elsa_tune.check import Verdict
@@ -43,41 +45,48 @@ class Ledger:
 
 
 class Prepared(NamedTuple):
-    """A kernel before its race: what was built, its check on the family's hostile inputs, and the seconds of both."""
+    """A kernel before its race: what was built, its check on the family's hostile inputs, the seconds of both; or why not."""
 
-    built: Built
+    built: Built | None
     verdict: Verdict | None
     building: float
     checking: float = 0.0
+    failure: str = ""
 
 
 def prepare(variant: Variant, problem: Problem, device: Device, peers: Sequence[Contender] | None) -> Prepared:
-    """Build, and check beside torch's own (``peers``; None: build only). A kernel that breaks the GPU's context ends this process,
-    which others would lose their work in."""
-    start = time.monotonic()
-    built = measure.build(variant, problem, device)
-    building = time.monotonic() - start
-    if built.flaw or peers is None:
-        return Prepared(built, None, building)
-    start = time.monotonic()
+    """Build, and check beside torch's own (``peers``; None: build only). A kernel that breaks the GPU's context ends this process:
+    the next job must not run in it."""
+    start, built = time.monotonic(), None
     try:
+        built = measure.build(variant, problem, device)
+        building = time.monotonic() - start
+        if built.flaw or peers is None:
+            return Prepared(built, None, building)
         verdict = measure.check_family(problem, Contender(variant, built, device), peers)
+        return Prepared(built, verdict, building, time.monotonic() - start - building)
     except Exception as error:
-        told = f"{variant} on {problem.family}: {type(error).__name__}: {error}"
-        try:
-            clock.survive(device, told)
-        except RuntimeError:
-            print(told, file=sys.stderr, flush=True)
-            os._exit(BROKEN)
-        raise RuntimeError(told.replace("CUDA error", "error of CUDA")) from error  # the context is whole: go on in it
-    return Prepared(built, verdict, building, time.monotonic() - start)
+        return _failed(built, time.monotonic() - start, device, f"{type(error).__name__}: {error}")
 
 
 def warm(problem: Problem, contender: Contender) -> Prepared:
     """Call a contender once, so that what it compiles is on disk."""
     start = time.monotonic()
-    measure.check_shape(problem, contender, contender)
-    return Prepared(contender.built, None, time.monotonic() - start)
+    try:
+        measure.check_shape(problem, contender, contender)
+        return Prepared(contender.built, None, time.monotonic() - start)
+    except Exception as error:
+        return _failed(contender.built, time.monotonic() - start, contender.device, f"{type(error).__name__}: {error}")
+
+
+def _failed(built: Built | None, seconds: float, device: Device, why: str) -> Prepared:
+    try:
+        if torch.cuda.is_initialized():
+            clock.survive(device, why)
+    except RuntimeError:
+        print(why, file=sys.stderr, flush=True)
+        os._exit(BROKEN)
+    return Prepared(built, None, seconds, failure=why)
 
 
 def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str, float | str]:
@@ -93,8 +102,6 @@ def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str,
 
 
 def _launch_cost(problem: Problem, contender: Contender) -> float:
-    import torch
-
     tensors = measure._bench(problem, contender.device).inputs[0].tensors
     wait = torch.cuda.synchronize if contender.device.is_gpu else lambda: None
     kernel, rows = contender.load(problem), list[float]()

@@ -73,7 +73,7 @@ class Session:
                 software |= backends.get(name).toolchain(self.device)
         self.trials.find_limits()
         facts = {
-            "device": str(self.device), "name": self.device.name, "cores": os.cpu_count(), "software": software,
+            "smi": nvidia_smi() if self.device.is_gpu else "", "device": str(self.device), "name": self.device.name, "cores": os.cpu_count(), "software": software,
             "tf32": torch.get_float32_matmul_precision(), "limits": self.trials.limits,
         }  # fmt: skip
         self.log.line("machine", f"{self.device} ({self.device.name}) {software} {self.trials.limits}", **facts)
@@ -125,8 +125,8 @@ class Session:
         for digest in jobs:
             if digest not in ready:
                 self.unbuilt[digest] = "not built in time"
-            elif error := ready[digest].exception():
-                self.unbuilt[digest] = str(error)
+            elif why := str(ready[digest].exception() or "") or ready[digest].result().failure:
+                self.unbuilt[digest] = why
             else:
                 done.append(ready[digest].result())
                 self.verdicts[digest] = done[-1].verdict
@@ -250,6 +250,15 @@ class Session:
                 "searched", f"{o.problem}: {told}", problem=str(o.problem), winner=facts, share_of_limit=o.limit
             )
         self.log.line("search", "; ".join(report.notes), seconds=report.seconds, notes=report.notes)
+
+
+def nvidia_smi() -> str:
+    """What NVIDIA's program says of the GPUs; empty where it is not here."""
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = "name,driver_version,pstate,power.limit,clocks.max.sm,clocks.max.mem,mig.mode.current,persistence_mode"
+        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    return ""
 
 
 def check_command(device: Device, seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,10 @@ class SdpaKernel:
 
 
 class FlexKernel:
-    """torch's FlexAttention, compiled for each shape anew."""
+    """torch's FlexAttention, compiled for the problem."""
 
-    def __init__(self, is_causal: bool) -> None:
-        self._is_causal, self._compiled = is_causal, _compiled_flex()
+    def __init__(self, problem: Problem) -> None:
+        self._is_causal, self._compiled = problem.mask == "causal", _compiled_flex(problem)
 
     def __call__(
         self,
@@ -190,9 +190,10 @@ class AutogradKernel:
             return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
 
-def _compiled_flex() -> Callable[..., Any]:
-    """FlexAttention for torch.compile to compile in a code object of its own: for one that was compiled for eight shapes,
-    Dynamo gives up and calls it eagerly, and every problem is another shape."""
+@lru_cache(maxsize=64)
+def _compiled_flex(problem: Problem) -> Callable[..., Any]:
+    """FlexAttention for torch.compile to compile in a code object of its own: one that was compiled for eight shapes is called
+    eagerly from then on, and every problem is another shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
     flex: Callable[..., Any] = flex_attention
@@ -239,7 +240,7 @@ def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
 def load(built: Built, variant: Variant, problem: Problem) -> Any:
     """The chosen kernel, or the gradients through it."""
     name, is_causal = str(variant.axes["kernel"]), problem.mask == "causal"
-    kernel: Kernel = FlexKernel(is_causal) if name == "flex" else SdpaKernel(BACKENDS[name], is_causal)
+    kernel: Kernel = FlexKernel(problem) if name == "flex" else SdpaKernel(BACKENDS[name], is_causal)
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 
