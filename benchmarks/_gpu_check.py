@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,20 +47,40 @@ def check_once(problem: Problem, variant: Variant, device: Device) -> str:
 
 def check_here(device: Device, deadline: float) -> None:
     """Print a verdict for each check until the deadline; what raises is told and costs nobody else."""
-    wrong = number = 0
+    wrong = done = 0
     listed = checks(device)
-    for number, (problem, variant) in enumerate(listed, 1):
+    for problem, variant in listed:
         if time.monotonic() > deadline:
-            print(f"out of time before {len(listed) - number + 1} checks", flush=True)
+            print(f"out of time before {len(listed) - done} checks", flush=True)
             break
         start = time.monotonic()
         try:
             said = check_once(problem, variant, device)
         except Exception as error:
             said = f"RAISED: {type(error).__name__}: {error}"
+        done += 1
         wrong += said.startswith(("WRONG", "RAISED"))
         print(f"{problem} {variant}: {said} ({time.monotonic() - start:.1f} s)", flush=True)
-    print(f"{number} checks, {wrong} bad", flush=True)
+    print(f"{done} checks, {wrong} bad", flush=True)
+
+
+def run_for(command: list[str], seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """Exit code and output of a command that is ended after so many seconds (then None), with everything that it started."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    try:
+        said, code = process.communicate(timeout=seconds)[0], process.returncode
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, code = process.communicate()[0], None
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+    return code, said.decode(errors="replace")
 
 
 def sanitizer() -> str | None:
@@ -74,20 +96,8 @@ def sanitize(tool: str, device: Device, log: Log, seconds: float) -> None:
         return
     script = str(Path(__file__).with_name("gpu.py"))
     checks = [sys.executable, script, "--check", "--device", str(device), "--minutes", str(max(0.0, seconds - 12) / 60)]
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [program, "--tool", tool, *checks],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=seconds,
-            check=False,
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor has bounds of its own
-        )
-        said, code = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        said, code = error.stdout or b"", None
-    text = said.decode(errors="replace")
+    start, environment = time.monotonic(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has bounds of its own
+    code, text = run_for([program, "--tool", tool, *checks], seconds, environment)
     found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
     errors = int(found[-1]) if found else None
     log.line(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from _gpu_check import run_for
 from _gpu_jobs import Ledger, Prepared, launch_costs, prepare, warm
 from _gpu_lists import SHORT, candidates, checks
 from _gpu_log import Log
@@ -73,7 +74,8 @@ class Session:
                 software |= backends.get(name).toolchain(self.device)
         self.trials.find_limits()
         facts = {
-            "smi": nvidia_smi() if self.device.is_gpu else "", "device": str(self.device), "name": self.device.name, "cores": os.cpu_count(), "software": software,
+            "smi": nvidia_smi() if self.device.is_gpu else "", "device": str(self.device), "name": self.device.name,
+            "cores": os.cpu_count(), "software": software,
             "tf32": torch.get_float32_matmul_precision(), "limits": self.trials.limits,
         }  # fmt: skip
         self.log.line("machine", f"{self.device} ({self.device.name}) {software} {self.trials.limits}", **facts)
@@ -272,11 +274,8 @@ def check_command(device: Device, seconds: float) -> str:
         "--minutes",
         str(seconds / 60),
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 10, check=False)
-    except subprocess.TimeoutExpired as error:
-        return f"{(error.stdout or b'')[-1500:]!r} and no end within {seconds:.0f} s"
-    return done.stdout if done.returncode == 0 else f"{done.stdout}\nexit code {done.returncode}: {done.stderr[-1500:]}"
+    code, said = run_for(command, seconds, {})
+    return said if code == 0 else f"{said}\nexit code {code}"
 
 
 def write(session: Session, out: Path) -> None:

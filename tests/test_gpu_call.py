@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted import variant_of
 from test_gpu import H200, Rehearsed
 
-from elsa_tune import tuning
+from elsa_tune import measure, tuning
 from elsa_tune.check import Verdict
-from elsa_tune.device import Device
+from elsa_tune.device import Device, host_cpu
 from elsa_tune.measure import Raced, WorkerFailed
 from elsa_tune.problem import Problem
+from elsa_tune.space import parse
 from elsa_tune.variant import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +67,7 @@ class Planted(Rehearsed):
         from _gpu_jobs import Prepared
 
         if self.befalls("compiler fails", variant):
-            raise WorkerFailed("failed", "BuildFailed: planted")
+            return Prepared(None, None, 1.0, failure="BuildFailed: planted")
         if self.befalls("breaks the context", variant):
             raise WorkerFailed("failed", "the worker died with exit code 77")
         built = self.do_build(variant, problem, goal)
@@ -180,6 +183,61 @@ def test_the_deadline_in_the_middle_of_finals(gpu: Any, tmp_path: Path) -> None:
     raced = {line["problem"]: line for line in lines(tmp_path, "raced")}
     assert set(raced[LONG]["rows"]) == {"sdpa.efficient", "sdpa.flex", "sdpa.math"} and len(raced[SHORT]["rows"]) > 4
     assert lines(tmp_path)[-1]["kind"] == "end" and list(tmp_path.glob("cuda-*.trials.jsonl"))
+
+
+def test_a_kernel_that_breaks_the_context_ends_its_process(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other failure is told, and the process goes on to the next kernel."""
+    import torch
+
+    import _gpu_jobs
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure, "build", broken)
+    variant, problem = parse("cuda.serial.t128.x8.r4.k4"), Problem.parse(LONG)
+    assert "illegal memory access" in _gpu_jobs.prepare(variant, problem, H200, None).failure
+    ended: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(_gpu_jobs.os, "_exit", ended.append)
+    _gpu_jobs.prepare(variant, problem, H200, None)
+    assert ended == [_gpu_jobs.BROKEN]
+
+
+def test_small_checks_tell_and_go_on(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import _gpu_check
+
+    posed = Problem.parse("fp32.d16.causal@b2.h4.kv2.q30.k30")
+    lawless = parse("cuda.serial.opencl.t32.x8.r8.k8.shared")
+    listed = [(posed, lawless), (posed, parse(variant_of(posed))), (posed, lawless)]
+    monkeypatch.setattr(_gpu_check, "checks", lambda here: listed)
+    _gpu_check.check_here(host_cpu(), time.monotonic() + 100)
+    told = capsys.readouterr().out.splitlines()
+    assert ["RAISED" in line for line in told] == [True, False, True, False]
+    assert "error " in told[1] and told[-1] == "3 checks, 2 bad"
+    _gpu_check.check_here(host_cpu(), 0.0)
+    assert "out of time before 3 checks" in capsys.readouterr().out
+
+
+def test_what_the_sanitizer_says_is_counted(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import _gpu_check
+    from _gpu_log import Log
+
+    program, log = tmp_path / "compute-sanitizer", Log(tmp_path, time.monotonic() + 60)
+    program.write_text(
+        "#!/bin/sh\necho '========= Invalid __global__ write of size 4 bytes'\necho '========= ERROR SUMMARY: 3 errors'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(_gpu_check, "sanitizer", lambda: str(program))
+    _gpu_check.sanitize("memcheck", H200, log, 20.0)
+    program.write_text("#!/bin/sh\necho '========= started'\nexec sleep 30\n")
+    _gpu_check.sanitize("racecheck", H200, log, 0.5)
+    (found,), (late,) = lines(tmp_path, "memcheck"), lines(tmp_path, "racecheck")
+    assert found["errors"] == 3 and "Invalid" in found["said"][0] and found["code"] == 0
+    assert late["errors"] is None and late["code"] is None and "started" in late["said"][0]
 
 
 def test_what_was_flushed_before_a_kill_is_readable(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class FlexKernel:
     """torch's FlexAttention, compiled for the problem."""
 
     def __init__(self, problem: Problem) -> None:
-        self._is_causal, self._compiled = problem.mask == "causal", _compiled_flex(problem)
+        self._is_causal, self._compiled = problem.mask == "causal", _compiled_flex(problem.reshaped(launch="eager"))
 
     def __call__(
         self,
