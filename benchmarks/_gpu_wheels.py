@@ -83,7 +83,10 @@ def install(folder: Path, site: Path) -> int:
     if wheels := lacking(folder):
         print("installing", *(wheel.name for wheel in wheels), flush=True)
         options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *options, *map(str, wheels)], check=False)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *options]
+        if subprocess.run([*command, *map(str, wheels)], check=False).returncode:
+            for wheel in wheels:  # one that does not fit keeps nobody else out
+                subprocess.run([*command, str(wheel)], check=False)
     program = (
         f"import sys, importlib.metadata; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]\n"
         f"for name in {[*map(name_of, wanted())]}: importlib.metadata.version(name)\n"
