@@ -64,13 +64,13 @@ def stages(session: Session) -> None:
         session.prepare_all()
     session.trials.deadline = log.deadline - reserve - CLOSING
     for number, problem in enumerate(session.problems):
-        with log.step(f"race {problem}", needs=reserve + CLOSING):
+        with log.step(f"race {problem}", needs=reserve + CLOSING), session.trials.alone():
             session.race(problem, candidates(problem, device))
         if number == 0 and problem in session.racing:
-            with log.step("noise", needs=reserve + CLOSING):
+            with log.step("noise", needs=reserve + CLOSING), session.trials.alone():
                 session.race_twice(problem)
         if device.is_gpu and session.is_short(problem):
-            with log.step(f"launches {problem}", needs=reserve + CLOSING):
+            with log.step(f"launches {problem}", needs=reserve + CLOSING), session.trials.alone():
                 session.launches(problem)
     left = log.left - reserve - CLOSING
     with log.step("search", needs=reserve + CLOSING + min(LEAST_SEARCH, 0.25 * session.total)):
