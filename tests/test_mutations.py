@@ -288,7 +288,8 @@ OF_TRITON = [
     Mutation("scores are scaled twice", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) * abs(scale) * LOG2_E or 1.0"),
     Mutation("scores are in base e", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) or 1.0"),
     Mutation("the output is not divided", "divisor = tl.where(x3_s == 0.0, 1.0, x3_s)", "divisor = tl.where(x3_s == 0.0, 1.0, 1.0)"),
-    Mutation("a split's state is written to another row", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows - (rows > 0)"),
+    Mutation("counters stay as they are", "tl.store(arrived, 0)", "tl.store(arrived, SPLITS)"),
+    Mutation("a split's state is written to another row", "* group * q_len + rows) * SPLITS + split", "* group * q_len + rows) * SPLITS + split - (rows > 0)"),
 ]
 
 
