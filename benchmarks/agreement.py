@@ -1,7 +1,8 @@
 """Whether fresh runs of elsa-tune name the same winners: several homes, one command, quiet or beside a busy core.
 
-Winners that differ are raced against each other and count as tied within 2 %. Asked too: variants tried a problem, wall time, and
-problems that one run left to torch though another gained there.
+Winners that differ are raced against each other and count as tied within 2 %, or where the race cannot tell them apart by more;
+what is the same code is one. Asked too: variants tried a problem, wall time, and problems that one run left to torch though another
+gained there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from elsa_tune import backends, measure
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.measure import Contender, Worker
+from elsa_tune.measure import Contender, Ratio, Worker
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
 from elsa_tune.winners import Database
@@ -76,14 +77,16 @@ def fresh_run(arguments: list[str]) -> Run:
         return Run(seconds, won, tried, told["notes"])
 
 
-def against(problem: Problem, first: str, second: str, device: Device, worker: Worker) -> float:
+def against(problem: Problem, first: str, second: str, device: Device, worker: Worker) -> Ratio:
     """How many times as fast ``second`` is as ``first``, raced in turns."""
     contenders = []
     for spelling in (first, second):
         variant = parse(spelling)
         contenders.append(Contender(variant, backends.get(variant.backend).build(variant, problem, device), device))
-    raced = worker.run(measure.race, problem, contenders, 40, 2.0, timeout=300.0)
-    return measure.ratio(raced.samples[0], raced.samples[1]).median
+    if contenders[0].built.digest == contenders[1].built.digest:
+        return Ratio(1.0, 1.0, 1.0)
+    raced = worker.run(measure.race, problem, contenders, 200, 5.0, timeout=300.0)
+    return measure.ratio(raced.samples[0], raced.samples[1])
 
 
 def judged(problem: str, runs: list[Run], device: Device, worker: Worker) -> dict[str, Any]:
@@ -92,11 +95,13 @@ def judged(problem: str, runs: list[Run], device: Device, worker: Worker) -> dic
     counts = Counter(variant for variant, _ in named)
     commonest = counts.most_common(1)[0][0] if counts else ""
     raced = {v: against(Problem.parse(problem), commonest, v, device, worker) for v in counts if v != commonest}
-    same = sum(n for v, n in counts.items() if v == commonest or 1 / TIED <= raced[v] <= TIED)
+    tied = {v for v, ratio in raced.items() if ratio.low <= TIED and ratio.high >= 1 / TIED}
+    same = sum(n for v, n in counts.items() if v == commonest or v in tied)
     gains = [ratio for variant, ratio in named if not variant.startswith("sdpa.")]
     torch_wins = any(variant.startswith("sdpa.") for variant, _ in named)
     return {
-        "problem": problem, "agree": same / len(runs), "winners": dict(counts), "raced_against_commonest": raced,
+        "problem": problem, "agree": same / len(runs), "winners": dict(counts),
+        "raced_against_commonest": {v: [ratio.median, ratio.low, ratio.high] for v, ratio in raced.items()},
         "ratios": [round(ratio, 3) for _, ratio in named], "contradiction": torch_wins and max(gains, default=1.0) > GAIN,
         "tried": [run.tried[problem] for run in runs],
     }  # fmt: skip

@@ -51,11 +51,18 @@ def db() -> None:
 def export_file(device: str | None, problem: str | None, key: Path | None, output: Path | None) -> None:
     """Write measurements as sorted JSON lines: equal content is equal bytes."""
     from elsa_tune import exchange, layers, places
+    from elsa_tune.device import Device
+    from elsa_tune.problem import Problem
     from elsa_tune.winners import Database
 
-    wanted = {name: value for name, value in (("device", device), ("problem", problem)) if value}
+    wanted = {"device": str(Device.parse(device))} if device else {}
+    wanted |= {"problem": str(Problem.parse(problem))} if problem else {}
     with Database.for_reading(places.database()) as database:
         found = database.measurements(None, **wanted) if wanted else list(database)
+    if wanted and not found:
+        raise ElsaTuneError(
+            f"nothing was measured here of {', '.join(wanted.values())}; elsa-tune db export prints everything"
+        )
     if output is None:
         for line in layers.sorted_lines(found):
             click.echo(line)

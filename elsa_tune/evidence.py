@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from elsa_tune.measurement import DISTURBED
 
-FAR = 0.95
+FAR = 0.97
 """Below this share of the best ratio nothing is tied, however wide the intervals are."""
 
 TIED = 0.98
 """Within this share of the best ratio, or with intervals that overlap above FAR, variants are tied."""
+
+ALIKE = 1.25
+"""Errors within this factor are of the same rounding: among tied variants a larger one loses."""
 
 NARROWEST = 0.02
 """What is added to a final's relative spread before it weighs: an interval may be narrow by luck."""
@@ -50,7 +53,8 @@ WITH finals AS (
 EVERY = f"{POOLED} SELECT * FROM pooled"
 
 # A generated variant must beat torch beyond its interval, and one that was only ever timed on a busy machine does not
-# outvote a clean one. Among variants tied with the best, the smaller error wins, then fewer stack accesses, then the spelling.
+# outvote a clean one. Among variants tied with the best, those of the smallest error win, then fewer stack accesses, then who is within 2 % of the best,
+# then the spelling, so that noise names nobody.
 WINNERS = f"""{POOLED}, eligible AS (
   SELECT *, MIN(CASE WHEN torchs THEN 1 ELSE disturbed END) OVER (PARTITION BY device, problem) AS least
   FROM pooled WHERE torchs OR ratio_low > 1
@@ -58,12 +62,15 @@ WINNERS = f"""{POOLED}, eligible AS (
   SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place
   FROM eligible WHERE torchs OR disturbed = least
 ), tied AS (
-  SELECT r.*, ROW_NUMBER() OVER (
-    PARTITION BY r.device, r.problem
-    ORDER BY r.error, COALESCE(json_extract(facts.content, '$.hot_spills'), 0), r.spelling
-  ) AS choice
+  SELECT r.*, MIN(r.error) OVER (PARTITION BY r.device, r.problem) AS least_error, r.ratio < {TIED} * best.ratio AS behind,
+    COALESCE(json_extract(facts.content, '$.hot_spills'), 0) AS spills
   FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
   LEFT JOIN words facts ON facts.id = r.resources
   WHERE r.ratio >= {TIED} * best.ratio OR (r.ratio >= {FAR} * best.ratio AND r.ratio_high >= best.ratio_low)
+), chosen AS (
+  SELECT *, ROW_NUMBER() OVER (
+    PARTITION BY device, problem ORDER BY error > {ALIKE} * least_error, spills, behind, spelling
+  ) AS choice
+  FROM tied
 )
-SELECT * FROM tied WHERE choice = 1"""
+SELECT * FROM chosen WHERE choice = 1"""

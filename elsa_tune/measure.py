@@ -11,9 +11,12 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -96,6 +99,39 @@ def _start_worker(memory: int) -> None:
         pass  # a system without these limits still has the time-out
 
 
+_of_main = threading.Lock()
+
+
+@contextmanager
+def _main_is_not_imported() -> Iterator[None]:
+    """Processes started meanwhile leave the caller's script alone, which need not guard ``__main__`` then: jobs are this
+    package's functions."""
+    with _of_main:
+        main: dict[str, Any] = vars(sys.modules["__main__"])
+        shown: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+        main.update(dict.fromkeys(shown))
+        try:
+            yield
+        finally:
+            main.update(shown)
+
+
+_METHODS = multiprocessing.get_all_start_methods()
+_START: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
+"""How workers start: forked by a server that has loaded torch, where systems have that."""
+
+
+class _Process(_START.Process):  # type: ignore[misc]
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        with _main_is_not_imported():
+            return _START.Process._Popen(process)
+
+
+class _Context(type(_START)):  # type: ignore[misc]
+    Process = _Process
+
+
 class Worker:
     """``count`` processes that run jobs; one is replaced when a job kills it, outlasts its time or breaks its GPU.
 
@@ -104,9 +140,7 @@ class Worker:
     """
 
     def __init__(self, memory: int | None = None, count: int = 1) -> None:
-        context: Any = multiprocessing.get_context(
-            "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        )
+        context = _Context()
         if hasattr(context, "set_forkserver_preload"):
             context.set_forkserver_preload(["elsa_tune._worker"])
         limit = max(4 << 30, host_cpu().memory // 2) if memory is None else memory

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
-WAITED = 0.04
-"""A sample is disturbed if this process's threads waited for a core for a larger share of it, all threads together."""
+WAITED = 0.03
+"""A sample is disturbed if one of this process's threads waited for a core for a larger share of it: a call ends with its slowest
+thread, and many that each wait for an instant hold nobody up."""
 
 WANTED = 0.3
 """A machine is busy if on average more than so many of its cores were wanted by a thread that could not run."""
@@ -25,8 +27,8 @@ _TICK = 1.0 / (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100)
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What happened between two moments: seconds; the share of them that own threads waited, summed over threads; cores
-    that somebody waited for, on average; the share of all cores' time that was stolen."""
+    """What happened between two moments: seconds; the share of them that the own thread that waited most did; cores that
+    somebody waited for, on average; the share of all cores' time that was stolen."""
 
     seconds: float
     waited: float
@@ -42,6 +44,15 @@ class Heard:
     def busy(self) -> bool:
         """Whether others wanted the machine."""
         return self.wanted > WANTED or self.stolen > STOLEN
+
+
+class _Counters(NamedTuple):
+    """Now; and seconds, since some beginning, that each own thread waited, that cores were wanted, that cores were stolen."""
+
+    seconds: float
+    waited: list[float]
+    wanted: float
+    stolen: float
 
 
 class Listener:
@@ -70,23 +81,22 @@ class Listener:
         self._files.append(file)
         return file
 
-    def _read(self) -> tuple[float, float, float, float]:
-        """Now; and seconds, since some beginning: own threads waited, cores were wanted, cores were stolen."""
-        waited = sum(_number(file, lambda text: int(text.split()[1]) * 1e-9) for file in self._threads)
-        if not self._threads:
-            waited = _switches() * SWITCH_SECONDS
+    def _read(self) -> _Counters:
+        waited = [_number(file, lambda text: int(text.split()[1]) * 1e-9) for file in self._threads]
         wanted = _number(self._pressure, lambda text: int(text.split(b"total=")[1].split()[0]) * 1e-6) * self._cores
         stolen = _number(self._stat, lambda text: int(text.split()[8]) * _TICK)
-        return time.perf_counter(), waited, wanted, stolen
+        return _Counters(time.perf_counter(), waited or [_switches() * SWITCH_SECONDS], wanted, stolen)
 
     def heard(self) -> Heard:
         """What happened since this was last asked."""
-        now = self._read()
-        seconds, waited, wanted, stolen = (x - y for x, y in zip(now, self._before, strict=True))
+        before, now = self._before, self._read()
         self._before = now
-        seconds = max(seconds, 1e-9)
-        stolen = max(0.0, stolen - _TICK)  # a single tick of a coarse clock may have been taken long before
-        return Heard(seconds, waited / seconds, wanted / seconds, stolen / seconds / self._cores)
+        seconds = max(now.seconds - before.seconds, 1e-9)
+        waited = max(x - y for x, y in zip(now.waited, before.waited, strict=True))
+        stolen = max(
+            0.0, now.stolen - before.stolen - _TICK
+        )  # a tick of a coarse clock may have been taken long before
+        return Heard(seconds, waited / seconds, (now.wanted - before.wanted) / seconds, stolen / seconds / self._cores)
 
     def close(self) -> None:
         """Close the files."""

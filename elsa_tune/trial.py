@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from elsa_tune import backends, drift, places, quiet
 from elsa_tune.backends import Built, sdpa
@@ -52,15 +52,7 @@ SLOW = 0.5
 
 
 class OutOfTime(Exception):
-    """The run's time was over before a job had ended: it says nothing of the job."""
-
-
-@contextmanager
-def quiet_machine() -> Iterator[None]:
-    """One tuner of a machine at a time builds or times; another waits its turn."""
-    places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(places.home() / "tuning.lock"):
-        yield
+    """The run's time was over before a job had ended, or could begin: it says nothing of the job."""
 
 
 @dataclass
@@ -79,9 +71,26 @@ class Trials:
     limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
     deadline: float = math.inf  # of time.monotonic(): a job that lasts longer is given up
     late: list[tuple[Problem, Variant]] = field(default_factory=list)  # took too long on a busy machine
+    waited: float = 0.0  # seconds, for another tuner of this machine
     _slow: set[tuple[str, bool, str]] = field(default_factory=set)  # torch's own, by family and regime
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One tuner of a machine at a time builds or times; another waits its turn. Raises OutOfTime."""
+        places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock, start = FileLock(places.home() / "tuning.lock"), time.monotonic()
+        try:
+            lock.acquire(timeout=max(0.0, self.deadline - start))
+        except Timeout as error:
+            raise OutOfTime from error
+        finally:
+            self.waited += time.monotonic() - start
+        try:
+            yield
+        finally:
+            lock.release()
 
     def contender(self, variant: Variant, problem: Problem) -> Contender:
         """A built variant. Raises what building raises."""

@@ -24,7 +24,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.search import Search
 from elsa_tune.space import Space, parse
 from elsa_tune.task import EFFORTS, Effort, Progress, Task
-from elsa_tune.trial import OutOfTime, Trials, quiet_machine
+from elsa_tune.trial import OutOfTime, Trials
 from elsa_tune.variant import Variant
 from elsa_tune.winners import Database, listeners
 
@@ -37,6 +37,9 @@ ENOUGH = 0.95
 
 MORE_FINALS = 2
 """Finals that a problem may have in a run, time allowing, after its first."""
+
+FINAL_SECONDS, FASTEST = 0.6, 0.002
+"""What calls that are faster than FASTEST seconds are raced for in a final, whose rounds would be over within a neighbour's breath."""
 
 REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
@@ -234,7 +237,7 @@ class _Run:
         late, self.trials.late = self.trials.late, []
         for problem, variant in late:
             if self.left() > reserve:
-                with quiet_machine():
+                with self.trials.alone():
                     self.try_out(self.of[problem], self.trials.build(problem, [variant]))
 
     def tell(self) -> None:
@@ -242,6 +245,8 @@ class _Run:
         wanted = min(HARDLY, self.effort.trials)
         if few := [f"{t.problem} ({t.trials})" for t in self.tasks if t.trials < min(wanted, t.target)]:
             self.notes.append(f"time for fewer than {HARDLY} variants: {', '.join(few)}; a longer --budget tries more")
+        if self.trials.waited > GRACE * self.budget:
+            self.notes.append(f"waited {self.trials.waited:.0f} s for another elsa-tune that used this machine")
         if busy := [str(task.problem) for task in self.tasks if task.busy and not task.finals]:
             self.notes.append(f"others used this machine; not settled: {', '.join(busy)}; run again when it is quiet")
 
@@ -311,8 +316,9 @@ class _Run:
 
     def recall(self, task: Task) -> None:
         """Begin from every measurement of this device, and from winners of its kin and of the family's other shapes."""
+        era = drift.era(self.database, self.device, str(task.problem))
         for m in self.database.measurements(local=True, device=str(self.device), problem=str(task.problem)):
-            if self.is_of_other_code(task.problem, m):
+            if m.provenance.get("era", 0) != era or self.is_of_other_code(task.problem, m):
                 self.suggest(task, m.variant)
                 continue
             task.note(m)
@@ -362,7 +368,7 @@ class _Run:
             return
         self.show(f"{task.problem}  torch's own kernels")
         try:
-            with quiet_machine():
+            with self.trials.alone():
                 task.incumbent, task.seconds = self.trials.incumbent(task.problem)
         except WorkerFailed as error:
             self.notes.append(f"{task.problem}: torch's own kernels could not be timed: {error.reason}")
@@ -381,11 +387,12 @@ class _Run:
 
     def final_seconds(self, task: Task) -> float:
         """What a final of four contenders takes, checks included: many rounds if a call is fast, a few if it is slow."""
-        return (
-            0.5
-            + 4 * task.seconds
-            + min(4 * self.effort.final_rounds * max(task.seconds, 0.002), max(1.2, 14 * task.seconds))
-        )
+        rounds = 4 * self.final_rounds(task) * max(task.seconds, FASTEST)
+        return 0.5 + 4 * task.seconds + min(rounds, max(1.2, 14 * task.seconds))
+
+    def final_rounds(self, task: Task) -> int:
+        """Rounds of a final: more of fast calls."""
+        return max(self.effort.final_rounds, round(FINAL_SECONDS / (4 * max(task.seconds, FASTEST))))
 
     def uncertainty(self, task: Task) -> float:
         """Relative width of the winner's interval."""
@@ -406,7 +413,7 @@ class _Run:
         if not asked:
             task.target = task.trials
             return
-        with quiet_machine():
+        with self.trials.alone():
             built = self.trials.build(task.problem, asked)
             self.try_out(task, built)
             for other in self.tasks:
@@ -462,13 +469,13 @@ class _Run:
         if task.incumbent is None or not task.searches:
             return
         self.show(f"{task.problem}  final")
-        with quiet_machine():
+        with self.trials.alone():
             built = self.trials.build(task.problem, list(entrants or self.finalists(task)) or task.searches[0].ask(2))
             usable = [c for c in built if self.trials.usable(task.problem, task.incumbent, task.seconds, c)]
             if not usable:
                 return
             try:
-                self.trials.final(task.problem, task.incumbent, usable, self.effort.final_rounds, seconds)
+                self.trials.final(task.problem, task.incumbent, usable, self.final_rounds(task), seconds)
             except WorkerFailed as error:
                 if (note := f"{task.problem}: the final was lost: {error.reason}") not in self.notes:
                     self.notes.append(note)

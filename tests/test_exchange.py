@@ -241,6 +241,8 @@ def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
     run("export", "-o", packed)
     assert gzip.decompress(packed.read_bytes()) == one.read_bytes()
     assert "1 measurements" in run("export", "--problem", made(3).problem, "-o", two)
+    assert "misspelled" in run("export", "--problem", "fp32.d64@b1", code=2)
+    assert "nothing was measured here" in run("export", "--problem", "fp32.d8@b1.h1.q1.k1", code=2)
     other = replace(
         made(3), ratio=4.0, ratio_low=3.9, ratio_high=4.1, created=99.0, variant="cpp.serial.avx512.l16.q3.k8.v8.n96"
     )

@@ -14,31 +14,40 @@ import pytest
 from elsa_tune import quiet
 from elsa_tune.device import host_cpu
 from elsa_tune.measure import _Referee
-from elsa_tune.quiet import Heard, Listener
+from elsa_tune.quiet import Heard, Listener, _Counters
 
 PRESSURE = Path("/proc/pressure/cpu")
 
 
-def told(listener: Listener, monkeypatch: pytest.MonkeyPatch, *readings: tuple[float, float, float, float]) -> None:
-    """The counters of a machine that nobody has."""
-    each = iter(readings)
+def told(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, *readings: tuple[float, list[float], float, float]
+) -> None:
+    """The counters of a machine that nobody has, from nothing on."""
+    each = (_Counters(*reading) for reading in readings)
+    listener._before = _Counters(0.0, [0.0] * len(readings[0][1]), 0.0, 0.0)
     monkeypatch.setattr(listener, "_read", lambda: next(each))
 
 
 def test_what_is_disturbed_and_what_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     with Listener() as listener:
-        listener._before, listener._cores = (0.0, 0.0, 0.0, 0.0), 2
+        listener._cores = 2
         told(
             listener,
             monkeypatch,
-            (1.0, 0.001, 0.01, 0.0),
-            (2.0, 0.2, 0.02, 0.0),
-            (3.0, 0.2, 1.0, 0.0),
-            (4.0, 0.2, 1.0, 0.2),
+            (1.0, [0.001, 0.0], 0.01, 0.0),
+            (2.0, [0.2, 0.0], 0.02, 0.0),
+            (3.0, [0.2, 0.0], 1.0, 0.0),
+            (4.0, [0.2, 0.0], 1.0, 0.2),
         )
         found = [listener.heard() for _ in range(4)]
     assert [h.disturbed for h in found] == [False, True, False, True]
     assert [h.busy for h in found] == [False, False, True, True]
+
+
+def test_many_threads_that_each_wait_for_an_instant_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Listener() as listener:
+        told(listener, monkeypatch, (1.0, [0.01] * 64, 0.0, 0.0), (2.0, [0.01] * 63 + [0.06], 0.0, 0.0))
+        assert [listener.heard().disturbed for _ in range(2)] == [False, True]
 
 
 def test_a_system_that_says_nothing_is_taken_for_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import elsa_tune
-from elsa_tune import backends, dispatch, places, tuning
+from elsa_tune import backends, dispatch, drift, places, tuning
 from elsa_tune.backends import Built, _compiler, cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, ElsaTuneError
@@ -38,7 +38,7 @@ def test_from_nothing_to_a_winner_that_serves(home: Path) -> None:
     def watch(progress: Progress) -> None:
         seen.append(progress.doing)
 
-    report = tune([SMALL], budget=12, watch=watch)
+    report = tune([SMALL], budget=40, watch=watch)
     assert report.complete and [str(o.problem) for o in report.outcomes] == [SMALL]
     assert report.outcomes[0].winner is not None
     winner = report.outcomes[0].winner.measurement
@@ -64,13 +64,25 @@ def test_a_settled_run_only_refines(home: Path, monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - start < 30 and recorded()["ok"] > before
 
 
+def test_what_was_reopened_is_tuned_anew_by_the_next_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run that saw the drift ended before it could: what was measured before is only a hint of what to try."""
+    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
+    tune([SMALL], budget=30)
+    with Database.for_writing() as database:
+        drift.reopen(database, host_cpu(), SMALL)
+    tune([SMALL], budget=30)
+    with Database.for_reading(places.database()) as database:
+        anew = [m for m in database.measurements() if m.provenance.get("era") == 1]
+    ours = [m for m in anew if not m.variant.startswith("sdpa.")]
+    assert {m.stage for m in ours} == {"trial", "final"} and len([m for m in ours if m.stage == "trial"]) >= 2
+
+
 def started(home: Path, problems: list[str], report: str) -> subprocess.Popen[str]:
-    """A tuner in a process group of its own that prints ``report``, an expression of its progress p, at every step."""
+    """A script that tunes, without a guard of ``__main__``, in a process group of its own; it prints ``report``, an expression of
+    its progress p, at every step."""
     path = home.parent / "run.py"
     path.write_text(
-        "import elsa_tune\n"
-        "if __name__ == '__main__':\n"
-        f"    elsa_tune.tune({problems!r}, budget=60, watch=lambda p: print({report}, flush=True))\n"
+        f"import elsa_tune\nelsa_tune.tune({problems!r}, budget=60, watch=lambda p: print({report}, flush=True))\n"
     )
     command = [sys.executable, str(path)]
     return subprocess.Popen(

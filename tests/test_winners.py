@@ -137,8 +137,10 @@ def test_one_damaged_final_does_not_count(home: Path) -> None:
 
 
 def test_ties_go_to_the_smaller_error_then_fewer_spills_then_the_spelling() -> None:
-    fast, tied = measured("cpp.z", 1.98, 2.04), measured("cpp.b", 1.95, 2.0)
-    assert winner(fast, tied) == "cpp.b", "overlapping intervals: the spelling decides"
+    fast, tied = measured("cpp.z", 1.98, 2.04), measured("cpp.b", 1.96, 2.0)
+    assert winner(fast, tied) == "cpp.b", "within 2 % the spelling decides"
+    assert winner(fast, measured("cpp.b", 1.9, 2.0)) == "cpp.z", "beyond, though intervals overlap, the ratio"
+    assert winner(fast, measured("cpp.b", 1.9, 2.0, error=1e-8)) == "cpp.b", "or a smaller error"
     exact_but_slow, unsure = measured("cpp.a", 1.4, 1.7, error=1e-9), measured("cpp.y", 1.5, 2.5)
     assert winner(unsure, exact_but_slow) == "cpp.y", "a wide interval is no tie with whatever it meets"
     assert winner(fast, measured("cpp.b", 1.95, 2.0, error=2e-7)) == "cpp.z"
