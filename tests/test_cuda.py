@@ -15,7 +15,7 @@ import torch
 from contracts import kernels
 from emulated import launched
 
-from elsa_tune import backends, check, dispatch, reference, scan, space, tuning
+from elsa_tune import backends, check, dispatch, offline, reference, scan, space, tuning
 from elsa_tune import device as devices
 from elsa_tune.backends import Kernel, _counters, _cuda_laws, _wavefronts, cuda
 from elsa_tune.backends._counters import Counters
@@ -240,6 +240,23 @@ def test_the_model_counts_wavefronts_as_addresses_do(spelling: str, tmp_path: Pa
         assert sum(counted) == sum(_wavefronts.of_loads(tiling).values()), warp
         if tiling.abreast == 2:
             assert set(counted) == {max(1, tiling.words // 2)}
+
+
+def test_the_model_lets_shared_memory_bind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes longer than multiply-adds do, by its wavefronts, not its instructions; 2^x is cheapest where it is one
+    instruction."""
+    problem, goal = Problem.parse("fp32.strict.d64" + BIG), offline.target("sm_90")
+    resources = {"registers": 168, "shared": 34 << 10, "warps": 4, "loop_fma": 512, "loop_all": 566, "loop_exp": 0}
+    resources |= {"loop_shared": 32, "loop_matrix": 0}
+
+    def predicted(spelling: str, **change: int) -> float:
+        return offline.predict(space.parse(f"cuda.serial.{spelling}"), problem, {**resources, **change}, goal) or 0.0
+
+    plain = predicted("t128.x8.r4.k4")
+    assert predicted("t128.x8.r4.k4", loop_shared=3200) == plain > predicted("t128.x8.r4.k4.native") > 0
+    count = _wavefronts.of_turn
+    monkeypatch.setattr(_wavefronts, "of_turn", lambda tiling: 2 * count(tiling))
+    assert 1.3 * plain < predicted("t128.x8.r4.k4") < 2 * plain
 
 
 @pytest.mark.parametrize(
