@@ -31,6 +31,9 @@ from elsa_tune.variant import Variant
 
 TEMPLATES = {"forward": "triton/attention.py.j2", "backward": "triton/backward.py.j2"}
 MODULE = "kernel.py"
+FINISH_REGISTERS = 32
+"""Registers of a thread for the states of all splits of some query rows."""
+
 __all__ = ["laws", "version"]
 generated = True
 
@@ -54,6 +57,7 @@ def source(variant: Variant, problem: Problem) -> Source:
     axes = variant.axes
     strategy, splits = scan.get(str(axes["scan"])), int(axes["splits"])
     grid = scan.get(strategy.grid or strategy.name)
+    rows, warps = _finish(variant, problem)
     dims = str(axes["dims"])
     return render(
         TEMPLATES[problem.direction],
@@ -70,22 +74,23 @@ def source(variant: Variant, problem: Problem) -> Source:
             "head_parts": parts(problem.head_dim, dims),
             "value_parts": parts(problem.value_dim, dims),
             "mask": problem.mask,
-            "finish_m": _rows_finished(variant, problem),
-            "finish_warps": max(1, min(4, _columns(variant, problem) // 32)),
+            "finish_m": rows,
+            "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,
         },
     )
 
 
-def _columns(variant: Variant, problem: Problem) -> int:
-    """Columns of a state's values, padding counted."""
-    return sum(part.size for part in parts(problem.value_dim, str(variant.axes["dims"])))
-
-
-def _rows_finished(variant: Variant, problem: Problem) -> int:
-    """Query rows whose split states are merged at once: one in a kernel that starts a program for each, and up to 16 where the last
-    program merges the rows of its tile."""
-    return 1 if variant.axes["schedule"] != "last_block" else min(16, int(variant.axes["block_m"]))
+def _finish(variant: Variant, problem: Problem) -> tuple[int, int]:
+    """Query rows whose split states are merged at once, up to 16, and warps of a kernel of its own that does so: there, the states
+    of all splits take FINISH_REGISTERS registers of a thread, unless one row takes more."""
+    axes = variant.axes
+    columns = sum(part.size for part in parts(problem.value_dim, str(axes["dims"])))
+    if axes["schedule"] == "last_block":
+        return min(16, int(axes["block_m"])), int(axes["warps"])
+    fit = FINISH_REGISTERS * 32 * 4 // (columns * int(axes["splits"]))
+    rows = 1 << (max(1, min(16, fit)).bit_length() - 1)
+    return rows, max(1, min(4, rows * columns // 32))
 
 
 def _merges(rounds: Sequence[Round], n: int) -> list[tuple[int, ...]]:

@@ -31,7 +31,7 @@ def power_of_2(n):
     shifted = tl.maximum(n, -127.0) + 12583039.0  # 1.5 * 2^23 + 127: the low mantissa bits become the exponent
     return (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
-FINISH_M = tl.constexpr(1)  # query rows merged at once
+FINISH_M = tl.constexpr(2)  # query rows merged at once
 
 @triton.jit
 def finish_rows(
@@ -365,7 +365,7 @@ def launches(query, key, value, scale, out, lse):
         )  # fmt: skip
         yield attend, (programs,), arguments, OPTIONS
         arguments = partial, out, sums, o[0], o[1], o[2], kv_heads, group, q_len, first, now, with_lse
-        yield finish, (now * -(-group * q_len // 1),), arguments, SIDE_OPTIONS
+        yield finish, (now * -(-group * q_len // 2),), arguments, SIDE_OPTIONS
 
 @cache
 def nowhere(device):
