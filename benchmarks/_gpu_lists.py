@@ -31,7 +31,7 @@ PROBLEMS = (
 MOST = 10
 """Variants of a family that are raced; fewer than that where the spaces start with fewer lawful ones."""
 
-SHORT = 5e-4
+SHORT = 1e-4
 """Seconds below which a problem is raced from a graph too, and what a launch costs the host is measured."""
 
 CHECKED = ("@b2.h4.kv2.q300.k300", "@b2.h4.kv2.q1.k300")
