@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 
 from elsa_tune import backends
 from elsa_tune.device import Device
@@ -28,10 +28,10 @@ PROBLEMS = (
 )
 """A cut at any time leaves the most valuable: every class, dimension, length, mask and direction is here once."""
 
-MOST = 10
-"""Variants of a family that are raced; fewer than that where the spaces start with fewer lawful ones."""
+LEAST, MOST = 6, 10
+"""Variants of a family that are raced: lawful starts, and their neighbours where those are few."""
 
-SHORT = 5e-4
+SHORT = 1e-4
 """Seconds below which a problem is raced from a graph too, and what a launch costs the host is measured."""
 
 CHECKED = ("@b2.h4.kv2.q300.k300", "@b2.h4.kv2.q1.k300")
@@ -61,12 +61,18 @@ def generators(problem: Problem, device: Device) -> list[str]:
 
 
 def candidates(problem: Problem, device: Device, most: int = MOST) -> list[Variant]:
-    """The lawful starting variants of each backend, in turns, ``most`` at most."""
-    starts = [
-        [v for v in map(space.parse, space.start) if space.refusal(v, problem, device) is None]
-        for space in map(Space.load, generators(problem, device))
-    ]
-    return [v for v in chain.from_iterable(zip_longest(*starts)) if v is not None][:most]
+    """The lawful starting variants of each backend, in turns, ``most`` at most; where they are fewer than LEAST, their nearest
+    neighbours too."""
+    spaces = [Space.load(name) for name in generators(problem, device)]
+    starts = [[v for v in map(s.parse, s.start) if s.refusal(v, problem, device) is None] for s in spaces]
+    found = [v for v in chain.from_iterable(zip_longest(*starts)) if v is not None][:most]
+    near = [islice(Space.load(v.backend).variants(problem, device, prefer=v.axes), LEAST) for v in found]
+    for v in chain.from_iterable(zip_longest(*near)):
+        if len(found) >= min(LEAST, most):
+            break
+        if v is not None and v not in found:
+            found.append(v)
+    return found
 
 
 def checks(device: Device) -> list[tuple[Problem, Variant]]:

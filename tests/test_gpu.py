@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +259,77 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match="previous error") as told:
         clock.timer([call, call], H200, "graph")
     assert streams == ["capturing", here] and "no capturing" in measure._told(told.value)
+
+
+class Clocked:
+    """What the timers ask of torch.cuda, on a CPU: events read a clock, a graph's replay calls what was captured."""
+
+    capturing = False
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return 1e3 * float(end.at - self.at)
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            time.sleep(1e-4)
+
+    def __init__(self) -> None:
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        self.Stream = self.current_stream = lambda: stream
+        self.stream = lambda stream: nullcontext()
+        self.synchronize = self.set_stream = lambda *stream: None
+
+    @contextmanager
+    def graph(self, graph: Any) -> Iterator[None]:
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+
+@pytest.mark.parametrize("launch", ["eager", "graph"])
+def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launch: str) -> None:
+    """The real race on a GPU that is not here: one contender cannot be captured, one cannot be launched; the others are
+    timed, and the GPU is read meanwhile."""
+    cuda, goal = Clocked(), replace(H200, caches=(1 << 16,), memory=1 << 30)
+    monkeypatch.setattr(clock, "_cuda", lambda: cuda)
+    monkeypatch.setattr(gauge, "_instrument", lambda goal: (lambda: {"sm_mhz": 1755.0}, 0.0))
+    monkeypatch.setattr(Device, "torch", property(lambda self: "cpu"))
+    problem = Problem.parse(f"fp32.d16@b1.h2.q64.k64{'.graph' if launch == 'graph' else ''}")
+
+    def contender(name: str, kernel: Callable[..., object]) -> Any:
+        return SimpleNamespace(variant=name, device=goal, load=lambda problem: kernel)
+
+    def uncaptured(*tensors: torch.Tensor) -> torch.Tensor:
+        if cuda.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return scaled_dot_product_attention(*tensors)
+
+    def broken(*tensors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("invalid argument")
+
+    plain = [contender(f"plain {i}", scaled_dot_product_attention) for i in range(2)]
+    raced = measure.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
+    assert set(raced.failed) == ({1, 2} if launch == "graph" else {2}) and "invalid argument" in raced.failed[2]
+    assert raced.samples[0] and raced.samples[3] and raced.samples[2] == () and raced.load["sm_mhz"] == 1755.0
+
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    cuda.synchronize = lost
+    with pytest.raises(RuntimeError, match=r"b: RuntimeError: invalid argument; after that, CUDA error: an illegal"):
+        measure.race(problem, [contender("b", broken), plain[0]], 4, 5.0)
 
 
 def test_a_gpu_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
