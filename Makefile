@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all lint types bench clean
+.PHONY: tune test test-all lint types bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -23,6 +23,10 @@ types: .venv/installed-dev
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/models.py
+
+# What benchmarks/gpu.sh installs on a GPU machine that has no network.
+wheels-gpu: .venv/installed
+	$(BIN)/python benchmarks/_gpu_wheels.py download .wheels
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -65,7 +65,8 @@ def _guarded_output(query: Tensor, value_dim: int) -> tuple[Guarded, Tensor]:
 def run(kernel: Kernel, inputs: Inputs, lse: Tensor | None = None) -> tuple[Tensor, str]:
     """One guarded call: the output, and what was wrong about its memory."""
     room, out = _guarded_output(inputs.query, inputs.value.shape[3])
-    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse, inputs.operands)
+    more = {"operands": inputs.operands} if inputs.operands else {}
+    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse, **more)
     stray = room.stray_writes()
     return result, f"{stray} values written outside the output" if stray else ""
 

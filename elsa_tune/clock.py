@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from elsa_tune.device import Device
+from elsa_tune.gauge import Gauge, Reading
 
 Call = Callable[[], object]
 Timer = Callable[[int], float]
 """Seconds per call, over at least so many calls."""
 
 
-def timer(calls: Sequence[Call], device: Device, launch: str, before: Sequence[Call] = ()) -> Timer:
+def timer(
+    calls: Sequence[Call],
+    device: Device,
+    launch: str,
+    before: Sequence[Call] = (),
+    during: Call = lambda: None,
+) -> Timer:
     """Times ``calls`` in turn: they do the same on different inputs, so that caches do not hold what is read next.
 
     On a CPU ``before`` holds what is done, and not timed, before each of them: a model writes what attention then reads.
     On a GPU, launch "eager" is timed call by call, as a program without graphs would; "graph" captures all calls into one
-    CUDA graph and replays it. A call that cannot be captured raises what torch raises.
+    CUDA graph and replays it. ``during`` is called while the GPU still computes what it was told. A call that cannot be
+    captured raises what torch raises.
     """
     if not device.is_gpu:
         return _Called(calls, before) if before else _Repeated(calls)
-    return _Graph(calls) if launch == "graph" else _Events(calls)
+    return _Graph(calls, during) if launch == "graph" else _Events(calls, during)
 
 
 class _Called:
@@ -57,30 +66,36 @@ class _Repeated:
 
 
 class _Events(_Repeated):
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], during: Call) -> None:
         super().__init__(calls)
+        self._during = during
         calls[0]()  # warm up: libraries and compilers do things once
 
     def __call__(self, repeats: int) -> float:
-        return _between_events(lambda: _repeat(lambda: self._next()(), repeats)) / repeats
+        return _between_events(lambda: _repeat(lambda: self._next()(), repeats), self._during) / repeats
 
 
 class _Graph:
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], during: Call) -> None:
         cuda = _cuda()
-        self._calls, self._graph = calls, cuda.CUDAGraph()
+        self._calls, self._graph, self._during = calls, cuda.CUDAGraph(), during
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
         with cuda.stream(side):  # warm up: what is done once may be forbidden in a capture
             for call in calls[:2]:
                 call()
         cuda.current_stream().wait_stream(side)
-        with cuda.graph(self._graph):
-            self._outputs = [call() for call in calls]
+        here = cuda.current_stream()
+        try:
+            with cuda.graph(self._graph):
+                self._outputs = [call() for call in calls]
+        except BaseException:  # where ending a broken capture raises too, torch stays on the capture's stream
+            cuda.set_stream(here)
+            raise
 
     def __call__(self, repeats: int) -> float:
         turns = -(-repeats // len(self._calls))
-        return _between_events(lambda: _repeat(self._graph.replay, turns)) / (turns * len(self._calls))
+        return _between_events(lambda: _repeat(self._graph.replay, turns), self._during) / (turns * len(self._calls))
 
 
 def _cuda() -> Any:
@@ -94,34 +109,50 @@ def _repeat(work: Call, times: int) -> None:
         work()
 
 
-def _between_events(work: Callable[[], object]) -> float:
-    """Seconds that the GPU spends between the start and the end of the work."""
+def _between_events(work: Callable[[], object], during: Call = lambda: None) -> float:
+    """Seconds that the GPU spends between the start and the end of the work; ``during`` is called meanwhile."""
     cuda = _cuda()
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
     cuda.synchronize()
     start.record()
     work()
     end.record()
+    during()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
 
 
-def gpu_state(device: Device) -> dict[str, float]:
-    """Clocks in MHz, temperature in degrees Celsius, and the bit mask of reasons to slow down; empty where unknown."""
-    try:
-        import pynvml
+def survive(device: Device, what: str) -> None:
+    """Raise RuntimeError where a failure, ``what``, has left the GPU's context unusable; else nothing is known to be wrong."""
+    if device.is_gpu:
+        try:
+            _cuda().synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(f"{what}; after that, CUDA error: {error}") from error
+
+
+def gpu_state(device: Device) -> Reading:
+    """What a GPU says of itself during LOAD seconds of products (Gauge.summary); empty where it says nothing."""
+    gauge = Gauge(device)
+    with suppress(Exception):
         import torch
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device.index).uuid}")
-        return {
-            "sm_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-            "memory_mhz": float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
-            "celsius": float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-            "throttled": float(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-        }
-    except Exception:  # telemetry: without it a measurement is still a measurement
-        return {}
+        x = torch.randn(4096, 4096, device=device.torch, dtype=torch.float16)
+        _loaded(lambda: x @ x, gauge.read)
+    return gauge.summary()
+
+
+LOAD = 0.25
+"""Seconds of work after which clocks have settled."""
+
+
+def _loaded(work: Callable[[], object], during: Call = lambda: None) -> float:
+    """The least seconds of the work in a row of its kind that lasts LOAD seconds, in runs of 10 ms or one."""
+    work()
+    many, found, end = max(1, round(0.01 / max(_between_events(work), 1e-6))), list[float](), time.monotonic() + LOAD
+    while time.monotonic() < end or len(found) < 4:
+        found.append(_between_events(lambda: _repeat(work, many), during) / many)
+    return min(found[len(found) // 2 :])
 
 
 def tf32_allowed() -> bool:
@@ -134,8 +165,8 @@ def tf32_allowed() -> bool:
         return False
 
 
-def gpu_peak(device: Device, seconds: float) -> dict[str, float]:
-    """Measured limits of a GPU: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
+def gpu_peak(device: Device) -> dict[str, float]:
+    """Limits of a GPU measured under load: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
 
     float32 products follow torch's matmul setting, TF32 products its convolution setting: both are read, never written.
     """
@@ -144,9 +175,7 @@ def gpu_peak(device: Device, seconds: float) -> dict[str, float]:
     n, found = 4096, dict[str, float]()
 
     def rate(work: Callable[[], object], amount: float) -> float:
-        work()
-        best = min(_between_events(work) for _ in range(max(3, round(seconds / 0.005))))
-        return amount / best / 1e9
+        return amount / _loaded(work) / 1e9
 
     def square(dtype: Any) -> Any:
         return torch.randn(n, n, device=device.torch).to(dtype)

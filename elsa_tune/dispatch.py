@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -18,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune import backends, check, exactness, layers, winners
+from elsa_tune import backends, check, exactness, handovers, layers, winners
 from elsa_tune.backends import Built, Call, Gradients, Kernel, Operands, _kernel_cache
 from elsa_tune.choose import Choice, choose, choose_as_exact
 from elsa_tune.clock import tf32_allowed
@@ -95,11 +96,8 @@ def attention(
                 gradients = _gradients_for(entry, query, key, value, is_causal, enable_gqa)
                 if gradients is not None:
                     return differentiable(query, key, value, scale, serve, gradients)
-            except (
-                RuntimeError,
-                MemoryError,
-            ):  # no storage of its own (vmap, grad transforms), or no memory for splits
-                pass
+            except (RuntimeError, MemoryError) as error:  # no storage of its own (vmap), no memory for splits, a launch
+                _hand_over(error, query, key, value, is_causal, enable_gqa)
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -121,8 +119,16 @@ def serve_with_lse(
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     try:
         return serve(query, key, value, scale, None, lse), lse
-    except (RuntimeError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        _hand_over(error, query, key, value, is_causal, enable_gqa)
         return None
+
+
+def _hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> None:
+    """Count that torch answers in a kernel's place."""
+    with suppress(Exception):
+        problem = problem_of(query, key, value, is_causal, enable_gqa)
+        handovers.note(problem.family if problem else "a tensor without memory of its own", error)
 
 
 def _entry(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> _Key:
@@ -234,6 +240,7 @@ def _ready_kernel(problem: Problem | None, query: Tensor, ready: Callable[[Any],
         return _shelf.kernel(problem, device, ready) if problem and device else None
     except Exception as error:  # dispatch never raises because of databases, compilers or caches
         _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
+        handovers.note(problem.family if problem else "a device", error)
         return None
 
 
@@ -409,6 +416,7 @@ class _Shelf:
                 jobs.get()()
             except Exception as error:
                 self.troubles["background build"] = f"{type(error).__name__}: {error}"
+                handovers.note("a kernel built beside the calls", error)
 
 
 _shelf = _Shelf()
@@ -432,8 +440,9 @@ winners.listeners.append(refresh)
 
 
 def explain(problem: Problem, device: Device) -> Choice:
-    """Which rung answers a problem, and what the rungs before it said."""
-    return _shelf.choice(problem, device)
+    """Which rung answers a problem, what the rungs before it said, and where torch had to answer in its place."""
+    chosen = _shelf.choice(problem, device)
+    return replace(chosen, steps=(*chosen.steps, *handovers.told(problem.family)))
 
 
 # A kernel as an object.

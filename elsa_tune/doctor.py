@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import platform
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from elsa_tune import device, layers, places
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from elsa_tune import backends, device, handovers, layers, measure, places, reference
 from elsa_tune.backends import _compiler, _kernel_cache, _rtc, cpp, triton
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
+from elsa_tune.problem import Problem
+from elsa_tune.space import Space
 
 PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
@@ -26,7 +35,8 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Devices, compilers, instruction sets, the OpenMP runtime, database layers, the kernel cache, versions."""
+    """Devices, compilers, instruction sets, the OpenMP runtime, a launch of each language on each GPU, database layers, the
+    kernel cache, calls that torch answered in a kernel's place, versions."""
     here = host_cpu()
     yield _device(here)
     yield _isa(here)
@@ -36,7 +46,9 @@ def examine() -> Iterator[Finding]:
     yield _triton()
     yield _gpu_compilers()
     yield from _opencl()
+    yield from _launches()
     yield from examine_databases(here)
+    yield _handovers()
     yield Finding(
         "versions",
         True,
@@ -80,8 +92,6 @@ def _compilers() -> Finding:
 
 
 def _openmp() -> Finding:
-    import torch
-
     file, entry = cpp.openmp()
     if not entry:
         remedy = "install a torch built with OpenMP; until then kernels run on one thread"
@@ -137,6 +147,63 @@ def _opencl() -> Iterator[Finding]:
         yield Finding("OpenCL", True, f"{one} ({one.name})")
     if not found:
         yield Finding("OpenCL", True, "no device")
+
+
+TINY = Problem.parse("fp32.d32@b1.h2.q48.k48")
+"""What a launch is tried with."""
+
+
+def launch(backend: str, here: Device) -> float:
+    """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
+    return its error of max|v|. Raises whatever building or launching raises."""
+    space = Space.load(backend)
+    variant = next(v for v in map(space.parse, space.start) if space.refusal(v, TINY, here) is None)
+    kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
+    inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
+
+    def call() -> Tensor:
+        there = inputs.to(here.torch)
+        return kernel(there.query, there.key, there.value, there.scale).cpu()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(call).result()
+    query, key, value = (x.double() for x in (inputs.query, inputs.key, inputs.value))
+    expected = scaled_dot_product_attention(query, key, value, scale=inputs.scale)
+    return float((found - expected).abs().max() / inputs.value.abs().max())
+
+
+def _launches() -> Iterator[Finding]:
+    """For each GPU and each language that serves it: whether a kernel of ours can be started, in a process of its own."""
+    for gpu in device.gpus():
+        for name in backends.names():
+            if not backends.get(name).generated or backends.get(name).refusal(TINY, gpu):
+                continue
+            topic = f"launch, {name}"
+            try:
+                with measure.Worker(memory=0) as worker:
+                    error = worker.run(launch, name, gpu, timeout=120.0)
+            except measure.WorkerFailed as failure:
+                yield Finding(topic, False, f"{gpu}: {failure.reason}", "torch's SDPA serves what these kernels would")
+                continue
+            good = error < 1e-5
+            yield Finding(topic, good, f"{gpu}: error {error:.1e} of max|v|", "" if good else "report it, please")
+
+
+def _handovers() -> Finding:
+    """Calls in which a kernel of ours raised and torch answered, as processes of this user wrote them down."""
+    found = handovers.written()
+    if not found:
+        return Finding("hand-overs", True, "no kernel had to hand a call over to torch")
+    newest = found[-1]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(newest["at"])))
+    kinds = Counter(f"{entry['asked']}: {entry['reason']}" for entry in found)
+    often = ", ".join(f"{text} ({n})" for text, n in kinds.most_common(3))
+    return Finding(
+        "hand-overs",
+        False,
+        f"kernels raised and torch answered, in {len(found)} cases; most often {often}; last {when}",
+        f"answers were right, but not by the kernel that won; report it, then remove {handovers.file()}",
+    )
 
 
 def _layers(here: Device) -> Iterator[Finding]:

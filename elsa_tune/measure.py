@@ -15,16 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from elsa_tune import backends, clock, quiet
+from elsa_tune import backends, clock, gauge, quiet
 from elsa_tune.backends import Built
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
@@ -152,13 +153,15 @@ class Worker:
     def _start(self) -> None:
         from pebble import ProcessPool
 
-        self._pool = ProcessPool(**self._options)
+        self._pool, self._waiting = ProcessPool(**self._options), set[Any]()
 
     def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
         """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message."""
         from pebble import ProcessExpired
 
         future = self._pool.schedule(job, args=arguments, timeout=timeout)
+        waiting = self._waiting
+        waiting.add(future)
         try:
             result: T = future.result()
             return result
@@ -166,14 +169,24 @@ class Worker:
             raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s; the worker was killed") from error
         except ProcessExpired as error:
             raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
+        except CancelledError as error:
+            raise WorkerFailed("failed", "given up: the worker was ended") from error
         except Exception as error:
             if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
-                self.close()  # the process's GPU context may be lost for good: start another
-                self._start()
+                self.renew()  # its GPU context may be lost for good
             raise WorkerFailed("failed", f"{type(error).__name__}: {error}") from error
+        finally:
+            waiting.discard(future)
+
+    def renew(self) -> None:
+        """Go on in a new process: what is left of a job that failed may be in the way of the next one's."""
+        self.close()
+        self._start()
 
     def close(self) -> None:
-        """End the process at once."""
+        """End the process at once; whoever waits for a job, in another thread, learns that it was given up."""
+        for future in list(self._waiting):
+            future.cancel()
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
@@ -291,19 +304,23 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
 
 @dataclass(frozen=True, slots=True)
 class Raced:
-    """Seconds per call of each contender, and the share of its rounds that others disturbed."""
+    """Seconds per call of each contender, and the share of its rounds that others disturbed; why some could not take part
+    (they have no samples); what a GPU said of its clocks and power meanwhile."""
 
     samples: list[tuple[float, ...]]
     disturbed: list[float]
+    failed: dict[int, str] = field(default_factory=dict)
+    load: dict[str, float] = field(default_factory=dict)
 
 
 def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float, beat: float = 0.0) -> Raced:
-    """Time contenders in turns; the first is the incumbent.
+    """Time contenders in turns; the first is the incumbent, or the first of those that can be launched as the problem says.
 
     Order within a round is shuffled. A contender that is OUTCLASSED at its first call is not timed again, one that LAGS
     after a round neither; after three rounds, one below HOPELESS times the best ratio so far (``beat`` counts too) is
     dropped. Ends after ``rounds`` rounds, or three once ``seconds`` have passed. On a CPU, a sample that others disturbed
-    is taken again, for up to half as long.
+    is taken again, for up to half as long. One that raises when it is first called, or cannot be captured in a graph, loses
+    alone. Raises RuntimeError where none is left, or the GPU's context is.
     """
     bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
@@ -312,30 +329,49 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
         return [partial(kernel, *x.tensors, **more) for x in bench.inputs]
 
     before = () if contenders[0].device.is_gpu else bench.written()
-    timers = [clock.timer(calls(c.load(problem)), c.device, problem.launch, before) for c in contenders]
-    first = [timer(1) for timer in timers]
-    for i, once in enumerate(first):  # a call that was held up proves nothing
-        if i and once * OUTCLASSED >= min(first):
+    load = gauge.Gauge(contenders[0].device)
+    timers, failed = dict[int, clock.Timer](), dict[int, str]()
+    first = dict[int, float]()
+    for i, c in enumerate(contenders):
+        try:
+            timers[i] = clock.timer(calls(c.load(problem)), c.device, problem.launch, before, load.read)
+            first[i] = timers[i](1)
+        except Exception as error:
+            clock.survive(c.device, f"{c.variant}: {_told(error)}")
+            failed[i] = _told(error)
+    if not first:
+        raise RuntimeError(f"nobody could be timed: {next(iter(failed.values()))}")
+    base = min(first)
+    for i, once in first.items():  # a call that was held up proves nothing
+        if i != base and once * OUTCLASSED >= min(first.values()):
             first[i] = min(once, timers[i](1))
-    racing = [i for i, seconds_once in enumerate(first) if i == 0 or seconds_once * OUTCLASSED < min(first)]
-    repeats = [
-        _repeats(timer, once) if i in racing else 0 for i, (timer, once) in enumerate(zip(timers, first, strict=True))
-    ]
-    samples: list[list[float]] = [[] if i in racing else [seconds_once] for i, seconds_once in enumerate(first)]
+    fastest = min(first.values())
+    racing = [i for i, once in first.items() if i == base or once * OUTCLASSED < fastest]
+    repeats = {i: _repeats(timers[i], first[i]) for i in racing}
+    samples: list[list[float]] = [[first[i]] if i in first and i not in racing else [] for i in range(len(contenders))]
     with _Referee(0.5 * seconds, contenders[0].device) as referee:
         end = time.perf_counter() + seconds
         for number in range(rounds):
             if number == 1 or number >= 3:
-                medians = [statistics.median(s) for s in samples]
-                least = LAGS * max(medians[0] / medians[i] for i in racing)
+                medians = {i: statistics.median(samples[i]) for i in racing}
+                least = LAGS * max(medians[base] / medians[i] for i in racing)
                 if number >= 3:
                     least = HOPELESS * max(beat, least / LAGS)
-                racing = [i for i in racing if i == 0 or medians[0] / medians[i] >= least]
+                racing = [i for i in racing if i == base or medians[base] / medians[i] >= least]
                 if len(racing) == 1 or (number >= 3 and time.perf_counter() > end):
                     break
             for i in rng.sample(racing, len(racing)):
                 samples[i].append(referee.sample(i, partial(timers[i], repeats[i])))
-        return Raced([tuple(s) for s in samples], referee.disturbed(samples))
+        return Raced([tuple(s) for s in samples], referee.disturbed(samples, base), failed, load.summary())
+
+
+def _told(error: BaseException) -> str:
+    """An exception, and what went wrong before it: a broken capture fails again when it is ended."""
+    first = error
+    while (earlier := first.__cause__ or (None if first.__suppress_context__ else first.__context__)) is not None:
+        first = earlier
+    told = f"{type(error).__name__}: {error}"
+    return told if first is error else f"{told}; before that, {type(first).__name__}: {first}"
 
 
 def _repeats(timer: clock.Timer, once: float) -> int:
@@ -368,12 +404,14 @@ class _Referee:
                 self._held_up.append((contender, number))
                 return found
 
-    def disturbed(self, samples: Sequence[Sequence[float]]) -> list[float]:
+    def disturbed(self, samples: Sequence[Sequence[float]], base: int = 0) -> list[float]:
         """The share of each contender's rounds in which it or the incumbent was held up; all, if others wanted the machine."""
         if self._whole is not None and self._whole.heard().busy:
             return [1.0] * len(samples)
-        rounds = [{n for i, n in self._held_up if i in (0, contender)} for contender in range(len(samples))]
-        return [len([n for n in held if n < len(own)]) / len(own) for held, own in zip(rounds, samples, strict=True)]
+        rounds = [{n for i, n in self._held_up if i in (base, contender)} for contender in range(len(samples))]
+        return [
+            len([n for n in held if n < len(own)]) / max(1, len(own)) for held, own in zip(rounds, samples, strict=True)
+        ]
 
     def __enter__(self) -> _Referee:
         return self
@@ -386,9 +424,9 @@ class _Referee:
 
 def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
     """The device's measured limits, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``);
-    nothing for an OpenCL device."""
+    nothing for an OpenCL device. A GPU is kept busy for longer than ``seconds``, until its clocks have settled."""
     if device.is_gpu:
-        return clock.gpu_peak(device, seconds)
+        return clock.gpu_peak(device)
     if device.kind != "cpu":
         return {}
     from elsa_tune.backends import cpp
@@ -397,5 +435,5 @@ def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
 
 
 def state(device: Device) -> dict[str, float]:
-    """What the device says of its clocks and temperature; nothing for a CPU."""
+    """What the device says, while it works, of its clocks, power and temperature; nothing for a CPU."""
     return clock.gpu_state(device) if device.is_gpu else {}

@@ -59,6 +59,9 @@ _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6
 _MIX = 1.12
 """Instructions for each multiply-add of a CUDA C kernel's hottest loop, where no disassembler reads it."""
 
+_EXP = {"library": 4, "native": 1, "polynomial": 11}
+"""Instructions of a 2^x in CUDA C: the library's is the special-function unit's between two guards."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -172,7 +175,7 @@ def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, in
     mix = resources["loop_all"] / hottest if hottest else _MIX
     return {
         "loop_fma": products + 2 * scores,
-        "loop_all": round(products * mix) + 10 * scores + 6 * copied,
+        "loop_all": round(products * mix) + (6 + _EXP[str(variant.axes["exp"])]) * scores + 6 * copied,
         "wavefronts": _wavefronts.of_turn(tiling),
         "loop_exp": scores + tiling.rows,
         "loop_matrix": 0,

@@ -74,6 +74,8 @@ class Search:
         self._told: set[str] = set()
         self.heard = 0
         """Results that others of the fleet told."""
+        self.told = 0
+        """Results that anyone told."""
 
     def enqueue(self, variants: Iterable[Variant]) -> None:
         """Try these before anything the sampler thinks of."""
@@ -88,6 +90,7 @@ class Search:
 
     def _learn(self, variant: Variant, ratio: float | None) -> None:
         self._seen.add(self._name(variant))
+        self.told += 1
         value = math.log(ratio) if ratio else WORTHLESS
         if ratio and (self._best is None or value > self._best[0]):
             self._best = (value, variant)

@@ -37,7 +37,6 @@ class Task:
     trials: int = 0
     target: int = 0
     finals: int = 0  # that nobody disturbed
-    turns: int = 0  # of its searches
     busy: bool = False  # whether its last final was disturbed
     counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
     latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement

@@ -18,6 +18,7 @@ from elsa_tune.backends import Built, sdpa
 from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
+from elsa_tune.gauge import Reading
 from elsa_tune.measure import (
     Contender,
     Raced,
@@ -47,6 +48,9 @@ BUILD_SECONDS = 120.0
 PATIENCE = 15.0
 """Seconds after which a kernel hangs, beside what its calls are known to take."""
 
+LIMITS_LAST = 120.0
+"""Seconds for which a GPU's peaks are taken to stay what they were: measuring them takes longer than a final."""
+
 SLOW = 0.5
 """One of torch's kernels below this share of the fastest is not called for larger shapes of its family."""
 
@@ -70,6 +74,7 @@ class Trials:
     thorough: bool = False  # race also those of torch's kernels that take long to start
     limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
     deadline: float = math.inf  # of time.monotonic(): a job that lasts longer is given up
+    _limits_until: float = 0.0  # of time.monotonic()
     late: list[tuple[Problem, Variant]] = field(default_factory=list)  # took too long on a busy machine
     waited: float = 0.0  # seconds, for another tuner of this machine
     _slow: set[tuple[str, bool, str]] = field(default_factory=set)  # torch's own, by family and regime
@@ -111,18 +116,33 @@ class Trials:
         regime = problem.family, problem.q_len > 1
         peers = [c for c in self.peers(problem, self.thorough) if (*regime, str(c.variant)) not in self._slow]
         contenders = [c for c in peers if self._runs(problem, c)]
-        raced = self._job(900.0, race, problem, contenders, TRIAL_ROUNDS, 0.2)
-        medians = [statistics.median(s) for s in raced.samples]
-        best = medians.index(min(medians))
+        raced = self._race(900.0, problem, contenders, TRIAL_ROUNDS, 0.2, needs_first=False)
+        medians = {number: statistics.median(s) for number, s in enumerate(raced.samples) if s}
+        best = min(medians, key=medians.__getitem__)
         self._slow |= {
-            (*regime, str(c.variant))
-            for c, median in zip(contenders, medians, strict=True)
+            (*regime, str(contenders[number].variant))
+            for number, median in medians.items()
             if medians[best] < SLOW * median and not self.device.is_gpu
         }
-        for number, contender in enumerate(contenders):
+        for number in medians:
             stage = "final" if number == best else "trial"
-            self._record_ratio(problem, contender, contenders[best], stage, raced, number, best)
+            self._record_ratio(problem, contenders[number], contenders[best], stage, raced, number, best)
         return contenders[best], medians[best]
+
+    def _race(
+        self, limit: float, problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float,
+        beat: float = 0.0, needs_first: bool = True,
+    ) -> Raced:  # fmt: skip
+        """A race in the worker; who could not take part is recorded, with the reason. Raises WorkerFailed, also where that is
+        the incumbent, and OutOfTime."""
+        raced = self._job(limit, race, problem, contenders, rounds, seconds, beat)
+        for number, reason in raced.failed.items():
+            self._record_contender(problem, contenders[number], "failed", reason=reason)
+        if raced.failed and self.device.is_gpu:
+            self.worker.renew()
+        if needs_first and 0 in raced.failed:
+            raise WorkerFailed("failed", f"{contenders[0].variant}: {raced.failed[0]}")
+        return raced
 
     def _runs(self, problem: Problem, peer: Contender) -> bool:
         """Whether one of torch's kernels takes the problem here: on GPUs each has its own conditions."""
@@ -139,20 +159,25 @@ class Trials:
         return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
-        """Compile side by side; what fails or has a flaw is recorded and left out."""
+        """Compile side by side until the deadline; what fails or has a flaw is recorded and left out."""
 
-        def attempt(variant: Variant) -> Built | ElsaTuneError | WorkerFailed:
+        def attempt(variant: Variant) -> Built | ElsaTuneError | WorkerFailed | None:
+            left = self.deadline - time.monotonic()
             try:
                 if self.builders:
-                    return self.builders.run(build, variant, problem, self.device, timeout=BUILD_SECONDS)
+                    limit = max(0.1, min(BUILD_SECONDS, left))
+                    return self.builders.run(build, variant, problem, self.device, timeout=limit)
                 return backends.get(variant.backend).build(variant, problem, self.device)
             except (ElsaTuneError, WorkerFailed) as error:
-                return error
+                cut_off = isinstance(error, WorkerFailed) and error.status == "timeout" and left < BUILD_SECONDS
+                return None if cut_off else error
 
         with ThreadPoolExecutor(host_cpu().cores) as pool:
             attempts = list(pool.map(attempt, variants))
         built = []
         for variant, result in zip(variants, attempts, strict=True):
+            if result is None:  # the run was over before it was built: that says nothing of it
+                continue
             if not isinstance(result, Built):
                 self._record(problem, variant, "failed", reason=str(result))
             elif result.flaw:
@@ -171,7 +196,7 @@ class Trials:
         with quiet.Listener() as listener:
             try:
                 rounds = (TRIAL_ROUNDS, TRIAL_SECONDS * len(usable), best)
-                raced = self._job(limit, race, problem, [incumbent, *usable], *rounds) if usable else None
+                raced = self._race(limit, problem, [incumbent, *usable], *rounds) if usable else None
             except WorkerFailed as error:
                 if len(usable) == 1:
                     self._record_failure(problem, usable[0], error, listener.heard())
@@ -179,8 +204,8 @@ class Trials:
                     self.trial(problem, incumbent, seconds, [alone], best)
                 return
         for number, candidate in enumerate(usable if raced else (), 1):
-            assert raced is not None
-            self._record_ratio(problem, candidate, incumbent, "trial", raced, number, 0)
+            if raced and raced.samples[number]:
+                self._record_ratio(problem, candidate, incumbent, "trial", raced, number, 0)
 
     def usable(self, problem: Problem, incumbent: Contender, seconds: float, candidate: Contender) -> bool:
         """Whether a candidate is right, checked once per kernel and problem; if not, that is recorded."""
@@ -201,6 +226,10 @@ class Trials:
             self._record_contender(problem, candidate, "wrong", reason=verdict.reason)
         return not verdict.reason
 
+    def take(self, problem: Problem, candidate: Contender, verdict: Verdict) -> None:
+        """Know what check_family said of a candidate elsewhere on this device."""
+        self._families[problem.family, candidate.built.digest] = verdict
+
     def _family(self, problem: Problem, candidate: Contender) -> Verdict:
         key = (problem.family, candidate.built.digest)
         if key not in self._families:
@@ -208,25 +237,31 @@ class Trials:
         return self._families[key]
 
     def find_limits(self) -> None:
-        """Measure the device's peaks and note its clocks; what cannot be measured is left out."""
+        """Measure the device's peaks and note its clocks under load, those of a GPU again once they are LIMITS_LAST old; what
+        cannot be measured is left out."""
+        if self.device.is_gpu and time.monotonic() < self._limits_until:
+            return
         try:
             peaks = self._job(60.0, peak, self.device)
             self.limits = {f"peak_{name}": value for name, value in peaks.items()}
             self.limits |= self._job(60.0, state, self.device)
         except WorkerFailed:
             self.limits = {}
+        self._limits_until = time.monotonic() + LIMITS_LAST
 
     def final(
         self, problem: Problem, incumbent: Contender, finalists: Sequence[Contender], rounds: int, seconds: float
-    ) -> None:
+    ) -> Raced:
         """Race usable finalists with many samples. Raises WorkerFailed if the race is lost."""
         self.find_limits()
         contenders = [incumbent, *finalists]
-        raced = self._job(120 + 10 * seconds, race, problem, contenders, rounds, seconds)
-        longest = max(len(s) for s in raced.samples[1:])
+        raced = self._race(120 + 10 * seconds, problem, contenders, rounds, seconds)
+        longest = max((len(s) for s in raced.samples[1:]), default=0)
         for number, contender in enumerate(contenders):
-            stage = "final" if len(raced.samples[number]) == longest or number == 0 else "trial"
-            self._record_ratio(problem, contender, incumbent, stage, raced, number, 0)
+            if raced.samples[number]:
+                stage = "final" if len(raced.samples[number]) == longest or number == 0 else "trial"
+                self._record_ratio(problem, contender, incumbent, stage, raced, number, 0)
+        return raced
 
     def versions(self, backend: str) -> dict[str, str]:
         """The software that a measurement of a backend depends on."""
@@ -242,7 +277,7 @@ class Trials:
         self._record_contender(
             problem, contender, "ok", raced.disturbed[own], stage=stage, samples=mine, seconds=statistics.median(mine),
             ratio=found.median, ratio_low=found.low, ratio_high=found.high,
-            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)],
+            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)], load=raced.load,
         )  # fmt: skip
 
     def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: quiet.Heard) -> None:
@@ -253,7 +288,7 @@ class Trials:
         self._record_contender(problem, contender, error.status, float(no_verdict), reason=error.reason)
 
     def _record_contender(
-        self, problem: Problem, contender: Contender, status: str, disturbed: float = 0.0, **facts: object
+        self, problem: Problem, contender: Contender, status: str, disturbed: float = 0.0, **facts: Any
     ) -> None:
         verdict = self._shapes.get((str(problem), contender.built.digest))
         if verdict and math.isfinite(verdict.error):
@@ -261,7 +296,15 @@ class Trials:
         facts.update(digest=contender.built.digest, resources=dict(contender.built.resources))
         self._record(problem, contender.variant, status, disturbed, **facts)
 
-    def _record(self, problem: Problem, variant: Variant, status: str, disturbed: float = 0.0, **facts: object) -> None:
+    def _record(
+        self,
+        problem: Problem,
+        variant: Variant,
+        status: str,
+        disturbed: float = 0.0,
+        load: Reading | None = None,
+        **facts: Any,
+    ) -> None:
         versions: dict[str, str | float] = {
             **self.versions(variant.backend),
             "installation": self.database.installation,
@@ -277,9 +320,9 @@ class Trials:
             problem=str(problem),
             variant=str(variant),
             status=status,
-            provenance={**versions, **self.limits},
+            provenance={**versions, **self.limits, **(load or {})},
             created=self.database.now(),
-            **facts,  # type: ignore[arg-type]
+            **facts,
         )
         self.database.record(measurement)
         self.recorded(problem, measurement)

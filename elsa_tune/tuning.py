@@ -45,7 +45,11 @@ REFINE_SECONDS = 5.0
 """How long a run looks further when every problem is settled already."""
 
 SIDE_BY_SIDE = 4
-"""Variants asked for, built and raced at once, or one a core where there are more."""
+"""Variants asked of each backend, built and raced at once; on a CPU one a core, where there are more. On a GPU checks take
+longer than building side by side, so more at once would save nothing, and results could not guide the next."""
+
+STARTERS = 2
+"""Variants that stand in the final for a backend of which none was tried."""
 
 GRACE, LEAST_GRACE = 0.05, 5.0
 """What a run may last beyond its budget: a share of it, and seconds, before whatever it does is given up."""
@@ -452,17 +456,14 @@ class _Run:
             self.trials.trial(task.problem, task.incumbent, task.seconds, built, task.best)
 
     def ask(self, task: Task) -> list[Variant]:
-        """As many variants as are built side by side, of the search whose turn it is; of another where that has no more."""
-        count = max(2, min(max(SIDE_BY_SIDE, host_cpu().cores), task.target - task.trials))
-        for _ in task.searches:
-            search = task.searches[task.turns % len(task.searches)]
-            task.turns += 1
-            heard = search.heard
-            asked = search.ask(count)
+        """A few variants of each search, as many together as are still to be tried."""
+        few = SIDE_BY_SIDE if self.device.is_gpu else max(SIDE_BY_SIDE, host_cpu().cores)
+        asked: list[Variant] = []
+        for search in task.searches:
+            missing, heard = -(-(task.target - task.trials) // len(task.searches)), search.heard
+            asked += search.ask(max(2, min(few, missing)))
             task.trials += search.heard - heard
-            if asked:
-                return asked
-        return []
+        return asked
 
     def final(self, task: Task, seconds: float, entrants: Sequence[Variant] = ()) -> None:
         """Race entrants, or this problem's best variants and the best of the family's other shapes, with many samples."""
@@ -470,7 +471,7 @@ class _Run:
             return
         self.show(f"{task.problem}  final")
         with self.trials.alone():
-            built = self.trials.build(task.problem, list(entrants or self.finalists(task)) or task.searches[0].ask(2))
+            built = self.trials.build(task.problem, list(entrants or self.finalists(task)))
             usable = [c for c in built if self.trials.usable(task.problem, task.incumbent, task.seconds, c)]
             if not usable:
                 return
@@ -482,13 +483,16 @@ class _Run:
         self.pool(task)
 
     def finalists(self, task: Task) -> Iterator[Variant]:
-        """The best three of the problem, and the best of each other shape of its family that was not tried here."""
+        """The best three of the problem, the best of each other shape of its family that was not tried here, and STARTERS of
+        each backend of which nothing was tried."""
         chosen = task.ranked()[:3]
         for other in self.tasks:
             if other is not task and other.problem.family == task.problem.family and other.latest:
                 chosen += [best for best in other.ranked()[:1] if best not in task.latest]
         chosen += [str(search.best) for search in task.searches if search.best]  # in a fleet, another's
-        for spelling in dict.fromkeys(chosen):
-            variant = parse(spelling)
-            if self.is_lawful(variant, task.problem):
-                yield variant
+        lawful = [v for v in map(parse, dict.fromkeys(chosen)) if self.is_lawful(v, task.problem)]
+        yield from lawful
+        known = {variant.backend for variant in lawful}
+        for search in task.searches:
+            if search.backend not in known and (not search.told or not known):
+                yield from search.ask(STARTERS)

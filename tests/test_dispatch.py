@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import choose, dispatch, exactness, places, space
+from elsa_tune import choose, dispatch, doctor, exactness, handovers, places, space
 from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
@@ -595,3 +595,32 @@ def test_accuracy_asks_for_a_number_above_0(times: object) -> None:
     with pytest.raises(WrongArguments, match="times_torchs_error"), elsa_tune.accuracy(times):  # type: ignore[arg-type]
         pass
     assert exactness.active == 0
+
+
+def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch answers; the process counts each reason, and the doctor of another process reads it."""
+    monkeypatch.setattr(handovers, "counts", type(handovers.counts)())
+    record(won("fp32.d16@b2.h4.q50.k50"))
+
+    def broken(*arguments: object) -> Tensor:
+        raise RuntimeError("CUDA error: invalid device context\nsomewhere")
+
+    monkeypatch.setattr(dispatch, "_serving_for", lambda *about: broken)
+    q, k, v = tensors()
+    expected = scaled_dot_product_attention(q, k, v)
+    assert all(torch.equal(elsa_tune.attention(q, k, v), expected) for _ in range(3))
+    assert elsa_tune.attention_with_lse(q, k, v)[0].shape == expected.shape
+    reason = "RuntimeError: CUDA error: invalid device context"
+    assert handovers.counts[("fp32.d16", reason)] >= 4
+    assert [(entry["asked"], entry["reason"]) for entry in handovers.written()] == [("fp32.d16", reason)]
+    problem = Problem.parse("fp32.d16@b2.h4.q50.k50")
+    assert any("handed over" in step and reason in step for step in dispatch.explain(problem, HERE).steps)
+    handovers.counts.clear()
+    assert any("in 1 process:" in step for step in dispatch.explain(problem, HERE).steps), "another process's"
+    found = doctor._handovers()
+    assert not found.good and "invalid device context" in found.state and str(handovers.file()) in found.remedy
+    handovers.file().unlink()
+    assert doctor._handovers().good
+    for number in range(2 * handovers.MOST):
+        handovers.note("fp32.d16", ValueError(number))
+    assert len(handovers.counts) <= handovers.MOST + 1 and handovers.counts[("fp32.d16", "other reasons")] > 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from planted import FAULTS, peers, planted
 
+from elsa_tune import clock
 from elsa_tune.device import host_cpu
 from elsa_tune.measure import Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
 from elsa_tune.problem import Problem
@@ -58,6 +62,18 @@ def test_the_worker_serves_on_after_every_fault(worker: Worker) -> None:
     assert verdict(worker, "healthy") is None
 
 
+def test_who_waits_for_a_worker_that_is_ended_learns_of_it() -> None:
+    """One job runs, one waits for its turn; nobody waits for ever."""
+    with Worker() as one, ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(one.run, time.sleep, 60.0, timeout=100.0) for _ in range(2)]
+        time.sleep(0.2)
+        one.renew()
+        for job in waiting:
+            with pytest.raises(WorkerFailed, match="given up"):
+                job.result(timeout=20)
+        assert one.run(divmod, 7, 2, timeout=30.0) == (3, 1)
+
+
 def test_exceptions_of_a_job_are_failures_with_their_message(worker: Worker) -> None:
     with pytest.raises(WorkerFailed, match="ZeroDivisionError"):
         worker.run(divmod, 1, 0, timeout=5.0)
@@ -78,6 +94,38 @@ def test_race_takes_turns_and_drops_the_hopeless(worker: Worker) -> None:
     )
     stopped = worker.run(race, PROBLEM, contenders[:1] + contenders[2:], 6, 10.0, 1e9, timeout=60.0).samples
     assert len(stopped[1]) == 3, "far below the ratio to beat: timed three times only"
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_who_cannot_be_launched_loses_alone(monkeypatch: pytest.MonkeyPatch, lost: int) -> None:
+    """The others are raced, the reason is told; where it is the first, the next is compared with."""
+    contenders = [*peers(PROBLEM), planted("healthy", PROBLEM)]
+    made: list[int] = []
+    timer = clock.timer
+
+    def refused(*arguments: Any) -> Any:
+        made.append(1)
+        if len(made) == lost + 1:
+            try:
+                raise ValueError("operation not permitted when stream is capturing")
+            finally:
+                raise RuntimeError("capture ended badly")
+        return timer(*arguments)
+
+    monkeypatch.setattr(clock, "timer", refused)
+    raced = race(PROBLEM, contenders, 4, 10.0)
+    assert set(raced.failed) == {lost} and raced.samples[lost] == ()
+    assert "capture ended badly" in raced.failed[lost] and "not permitted" in raced.failed[lost]
+    assert all(s for i, s in enumerate(raced.samples) if i != lost) and len(raced.disturbed) == 3
+
+
+def test_a_race_of_nobody_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> Any:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(clock, "timer", refused)
+    with pytest.raises(RuntimeError, match="nobody could be timed: ValueError: planted"):
+        race(PROBLEM, peers(PROBLEM), 4, 1.0)
 
 
 def test_peaks_are_plausible(worker: Worker) -> None:

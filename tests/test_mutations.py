@@ -190,7 +190,8 @@ OF_OPENCL = [
     Mutation("weights are powers of e", "return exp2(x);", "return exp(x);"),
     Mutation("a log-sum-exp of e", "return log2(x);", "return log(x);"),
     Mutation("bits are numbers", "return as_float(bits);", "return (float)bits;"),
-    Mutation("numbers are bits", "return as_uint(x);", "return (unsigned)(int)x;"),
+    Mutation("numbers are bits", "return as_uint(x);", "return (unsigned)(int)x;", "a whole number beyond 2^23 ends in the same bits as its float, and only those go into the exponent"),
+    Mutation("bits are half of it", "return as_uint(x);", "return as_uint(x) >> 1;"),
     Mutation("there are no barriers", "barrier(CLK_LOCAL_MEM_FENCE);", ""),
     Mutation("pairs of blocks compute the same", "return (int)get_group_id(0);", "return (int)get_group_id(0) / 2;"),
     Mutation("threads side by side have the same row", "* ABREAST + t % ABREAST", "* ABREAST"),
@@ -287,7 +288,8 @@ OF_TRITON = [
     Mutation("scores are scaled twice", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) * abs(scale) * LOG2_E or 1.0"),
     Mutation("scores are in base e", "c = abs(scale) * LOG2_E or 1.0", "c = abs(scale) or 1.0"),
     Mutation("the output is not divided", "divisor = tl.where(x3_s == 0.0, 1.0, x3_s)", "divisor = tl.where(x3_s == 0.0, 1.0, 1.0)"),
-    Mutation("a split's state is written to another row", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows", "state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows - (rows > 0)"),
+    Mutation("counters stay as they are", "tl.store(arrived, 0)", "tl.store(arrived, SPLITS)"),
+    Mutation("a split's state is written to another row", "* group * q_len + rows) * SPLITS + split", "* group * q_len + rows) * SPLITS + split - (rows > 0)"),
 ]
 
 

@@ -13,7 +13,7 @@ from planted import peers, planted, variant_of
 from elsa_tune import quiet, tuning
 from elsa_tune.check import Verdict
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, race
+from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.quiet import Heard
@@ -76,6 +76,42 @@ def test_one_that_hangs_among_others_is_found(database: Database, monkeypatch: p
     Trials(database, worker, HERE).trial(PROBLEM, flash, 1e-3, [healthy, other], 1.0)  # type: ignore[arg-type]
     assert worker.races == [3, 2, 2]
     assert {m.variant: m.status for m in database} == {str(healthy.variant): "timeout", str(other.variant): "ok"}
+
+
+def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
+    healthy, (flash, other) = planted("healthy", PROBLEM), peers(PROBLEM)
+
+    class Refusing(Hanging):
+        def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
+            if job in (peak, state):
+                return {}
+            raced = super().run(job, *arguments, timeout=timeout)
+            if job is race:
+                lost = [c.variant for c in arguments[1]].index(healthy.variant)
+                raced.failed[lost], raced.samples[lost] = "RuntimeError: not captured", ()
+            return raced
+
+    trials = Trials(database, Refusing(), HERE)  # type: ignore[arg-type]
+    trials.trial(PROBLEM, flash, 1e-3, [healthy, other], 1.0)
+    trials.final(PROBLEM, flash, [other, healthy], 5, 1.0)
+    found = {(m.variant, m.stage, m.status, m.reason) for m in database}
+    lost = str(healthy.variant)
+    assert (lost, "trial", "failed", "RuntimeError: not captured") in found and len({v for v, *_ in found}) == 3
+    assert {stage for v, stage, status, _ in found if v == str(other.variant) and status == "ok"} == {"trial", "final"}
+    with pytest.raises(WorkerFailed, match=r"cpp\..*not captured"):
+        trials.final(PROBLEM, healthy, [other], 5, 1.0)
+
+
+def test_builds_that_the_end_cuts_off_say_nothing(database: Database) -> None:
+    class Slow:
+        def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
+            raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s")
+
+    variant = planted("healthy", PROBLEM).variant
+    late = Trials(database, Hanging(), HERE, builders=Slow(), deadline=time.monotonic() + 3)  # type: ignore[arg-type]
+    assert late.build(PROBLEM, [variant]) == [] and len(database) == 0
+    early = Trials(database, Hanging(), HERE, builders=Slow())  # type: ignore[arg-type]
+    assert early.build(PROBLEM, [variant]) == [] and [m.status for m in database] == ["failed"]
 
 
 def test_what_the_end_of_a_run_cuts_off_is_not_recorded(database: Database) -> None:

@@ -89,6 +89,8 @@ def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
         ("triton.serial.ieee.m32.n64.warps4.stages1.parts", "fp32.d40.v24.causal.backward@b1.h6.kv2.q1.k1"),
         ("triton.serial.half.m64.n32.warps4.stages1", "fp16.d16.causal.backward"),
         ("triton.serial.fma.m16.n32.warps8.stages1.apart", "bf16.d16.backward"),
+        ("triton.serial.ieee.m16.n64.warps4.stages1.products5", "fp32.d24.v16.causal.backward@b1.h6.kv2.q1.k1"),
+        ("triton.serial.half.m64.n32.warps4.stages1.products5", "fp16.d16.backward"),
     ],
 )
 def test_gradients(spelling: str, problem: str) -> None:
@@ -96,6 +98,47 @@ def test_gradients(spelling: str, problem: str) -> None:
     variant = space.parse(spelling)
     verdict = check.check_family(triton.load(triton.build(variant, family), variant, family), family, [])
     assert not verdict.reason and 0 < verdict.constant < 4, verdict
+
+
+def test_kept_score_gradients_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory has room for a few heads at a time, or for all: dQ is the same; dK and dV are what they are without it."""
+    problem = Problem.parse("fp16.d16.causal.backward")
+    found = []
+    for products, scratch in ((7, None), (5, None), (5, 1)):
+        variant = space.parse(f"triton.serial.half.m32.n32.warps4.stages1.products{products}")
+        module = triton._module(triton.build(variant, problem).path)  # type: ignore[arg-type]
+        if scratch:
+            monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, out, grad = (torch.randn(2, 2, 70, 16, generator=generator).half() for _ in range(5))
+        found.append(module.gradients(q, k, v, out, torch.full((2, 2, 70), 3.0), grad))
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_counters_of_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches leave counters as they found them; streams and graphs do not share any."""
+    problem = Problem.parse("fp32.d16")
+    variant = space.parse("triton.blelloch.ieee.m16.n16.warps4.stages1.s2.last_block")
+    module = triton._module(triton.build(variant, problem).path)  # type: ignore[arg-type]
+    x = torch.randn(1, 2, 40, 16)
+    assert torch.equal(module.attention(x, x, x), module.attention(x, x, x))
+    [counters] = module._arrivals.values()
+    assert counters.numel() == 8 and not counters.any(), "two heads of three tiles, in whole vectors, and all 0 again"
+
+    def taken(stream: int, captured: bool, count: int = 6) -> torch.Tensor:
+        monkeypatch.setattr(module, "place", lambda x: (x.device, stream, captured))
+        found: torch.Tensor = module.arrivals_of(x, count)
+        assert found.numel() >= count and not found.any()
+        return found
+
+    first, second = taken(1, False), taken(2, False)
+    assert taken(1, False) is first and taken(1, False, 99) is taken(1, False, 6), "grown once, kept then"
+    graphs = [taken(1, True), taken(1, True), taken(2, True), taken(2, True, module.ARRIVALS), taken(2, True)]
+    memory = [range(t.data_ptr(), t.data_ptr() + 4 * t.numel(), 4) for t in (first, second, counters, *graphs)]
+    assert len(set().union(*memory)) == sum(map(len, memory)), "nobody shares a counter"
+    assert all(t.data_ptr() % 16 == 0 for t in graphs), "a launch would compile anew"
 
 
 def test_offsets_outgrow_32_bits() -> None:

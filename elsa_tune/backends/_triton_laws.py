@@ -6,6 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 
 from elsa_tune.backends._laws import (
+    SCRATCH_BYTES,
     longest_is_causal,
     running_sum_is_short,
     scan_has_states,
@@ -89,6 +90,38 @@ def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
 
 def tile_fits_dot(dot: str, block_m: int) -> str | None:
     return f"a matrix product has at least 16 rows, not {block_m}" if dot != "fma" and block_m < 16 else None
+
+
+def rows_are_computed_once(
+    dot: str, block_m: int, block_n: int, warps: int, problem: Problem, device: Device
+) -> str | None:
+    """Whether Triton's warps repeat one another's products (AccelerateMatmul.cpp, warpsPerTile).
+
+    A matrix instruction of a warp gives 16 rows and 8 columns. Of products that feed one another, mma.sync (sm_80 to sm_89, sm_120)
+    lays out all like the last, of weights with values: all warps along its rows if it has at least as many rows as columns, else all
+    along the columns. wgmma (sm_90: 64 rows and four warps, or multiples) puts all along the rows of the scores. Warps beyond the
+    end of a tile start over and compute the same again. The tensor memory of sm_100 has no such warps, and AMD's compiler lays
+    out otherwise: both are left to the clock.
+    """
+    mma = device.kind == "cuda" and (80 <= device.capability < 100 or device.capability >= 120)
+    if dot in ("ieee", "fma") or not mma:
+        return None
+    for rows, columns, dim in _products(block_m, block_n, problem):
+        wgmma = device.capability // 10 == 9 and rows % 64 == 0 and warps % 4 == 0
+        if wgmma or rows >= dim:
+            if 16 * warps > rows:
+                return f"{warps} warps of 16 rows share {rows}: they compute each {16 * warps // rows} times"
+        elif 8 * warps > min(columns, dim):
+            return f"{warps} warps of 8 columns share {min(columns, dim)}: they compute each more than once"
+    return None
+
+
+def _products(block_m: int, block_n: int, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+    """Rows and columns of each tile of scores that a module computes, and the columns of the last product that it feeds."""
+    head, value = (parts(dim, "pad")[0].size for dim in (problem.head_dim, problem.value_dim))
+    if problem.direction == "forward":
+        return ((block_m, block_n, value),)
+    return (block_m, block_n, head), (block_n, block_m, head)
 
 
 def product_is_small(dot: str, block_m: int, block_n: int, warps: int, problem: Problem) -> str | None:
@@ -177,11 +210,28 @@ def gradients_fold(
     return None
 
 
+def products_are_of_gradients(products: int, problem: Problem) -> str | None:
+    return "the forward pass has two products" if products == 5 and problem.direction != "backward" else None
+
+
+def score_gradients_are_bounded(products: int, block_m: int, problem: Problem) -> str | None:
+    if products == 7 or problem.direction != "backward":
+        return None
+    rows = problem.group * -(-problem.q_len // block_m) * block_m
+    size = rows * problem.kv_len * elements.get(problem.dtype).bytes
+    return (
+        f"dS of one KV head takes {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
+    )
+
+
 laws = (
     gradients_fold,
+    products_are_of_gradients,
+    score_gradients_are_bounded,
     dot_suits_class,
     dot_is_there,
     tile_fits_dot,
+    rows_are_computed_once,
     product_is_small,
     rows_fill_tile,
     keys_fill_leaves,

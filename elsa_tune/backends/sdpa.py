@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -35,6 +38,8 @@ SLOW_TO_START = ("flex",)
 
 
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
+    if kernel == "flex" and problem.mask not in (NONE, "causal"):
+        return f"no block mask is made of {problem.mask}"
     if not device.is_gpu:
         return None if kernel in ("flash", "math") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
@@ -140,11 +145,11 @@ class SdpaKernel:
         return self
 
 
-@dataclass(frozen=True)
 class FlexKernel:
-    """torch's FlexAttention, compiled."""
+    """torch's FlexAttention, compiled for the problem."""
 
-    _is_causal: bool
+    def __init__(self, problem: Problem) -> None:
+        self._is_causal, self._compiled = problem.mask == "causal", _compiled_flex(problem.reshaped(launch="eager"))
 
     def __call__(
         self,
@@ -157,11 +162,12 @@ class FlexKernel:
         operands: Operands = (),
     ) -> Tensor:
         lengths, grouped = (query.shape[2], key.shape[2]), query.shape[1] != key.shape[1]
-        mask = _causal_blocks(*lengths, query.device) if self._is_causal else None
+        mask = causal_blocks(*lengths, query.device) if self._is_causal else None
+        options = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
         if lse is None:
-            made: Tensor = _flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+            made: Tensor = self._compiled(query, key, value, **options)
             return made
-        made, sums = _flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=True)
+        made, sums = self._compiled(query, key, value, **options, return_lse=True)
         lse.copy_(sums)
         return made
 
@@ -174,6 +180,10 @@ class AutogradKernel:
     """Gradients by autograd through one of torch's kernels; the graph of each set of inputs is made once."""
 
     def __init__(self, forward: Call) -> None:
+        # what torch compiles may be differentiated only once otherwise; read both when it compiles and when it is called
+        self._lasting = (
+            partial(functorch.patch, donated_buffer=False) if isinstance(forward, FlexKernel) else nullcontext
+        )
         self._forward, self._graphs = forward, dict[tuple[int, float | None], tuple[Tensor, tuple[Tensor, ...]]]()
 
     def __call__(
@@ -187,33 +197,65 @@ class AutogradKernel:
         scale: float | None = None,
     ) -> tuple[Tensor, ...]:
         name = (query.data_ptr(), scale)
-        if name not in self._graphs:
-            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-            self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
-        made, leaves = self._graphs[name]
-        return torch.autograd.grad(made, leaves, grad, retain_graph=True)
+        with self._lasting():
+            if name not in self._graphs:
+                q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+                self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
+            made, leaves = self._graphs[name]
+            return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
 
-@cache
-def _flex() -> Callable[..., Any]:
+@lru_cache(maxsize=64)
+def _compiled_flex(problem: Problem) -> Callable[..., Any]:
+    """FlexAttention for torch.compile to compile in a code object of its own: one that was compiled for eight shapes is called
+    eagerly from then on, and every problem is another shape."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    flex: Callable[..., Any] = flex_attention
+
+    def attend(*tensors: Tensor, **options: Any) -> Any:
+        return flex(*tensors, **options)
+
+    alone = FunctionType(attend.__code__.replace(), attend.__globals__, closure=attend.__closure__)
+    return torch.compile(alone, dynamic=False)
+
+
+def _is_causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row >= column
+
+
+FLEX_BLOCK = 128
+"""Rows and columns of a block of FlexAttention's masks."""
 
 
 @cache
-def _causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
+    """FlexAttention's block mask of key j <= query i, from the blocks themselves: create_block_mask would evaluate every pair,
+    16 GiB of them at 128K."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, q_len, kv_len, device=str(device))
+    rows, columns = -(-q_len // FLEX_BLOCK), -(-kv_len // FLEX_BLOCK)
+    row = torch.arange(rows, dtype=torch.int32, device=device)
+    is_whole = row < q_len // FLEX_BLOCK  # what lies beyond the end counts as masked
+    full = torch.where(is_whole, row.clamp(max=kv_len // FLEX_BLOCK), 0)
+    partial = (row + 1).clamp(max=columns) - full
+    column = torch.arange(columns, dtype=torch.int32, device=device)
+    first = (column + full[:, None]) % columns  # partial blocks follow the full ones
+    return BlockMask.from_kv_blocks(
+        partial[None, None].contiguous(),
+        first[None, None].contiguous(),
+        full[None, None].contiguous(),
+        column.expand(1, 1, rows, columns).contiguous(),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=_is_causal,
+        seq_lengths=(q_len, kv_len),
+    )
 
 
 def load(built: Built, variant: Variant, problem: Problem) -> Any:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
-    kernel: Kernel = (
-        FlexKernel(problem.mask == "causal") if name == "flex" else SdpaKernel(BACKENDS[name], problem.mask)
-    )
+    kernel: Kernel = FlexKernel(problem) if name == "flex" else SdpaKernel(BACKENDS[name], problem.mask)
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 

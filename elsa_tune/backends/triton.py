@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA and AMD GPUs: laws, compiling for any target, and calling. The only file that imports triton."""
+"""Triton kernels for NVIDIA and AMD GPUs: rendering, building every kind that launches ask for, and calling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,17 +20,19 @@ from elsa_tune import scan
 from elsa_tune.backends import Built, Call, Gradients, Kernel, Operands, _gpu_report, _kernel_cache
 from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.backends._triton_compiler import compile_kernels, compile_report
 from elsa_tune.backends._triton_laws import DOTS, laws, parts, version
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
+from elsa_tune.scan import Round
 from elsa_tune.variant import Variant
 
 TEMPLATES = {"forward": "triton/attention.py.j2", "backward": "triton/backward.py.j2"}
 MODULE = "kernel.py"
-LARGEST_FINISH = 16
-"""Query rows whose split states are merged at once."""
+FINISH_REGISTERS = 32
+"""Registers of a thread for the states of all splits of some query rows."""
 
 __all__ = ["laws", "version"]
 generated = True
@@ -53,7 +55,9 @@ def refusal(problem: Problem, device: Device) -> str | None:
 def source(variant: Variant, problem: Problem) -> Source:
     """The Python text for the problem's family."""
     axes = variant.axes
-    strategy = scan.get(str(axes["scan"]))
+    strategy, splits = scan.get(str(axes["scan"])), int(axes["splits"])
+    grid = scan.get(strategy.grid or strategy.name)
+    rows, warps = _finish(variant, problem)
     dims = str(axes["dims"])
     return render(
         TEMPLATES[problem.direction],
@@ -61,7 +65,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             **axes,
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
-            "grid_scan": scan.get(strategy.grid or strategy.name),
+            "grid_scan": grid,
+            "merges": _merges(grid.total(splits), splits),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
@@ -69,10 +74,37 @@ def source(variant: Variant, problem: Problem) -> Source:
             "head_parts": parts(problem.head_dim, dims),
             "value_parts": parts(problem.value_dim, dims),
             "mask": problem.mask,
-            "finish_m": min(LARGEST_FINISH, int(axes["block_m"])),
+            "finish_m": rows,
+            "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,
         },
     )
+
+
+def _finish(variant: Variant, problem: Problem) -> tuple[int, int]:
+    """Query rows whose split states are merged at once, up to 16, and warps of a kernel of its own that does so: there, the states
+    of all splits take FINISH_REGISTERS registers of a thread, unless one row takes more."""
+    axes = variant.axes
+    columns = sum(part.size for part in parts(problem.value_dim, str(axes["dims"])))
+    if axes["schedule"] == "last_block":
+        return min(16, int(axes["block_m"])), int(axes["warps"])
+    fit = FINISH_REGISTERS * 32 * 4 // (columns * int(axes["splits"]))
+    rows = 1 << (max(1, min(16, fit)).bit_length() - 1)
+    return rows, max(1, min(4, rows * columns // 32))
+
+
+def _merges(rounds: Sequence[Round], n: int) -> list[tuple[int, ...]]:
+    """What the last of n states needs of the rounds, one after the other: (i,) loads state i, (i, j) merges state i into state j. Of
+    two states that meet, the earlier is complete before the later is begun, so that few are kept: the merges are the rounds'."""
+    trees: list[Any] = [(i,) for i in range(n)]
+    for r in rounds:
+        for i in reversed(r.cells(n)):
+            trees[i] = (trees[i - r.step], trees[i], (i - r.step, i))
+
+    def steps(tree: Any) -> list[tuple[int, ...]]:
+        return [tree] if len(tree) == 1 else [*steps(tree[0]), *steps(tree[1]), tree[2]]
+
+    return steps(trees[n - 1])
 
 
 def command(variant: Variant) -> list[str]:
@@ -93,12 +125,29 @@ def _target(device: Device | None) -> str:
 
 
 def _known(variant: Variant, problem: Problem) -> dict[str, Any]:
-    """Arguments that Triton compiles a kernel anew for, as a launch of the problem has them: one query head for each KV head,
+    """What Triton compiles a kernel anew for, beside types, as a launch of the problem has it: one query head for each KV head,
     and whole leaves alone."""
     axes = variant.axes
-    whole = problem.kv_len % (int(axes["block_n"]) * int(axes["workers"]) * int(axes["splits"])) == 0
+    whole = problem.kv_len % _turn(variant) == 0
     even = whole and problem.mask == "none" and axes["edges"] == "peeled" and problem.direction == "forward"
-    return {**({"group": 1} if problem.group == 1 else {}), "EVEN": even, "WITH_LSE": False}
+    return {"group": min(problem.group, 2), "EVEN": even}
+
+
+def _turn(variant: Variant) -> int:
+    """Keys that all splits take in one turn of their loops."""
+    axes = variant.axes
+    return int(axes["block_n"]) * int(axes["workers"]) * int(axes["splits"])
+
+
+def _kinds(variant: Variant, problem: Problem) -> Iterator[Problem]:
+    """The problem, then one of its family and group of each other kind: lengths that leaves divide, or do not. Checks and other
+    shapes ask for all of them."""
+    yield problem
+    for kv_len in (problem.kv_len + 1, -(-problem.kv_len // _turn(variant)) * _turn(variant)):
+        posed = problem.reshaped(kv_len=kv_len)
+        if _known(variant, posed) != _known(variant, problem):
+            yield posed
+            return
 
 
 def find(digest: str) -> Built | None:
@@ -108,12 +157,16 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
-    precision = "strict" if resources.get("strict") else ""
-    return Built(digest, path, resources, _gpu_report.flaw(resources, precision))
+    return Built(digest, path, resources, _flaw(resources))
+
+
+def _flaw(resources: Mapping[str, int]) -> str:
+    return _gpu_report.flaw(resources, "strict" if resources.get("strict") else "")
 
 
 def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
-    """The module of the family, compiled once for the device's target to learn what the compiler says of it."""
+    """The module of the family, compiled for the device's target as launches of every kind will ask for it; what the compiler says
+    is of the problem's own kind, and where that speaks against the kernel, the others are left out."""
     name = digest(variant, problem, device)
     if built := find(name):
         return built
@@ -125,10 +178,14 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
             return {}
         assert device is not None
         try:
-            report = compile_report(_module(folder / MODULE), problem, device, _known(variant, problem))
+            own, *others = _kinds(variant, problem)
+            module = _module(folder / MODULE)
+            report = {**compile_report(module, own, device), "strict": int(problem.precision == "strict")}
+            for other in others if not _flaw(report) else ():
+                compile_kernels(module, other, device)
         except Exception as error:  # whatever the compiler raises is its answer
             raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error
-        return {**report, "strict": int(problem.precision == "strict")}
+        return report
 
     return _built(name, *_kernel_cache.add(name, MODULE, fill))
 
@@ -151,80 +208,6 @@ def _module(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-# Compiling for a target that need not be here.
-
-KERNELS = {"forward": ("finish", "attend"), "backward": ("prepare", "grad_query", "grad_key_value")}
-"""The kernels of a module, the one that does most of the work last."""
-
-SIDE_KERNELS = ("finish", "prepare")
-"""Those launched with a module's SIDE_OPTIONS."""
-
-_FLOATS = {"partial", "sums", "deltas"}
-_SCALARS = {"c", "scale"}
-_COUNTS = {"pair", "kv_heads", "group", "q_len", "kv_len", "first_pair", "slots"}
-
-
-def _signature(names: Sequence[str], problem: Problem, module: ModuleType) -> dict[str, str]:
-    """Triton's types of a kernel's arguments, as the launcher passes them for this problem."""
-    element, splits = f"*{problem.dtype}", getattr(module, "SPLITS", None)
-    alone = splits is not None and splits.value == 1  # nothing is left in memory, and the query stands in
-    types = {}
-    for name in names:
-        if name in _SCALARS:
-            types[name] = "fp32"
-        elif name in _COUNTS or name.startswith("stride_"):
-            types[name] = "i32"
-        elif name == "arrivals" and hasattr(module, "finish_rows") and not hasattr(module, "finish"):  # last_block
-            types[name] = "*i32"
-        elif (name in _FLOATS and not alone) or (name == "lse" and problem.direction == "backward"):
-            types[name] = "*fp32"
-        else:
-            types[name] = element
-    return types
-
-
-def _compiled(
-    name: str, module: ModuleType, problem: Problem, device: Device, constants: Mapping[str, Any]
-) -> dict[str, int]:
-    """What the compiler says of the module's kernel ``name`` on ``device``, which need not be here; ``constants`` are arguments
-    that it knows."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, options = getattr(module, name), module.SIDE_OPTIONS if name in SIDE_KERNELS else module.OPTIONS
-    signature = _signature(kernel.arg_names, problem, module)
-    constants = {name: value for name, value in constants.items() if name in signature}
-    signature |= dict.fromkeys(constants, "constexpr")
-    even = problem.head_dim % 16 == 0 and problem.value_dim % 16 == 0
-    aligned = [i for i, name in enumerate(signature) if signature[name][0] == "*" or (name[:7] == "stride_" and even)]
-    made = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    arch: Any = device.capability if device.kind == "cuda" else device.arch
-    compiled = triton.compile(made, target=GPUTarget(device.kind, arch, device.warp), options=dict(options))
-    if device.kind == "cuda":
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        report = _gpu_report.of_cubin(compiled.asm["cubin"], compiled.asm["ptx"], tools)
-    else:
-        report = _gpu_report.of_amdgcn(compiled.asm["amdgcn"])
-    return {**report, "shared": max(report["shared"], compiled.metadata.shared)}
-
-
-def compile_report(
-    module: ModuleType, problem: Problem, device: Device, constants: Mapping[str, Any]
-) -> dict[str, int]:
-    """The most registers, stack and shared memory, all spills and matrix instructions, and the main kernel's hottest loop."""
-    names = [name for name in KERNELS[problem.direction] if hasattr(module, name)]
-    reports = [_compiled(name, module, problem, device, constants) for name in names]
-    summed = {name: sum(r.get(name, 0) for r in reports) for name in ("spills", "local", "matrix")}
-    largest = {name: max(r[name] for r in reports) for name in ("registers", "stack", "shared")}
-    return {**reports[-1], **summed, **largest, "warps": module.OPTIONS["num_warps"]}
 
 
 # Calling.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Torch:
         torch.cuda.device = lambda device: self  # type: ignore[assignment, misc, return-value]
         torch.cuda.current_device = self.current  # type: ignore[assignment]
         torch.cuda.current_stream = lambda: self  # type: ignore[assignment, return-value]
+        torch.cuda.Stream = lambda device: self  # type: ignore[assignment, misc]
+        torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
         torch.cuda.is_current_stream_capturing = lambda: self.capture > 0  # type: ignore[assignment]
 
     @property

@@ -10,6 +10,7 @@ read them together. Regenerate this text: elsa-tune show triton.blelloch.fma.m1.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -30,178 +31,176 @@ def power_of_2(n):
     shifted = tl.maximum(n, -127.0) + 12583039.0  # 1.5 * 2^23 + 127: the low mantissa bits become the exponent
     return (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
-FINISH_M = tl.constexpr(1)  # query rows merged at once
+FINISH_M = tl.constexpr(2)  # query rows merged at once
 
 @triton.jit
 def finish_rows(
     pair, slot, first, slots, partial, output, lse, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, with_lse,
 ):  # fmt: skip
-    """Merge the states of all splits for FINISH_M query rows, by rounds: an up-sweep of pairs; the total needs no down-sweep."""
+    """Merge the states of all splits for FINISH_M query rows: an up-sweep of pairs; the total needs no down-sweep.
+
+    The merges are those of blelloch's 4 rounds, each state loaded when it is first needed, so that few are in registers.
+    """
     rows = first + tl.arange(0, FINISH_M)
     valid = rows < group * q_len
     positions = rows // group
-    size = slots.to(tl.int64) * group * q_len
-    row = slot.to(tl.int64) * group * q_len + rows
-    x0_m = tl.load(partial + 0 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x0_s = tl.load(partial + 16 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (0 * size + row) * VALUE_DIM
+    size = slots.to(tl.int64) * group * q_len * SPLITS
+    states = (slot.to(tl.int64) * group * q_len + rows) * SPLITS
+    x0_m = tl.load(partial + states + 0, mask=valid, other=NONE, cache_modifier=".cg")
+    x0_s = tl.load(partial + size + states + 0, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 0
     x0_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x1_m = tl.load(partial + 1 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x1_s = tl.load(partial + 17 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (1 * size + row) * VALUE_DIM
+    x1_m = tl.load(partial + states + 1, mask=valid, other=NONE, cache_modifier=".cg")
+    x1_s = tl.load(partial + size + states + 1, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 128
     x1_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x2_m = tl.load(partial + 2 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x2_s = tl.load(partial + 18 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (2 * size + row) * VALUE_DIM
-    x2_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x3_m = tl.load(partial + 3 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x3_s = tl.load(partial + 19 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (3 * size + row) * VALUE_DIM
-    x3_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x4_m = tl.load(partial + 4 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x4_s = tl.load(partial + 20 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (4 * size + row) * VALUE_DIM
-    x4_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x5_m = tl.load(partial + 5 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x5_s = tl.load(partial + 21 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (5 * size + row) * VALUE_DIM
-    x5_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x6_m = tl.load(partial + 6 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x6_s = tl.load(partial + 22 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (6 * size + row) * VALUE_DIM
-    x6_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x7_m = tl.load(partial + 7 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x7_s = tl.load(partial + 23 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (7 * size + row) * VALUE_DIM
-    x7_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x8_m = tl.load(partial + 8 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x8_s = tl.load(partial + 24 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (8 * size + row) * VALUE_DIM
-    x8_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x9_m = tl.load(partial + 9 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x9_s = tl.load(partial + 25 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (9 * size + row) * VALUE_DIM
-    x9_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x10_m = tl.load(partial + 10 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x10_s = tl.load(partial + 26 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (10 * size + row) * VALUE_DIM
-    x10_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x11_m = tl.load(partial + 11 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x11_s = tl.load(partial + 27 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (11 * size + row) * VALUE_DIM
-    x11_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x12_m = tl.load(partial + 12 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x12_s = tl.load(partial + 28 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (12 * size + row) * VALUE_DIM
-    x12_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x13_m = tl.load(partial + 13 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x13_s = tl.load(partial + 29 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (13 * size + row) * VALUE_DIM
-    x13_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x14_m = tl.load(partial + 14 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x14_s = tl.load(partial + 30 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (14 * size + row) * VALUE_DIM
-    x14_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x15_m = tl.load(partial + 15 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x15_s = tl.load(partial + 31 * size + row, mask=valid, other=0.0, cache_modifier=".cg")
-    partial_rows = partial + 2 * SPLITS * size + (15 * size + row) * VALUE_DIM
-    x15_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    # blelloch, round 1: 8 merges, reaching back 1
-    m = tl.maximum(x14_m, x15_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x14_m - origin), power_of_2(x15_m - origin)
-    x15_m = m
-    x15_s = keep_a * x14_s + keep_b * x15_s
-    x15_w0 = keep_a[:, None] * x14_w0 + keep_b[:, None] * x15_w0
-    m = tl.maximum(x12_m, x13_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x12_m - origin), power_of_2(x13_m - origin)
-    x13_m = m
-    x13_s = keep_a * x12_s + keep_b * x13_s
-    x13_w0 = keep_a[:, None] * x12_w0 + keep_b[:, None] * x13_w0
-    m = tl.maximum(x10_m, x11_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x10_m - origin), power_of_2(x11_m - origin)
-    x11_m = m
-    x11_s = keep_a * x10_s + keep_b * x11_s
-    x11_w0 = keep_a[:, None] * x10_w0 + keep_b[:, None] * x11_w0
-    m = tl.maximum(x8_m, x9_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x8_m - origin), power_of_2(x9_m - origin)
-    x9_m = m
-    x9_s = keep_a * x8_s + keep_b * x9_s
-    x9_w0 = keep_a[:, None] * x8_w0 + keep_b[:, None] * x9_w0
-    m = tl.maximum(x6_m, x7_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x6_m - origin), power_of_2(x7_m - origin)
-    x7_m = m
-    x7_s = keep_a * x6_s + keep_b * x7_s
-    x7_w0 = keep_a[:, None] * x6_w0 + keep_b[:, None] * x7_w0
-    m = tl.maximum(x4_m, x5_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x4_m - origin), power_of_2(x5_m - origin)
-    x5_m = m
-    x5_s = keep_a * x4_s + keep_b * x5_s
-    x5_w0 = keep_a[:, None] * x4_w0 + keep_b[:, None] * x5_w0
-    m = tl.maximum(x2_m, x3_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x2_m - origin), power_of_2(x3_m - origin)
-    x3_m = m
-    x3_s = keep_a * x2_s + keep_b * x3_s
-    x3_w0 = keep_a[:, None] * x2_w0 + keep_b[:, None] * x3_w0
     m = tl.maximum(x0_m, x1_m)
     origin = tl.where(m == NONE, 0.0, m)
     keep_a, keep_b = power_of_2(x0_m - origin), power_of_2(x1_m - origin)
     x1_m = m
     x1_s = keep_a * x0_s + keep_b * x1_s
     x1_w0 = keep_a[:, None] * x0_w0 + keep_b[:, None] * x1_w0
-    # blelloch, round 2: 4 merges, reaching back 2
-    m = tl.maximum(x13_m, x15_m)
+    x2_m = tl.load(partial + states + 2, mask=valid, other=NONE, cache_modifier=".cg")
+    x2_s = tl.load(partial + size + states + 2, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 256
+    x2_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x3_m = tl.load(partial + states + 3, mask=valid, other=NONE, cache_modifier=".cg")
+    x3_s = tl.load(partial + size + states + 3, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 384
+    x3_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x2_m, x3_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x13_m - origin), power_of_2(x15_m - origin)
-    x15_m = m
-    x15_s = keep_a * x13_s + keep_b * x15_s
-    x15_w0 = keep_a[:, None] * x13_w0 + keep_b[:, None] * x15_w0
-    m = tl.maximum(x9_m, x11_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x9_m - origin), power_of_2(x11_m - origin)
-    x11_m = m
-    x11_s = keep_a * x9_s + keep_b * x11_s
-    x11_w0 = keep_a[:, None] * x9_w0 + keep_b[:, None] * x11_w0
-    m = tl.maximum(x5_m, x7_m)
-    origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x5_m - origin), power_of_2(x7_m - origin)
-    x7_m = m
-    x7_s = keep_a * x5_s + keep_b * x7_s
-    x7_w0 = keep_a[:, None] * x5_w0 + keep_b[:, None] * x7_w0
+    keep_a, keep_b = power_of_2(x2_m - origin), power_of_2(x3_m - origin)
+    x3_m = m
+    x3_s = keep_a * x2_s + keep_b * x3_s
+    x3_w0 = keep_a[:, None] * x2_w0 + keep_b[:, None] * x3_w0
     m = tl.maximum(x1_m, x3_m)
     origin = tl.where(m == NONE, 0.0, m)
     keep_a, keep_b = power_of_2(x1_m - origin), power_of_2(x3_m - origin)
     x3_m = m
     x3_s = keep_a * x1_s + keep_b * x3_s
     x3_w0 = keep_a[:, None] * x1_w0 + keep_b[:, None] * x3_w0
-    # blelloch, round 3: 2 merges, reaching back 4
-    m = tl.maximum(x11_m, x15_m)
+    x4_m = tl.load(partial + states + 4, mask=valid, other=NONE, cache_modifier=".cg")
+    x4_s = tl.load(partial + size + states + 4, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 512
+    x4_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x5_m = tl.load(partial + states + 5, mask=valid, other=NONE, cache_modifier=".cg")
+    x5_s = tl.load(partial + size + states + 5, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 640
+    x5_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x4_m, x5_m)
     origin = tl.where(m == NONE, 0.0, m)
-    keep_a, keep_b = power_of_2(x11_m - origin), power_of_2(x15_m - origin)
-    x15_m = m
-    x15_s = keep_a * x11_s + keep_b * x15_s
-    x15_w0 = keep_a[:, None] * x11_w0 + keep_b[:, None] * x15_w0
+    keep_a, keep_b = power_of_2(x4_m - origin), power_of_2(x5_m - origin)
+    x5_m = m
+    x5_s = keep_a * x4_s + keep_b * x5_s
+    x5_w0 = keep_a[:, None] * x4_w0 + keep_b[:, None] * x5_w0
+    x6_m = tl.load(partial + states + 6, mask=valid, other=NONE, cache_modifier=".cg")
+    x6_s = tl.load(partial + size + states + 6, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 768
+    x6_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x7_m = tl.load(partial + states + 7, mask=valid, other=NONE, cache_modifier=".cg")
+    x7_s = tl.load(partial + size + states + 7, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 896
+    x7_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x6_m, x7_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x6_m - origin), power_of_2(x7_m - origin)
+    x7_m = m
+    x7_s = keep_a * x6_s + keep_b * x7_s
+    x7_w0 = keep_a[:, None] * x6_w0 + keep_b[:, None] * x7_w0
+    m = tl.maximum(x5_m, x7_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x5_m - origin), power_of_2(x7_m - origin)
+    x7_m = m
+    x7_s = keep_a * x5_s + keep_b * x7_s
+    x7_w0 = keep_a[:, None] * x5_w0 + keep_b[:, None] * x7_w0
     m = tl.maximum(x3_m, x7_m)
     origin = tl.where(m == NONE, 0.0, m)
     keep_a, keep_b = power_of_2(x3_m - origin), power_of_2(x7_m - origin)
     x7_m = m
     x7_s = keep_a * x3_s + keep_b * x7_s
     x7_w0 = keep_a[:, None] * x3_w0 + keep_b[:, None] * x7_w0
-    # blelloch, round 4: 1 merge, reaching back 8
+    x8_m = tl.load(partial + states + 8, mask=valid, other=NONE, cache_modifier=".cg")
+    x8_s = tl.load(partial + size + states + 8, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1024
+    x8_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x9_m = tl.load(partial + states + 9, mask=valid, other=NONE, cache_modifier=".cg")
+    x9_s = tl.load(partial + size + states + 9, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1152
+    x9_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x8_m, x9_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x8_m - origin), power_of_2(x9_m - origin)
+    x9_m = m
+    x9_s = keep_a * x8_s + keep_b * x9_s
+    x9_w0 = keep_a[:, None] * x8_w0 + keep_b[:, None] * x9_w0
+    x10_m = tl.load(partial + states + 10, mask=valid, other=NONE, cache_modifier=".cg")
+    x10_s = tl.load(partial + size + states + 10, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1280
+    x10_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x11_m = tl.load(partial + states + 11, mask=valid, other=NONE, cache_modifier=".cg")
+    x11_s = tl.load(partial + size + states + 11, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1408
+    x11_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x10_m, x11_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x10_m - origin), power_of_2(x11_m - origin)
+    x11_m = m
+    x11_s = keep_a * x10_s + keep_b * x11_s
+    x11_w0 = keep_a[:, None] * x10_w0 + keep_b[:, None] * x11_w0
+    m = tl.maximum(x9_m, x11_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x9_m - origin), power_of_2(x11_m - origin)
+    x11_m = m
+    x11_s = keep_a * x9_s + keep_b * x11_s
+    x11_w0 = keep_a[:, None] * x9_w0 + keep_b[:, None] * x11_w0
+    x12_m = tl.load(partial + states + 12, mask=valid, other=NONE, cache_modifier=".cg")
+    x12_s = tl.load(partial + size + states + 12, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1536
+    x12_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x13_m = tl.load(partial + states + 13, mask=valid, other=NONE, cache_modifier=".cg")
+    x13_s = tl.load(partial + size + states + 13, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1664
+    x13_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x12_m, x13_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x12_m - origin), power_of_2(x13_m - origin)
+    x13_m = m
+    x13_s = keep_a * x12_s + keep_b * x13_s
+    x13_w0 = keep_a[:, None] * x12_w0 + keep_b[:, None] * x13_w0
+    x14_m = tl.load(partial + states + 14, mask=valid, other=NONE, cache_modifier=".cg")
+    x14_s = tl.load(partial + size + states + 14, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1792
+    x14_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x15_m = tl.load(partial + states + 15, mask=valid, other=NONE, cache_modifier=".cg")
+    x15_s = tl.load(partial + size + states + 15, mask=valid, other=0.0, cache_modifier=".cg")
+    partial_rows = partial + 2 * size + states * VALUE_DIM + 1920
+    x15_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    m = tl.maximum(x14_m, x15_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x14_m - origin), power_of_2(x15_m - origin)
+    x15_m = m
+    x15_s = keep_a * x14_s + keep_b * x15_s
+    x15_w0 = keep_a[:, None] * x14_w0 + keep_b[:, None] * x15_w0
+    m = tl.maximum(x13_m, x15_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x13_m - origin), power_of_2(x15_m - origin)
+    x15_m = m
+    x15_s = keep_a * x13_s + keep_b * x15_s
+    x15_w0 = keep_a[:, None] * x13_w0 + keep_b[:, None] * x15_w0
+    m = tl.maximum(x11_m, x15_m)
+    origin = tl.where(m == NONE, 0.0, m)
+    keep_a, keep_b = power_of_2(x11_m - origin), power_of_2(x15_m - origin)
+    x15_m = m
+    x15_s = keep_a * x11_s + keep_b * x15_s
+    x15_w0 = keep_a[:, None] * x11_w0 + keep_b[:, None] * x15_w0
     m = tl.maximum(x7_m, x15_m)
     origin = tl.where(m == NONE, 0.0, m)
     keep_a, keep_b = power_of_2(x7_m - origin), power_of_2(x15_m - origin)
     x15_m = m
     x15_s = keep_a * x7_s + keep_b * x15_s
     x15_w0 = keep_a[:, None] * x7_w0 + keep_b[:, None] * x15_w0
-
     divisor = tl.where(x15_s == 0.0, 1.0, x15_s)
     x15_w0 = x15_w0 / divisor[:, None]
     total = (x15_m + tl.log2(x15_s)) * LN_2
@@ -209,20 +208,23 @@ def finish_rows(
     batch, heads = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64) * group + rows % group
     output_rows = output + batch * stride_ob + heads * stride_oh + positions.to(tl.int64) * stride_om
     tl.store(output_rows[:, None] + tl.arange(0, 128)[None, :], x15_w0.to(output.dtype.element_ty), mask=valid[:, None])
-    if WITH_LSE:
+    if with_lse:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "first_pair", "slots"],
+    do_not_specialize_on_alignment=["group"],
+)
 def finish(
     partial, output, lse, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, first_pair, slots, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, first_pair, slots, with_lse,
 ):  # fmt: skip
     """The second kernel: one program for FINISH_M query rows of a pair."""
     blocks = tl.cdiv(group * q_len, FINISH_M)
     slot, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     finish_rows(
         first_pair + slot, slot, block * FINISH_M, slots, partial, output, lse,
-        stride_ob, stride_oh, stride_om, kv_heads, group, q_len, WITH_LSE,
+        stride_ob, stride_oh, stride_om, kv_heads, group, q_len, with_lse,
     )  # fmt: skip
 
 @triton.jit
@@ -231,7 +233,7 @@ def attend_tile(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -254,7 +256,7 @@ def attend_tile(
     x0_s = tl.zeros([BLOCK_M], tl.float32)
     x0_w0 = tl.zeros([BLOCK_M, 128], tl.float32)
     whole = low + tl.maximum(tl.minimum(high, unmasked) - low, 0) // STEP * STEP
-    for start in tl.range(low, whole, STEP):
+    for start in tl.range(low, whole, STEP, num_stages=2):
         keys = tl.arange(0, BLOCK_N)
         key_rows = keys_of_head + start * step_k + keys * step_k
         value_rows = values_of_head + start * step_v + keys * step_v
@@ -287,7 +289,7 @@ def attend_tile(
             v = tl.load(value_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None], other=0.0)
             x0_w0 = x0_w0 * keep[:, None] + tl.sum(p.to(v.dtype).to(tl.float32)[:, :, None] * v.to(tl.float32)[None, :, :], 1)
 
-    state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows
+    state_rows = (slot.to(tl.int64) * group * q_len + rows) * SPLITS + split  # all of a row side by side
     size = slots.to(tl.int64) * group * q_len * SPLITS
     tl.store(partial + state_rows, x0_m, mask=valid)
     tl.store(partial + size + state_rows, x0_s, mask=valid)
@@ -295,13 +297,14 @@ def attend_tile(
     tl.store(partial_rows[:, None] + tl.arange(0, 128)[None, :], x0_w0, mask=valid[:, None])
 
 @triton.jit(
-    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"],
+    do_not_specialize_on_alignment=["group"],
 )
 def attend(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A program takes one tile after another; the order is tiles."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -313,7 +316,7 @@ def attend(
             query, key, value, output, lse, partial, arrivals, c,
             stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
             stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-            kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
+            kv_heads, group, q_len, kv_len, with_lse, EVEN,
         )  # fmt: skip
         index += tl.num_programs(0)
 
@@ -328,10 +331,17 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     Writes into ``out`` [batch, heads, q_len, 128] and, if given, ``lse`` [batch, heads, q_len], float32 and
     contiguous: the logarithm of each row's sum of exponentials. Returns the output.
     """
+    if out is None:
+        out = query.new_empty((*query.shape[:3], 128))
+    for kernel, grid, arguments, options in launches(query, key, value, scale, out, lse):
+        kernel[grid](*arguments, **options)
+    return out
+
+def launches(query, key, value, scale, out, lse):
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
+    device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
-    if out is None:
-        out = query.new_empty((batch, heads, q_len, 128))
     scale = 1 / math.sqrt(128) if scale is None else scale
     c = abs(scale) * LOG2_E or 1.0
     if scale <= 0:  # c S is largest where S is, for c > 0
@@ -342,21 +352,25 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     floats = 16 * group * q_len * 130  # states of one pair
     slots = max(1, min(pairs, SCRATCH_BYTES // (4 * floats)))
     partial = query.new_empty(slots * floats, dtype=torch.float32)
+    sums, with_lse = nowhere(query.device) if lse is None else lse, lse is not None
     for first in range(0, pairs, slots):
         now = min(slots, pairs - first)
         arrivals = query
         programs = now * tiles * 16
         programs = min(programs, 2 * processors(query.device))
-        attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
+        arguments = (
+            query, key, value, out, sums, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, kv_len % 512 == 0, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, with_lse, kv_len % 512 == 0,
         )  # fmt: skip
-        finish[(now * -(-group * q_len // 1),)](
-            partial, out, query if lse is None else lse, o[0], o[1], o[2],
-            kv_heads, group, q_len, first, now, lse is not None, **SIDE_OPTIONS,
-        )  # fmt: skip
-    return out
+        yield attend, (programs,), arguments, OPTIONS
+        arguments = partial, out, sums, o[0], o[1], o[2], kv_heads, group, q_len, first, now, with_lse
+        yield finish, (now * -(-group * q_len // 2),), arguments, SIDE_OPTIONS
+
+@cache
+def nowhere(device):
+    """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
+    return torch.empty(1, dtype=torch.float32, device=device)
 
 def processors(device):
     """Streaming multiprocessors or compute units of a device."""

@@ -10,6 +10,7 @@ read them together. Regenerate this text: elsa-tune show triton.hybrid.ieee.m32.
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -29,46 +30,27 @@ FINISH_M = tl.constexpr(16)  # query rows merged at once
 @triton.jit
 def finish_rows(
     pair, slot, first, slots, partial, output, lse, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, WITH_LSE: tl.constexpr,
+    kv_heads, group, q_len, with_lse,
 ):  # fmt: skip
-    """Merge the states of all splits for FINISH_M query rows, by rounds: an up-sweep of pairs; the total needs no down-sweep."""
+    """Merge the states of all splits for FINISH_M query rows: an up-sweep of pairs; the total needs no down-sweep.
+
+    The merges are those of blelloch's 2 rounds, each state loaded when it is first needed, so that few are in registers.
+    """
     rows = first + tl.arange(0, FINISH_M)
     valid = rows < group * q_len
     positions = rows // group
-    size = slots.to(tl.int64) * group * q_len
-    row = slot.to(tl.int64) * group * q_len + rows
-    x0_m = tl.load(partial + 0 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    size = slots.to(tl.int64) * group * q_len * SPLITS
+    states = (slot.to(tl.int64) * group * q_len + rows) * SPLITS
+    x0_m = tl.load(partial + states + 0, mask=valid, other=NONE, cache_modifier=".cg")
     x0_r = tl.zeros([FINISH_M], tl.float32)
-    partial_rows = partial + SPLITS * size + (0 * size + row) * VALUE_DIM
+    partial_rows = partial + size + states * VALUE_DIM + 0
     x0_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x0_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x1_m = tl.load(partial + 1 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
+    x1_m = tl.load(partial + states + 1, mask=valid, other=NONE, cache_modifier=".cg")
     x1_r = tl.zeros([FINISH_M], tl.float32)
-    partial_rows = partial + SPLITS * size + (1 * size + row) * VALUE_DIM
+    partial_rows = partial + size + states * VALUE_DIM + 80
     x1_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
     x1_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x2_m = tl.load(partial + 2 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x2_r = tl.zeros([FINISH_M], tl.float32)
-    partial_rows = partial + SPLITS * size + (2 * size + row) * VALUE_DIM
-    x2_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x2_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x3_m = tl.load(partial + 3 * size + row, mask=valid, other=NONE, cache_modifier=".cg")
-    x3_r = tl.zeros([FINISH_M], tl.float32)
-    partial_rows = partial + SPLITS * size + (3 * size + row) * VALUE_DIM
-    x3_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    x3_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
-    # blelloch, round 1: 2 merges, reaching back 1
-    x = (x3_m - x2_m) + (x3_r - x2_r)
-    share = tl.where(x3_m == NONE, 0.0, tl.where(x2_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
-    more = tl.log2(1 + tl.exp2(-tl.abs(x)))
-    m = tl.maximum(x2_m, x3_m)
-    more = tl.where((x2_m == NONE) | (x3_m == NONE), 0.0, more)
-    rest = tl.where(x2_m > x3_m, x2_r, x3_r)
-    x3_m = m + more
-    x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
-
-    x3_w0 = x2_w0 + share[:, None] * (x3_w0 - x2_w0)
-    x3_w1 = x2_w1 + share[:, None] * (x3_w1 - x2_w1)
     x = (x1_m - x0_m) + (x1_r - x0_r)
     share = tl.where(x1_m == NONE, 0.0, tl.where(x0_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
@@ -80,7 +62,27 @@ def finish_rows(
 
     x1_w0 = x0_w0 + share[:, None] * (x1_w0 - x0_w0)
     x1_w1 = x0_w1 + share[:, None] * (x1_w1 - x0_w1)
-    # blelloch, round 2: 1 merge, reaching back 2
+    x2_m = tl.load(partial + states + 2, mask=valid, other=NONE, cache_modifier=".cg")
+    x2_r = tl.zeros([FINISH_M], tl.float32)
+    partial_rows = partial + size + states * VALUE_DIM + 160
+    x2_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x2_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x3_m = tl.load(partial + states + 3, mask=valid, other=NONE, cache_modifier=".cg")
+    x3_r = tl.zeros([FINISH_M], tl.float32)
+    partial_rows = partial + size + states * VALUE_DIM + 240
+    x3_w0 = tl.load(partial_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x3_w1 = tl.load(partial_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    x = (x3_m - x2_m) + (x3_r - x2_r)
+    share = tl.where(x3_m == NONE, 0.0, tl.where(x2_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
+    more = tl.log2(1 + tl.exp2(-tl.abs(x)))
+    m = tl.maximum(x2_m, x3_m)
+    more = tl.where((x2_m == NONE) | (x3_m == NONE), 0.0, more)
+    rest = tl.where(x2_m > x3_m, x2_r, x3_r)
+    x3_m = m + more
+    x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
+
+    x3_w0 = x2_w0 + share[:, None] * (x3_w0 - x2_w0)
+    x3_w1 = x2_w1 + share[:, None] * (x3_w1 - x2_w1)
     x = (x3_m - x1_m) + (x3_r - x1_r)
     share = tl.where(x3_m == NONE, 0.0, tl.where(x1_m == NONE, 1.0, 1 / (1 + tl.exp2(-x))))
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
@@ -92,14 +94,13 @@ def finish_rows(
 
     x3_w0 = x1_w0 + share[:, None] * (x3_w0 - x1_w0)
     x3_w1 = x1_w1 + share[:, None] * (x3_w1 - x1_w1)
-
     total = (x3_m + x3_r) * LN_2
 
     batch, heads = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64) * group + rows % group
     output_rows = output + batch * stride_ob + heads * stride_oh + positions.to(tl.int64) * stride_om
     tl.store(output_rows[:, None] + tl.arange(0, 64)[None, :], x3_w0.to(output.dtype.element_ty), mask=valid[:, None])
     tl.store(output_rows[:, None] + (64 + tl.arange(0, 16))[None, :], x3_w1.to(output.dtype.element_ty), mask=valid[:, None])
-    if WITH_LSE:
+    if with_lse:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
 @triton.jit
@@ -108,7 +109,7 @@ def attend_tile(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -300,7 +301,7 @@ def attend_tile(
     x1_w0 = x0_w0 + share[:, None] * (x1_w0 - x0_w0)
     x1_w1 = x0_w1 + share[:, None] * (x1_w1 - x0_w1)
 
-    state_rows = (split * slots + slot.to(tl.int64)) * group * q_len + rows
+    state_rows = (slot.to(tl.int64) * group * q_len + rows) * SPLITS + split  # all of a row side by side
     size = slots.to(tl.int64) * group * q_len * SPLITS
     tl.store(partial + state_rows, x1_m, mask=valid)
     partial_rows = partial + size + state_rows * VALUE_DIM
@@ -309,22 +310,25 @@ def attend_tile(
 
     tl.debug_barrier()  # every warp has stored before one thread says so
     tiles = tl.cdiv(group * q_len, BLOCK_M)
-    if tl.atomic_add(arrivals + slot.to(tl.int64) * tiles + tile, 1, sem="acq_rel") == SPLITS - 1:
+    arrived = arrivals + slot.to(tl.int64) * tiles + tile
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
         tl.debug_barrier()
+        tl.store(arrived, 0)  # as the next launch finds it
         for first in range(0, BLOCK_M, FINISH_M):
             finish_rows(
                 pair, slot, tile * BLOCK_M + first, slots, partial, output, lse,
-                stride_ob, stride_oh, stride_om, kv_heads, group, q_len, WITH_LSE,
+                stride_ob, stride_oh, stride_om, kv_heads, group, q_len, with_lse,
             )  # fmt: skip
 
 @triton.jit(
-    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"],
+    do_not_specialize_on_alignment=["group"],
 )
 def attend(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile and split; the order is longest."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -335,7 +339,7 @@ def attend(
         query, key, value, output, lse, partial, arrivals, c,
         stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
         stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-        kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
+        kv_heads, group, q_len, kv_len, with_lse, EVEN,
     )  # fmt: skip
 
 LOG2_E = 1.4426950408889634
@@ -348,10 +352,17 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     Writes into ``out`` [batch, heads, q_len, 80] and, if given, ``lse`` [batch, heads, q_len], float32 and
     contiguous: the logarithm of each row's sum of exponentials. Returns the output.
     """
+    if out is None:
+        out = query.new_empty((*query.shape[:3], 80))
+    for kernel, grid, arguments, options in launches(query, key, value, scale, out, lse):
+        kernel[grid](*arguments, **options)
+    return out
+
+def launches(query, key, value, scale, out, lse):
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
+    device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
-    if out is None:
-        out = query.new_empty((batch, heads, q_len, 80))
     scale = 1 / math.sqrt(80) if scale is None else scale
     c = abs(scale) * LOG2_E or 1.0
     if scale <= 0:  # c S is largest where S is, for c > 0
@@ -362,13 +373,52 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     floats = 4 * group * q_len * 81  # states of one pair
     slots = max(1, min(pairs, SCRATCH_BYTES // (4 * floats)))
     partial = query.new_empty(slots * floats, dtype=torch.float32)
+    sums, with_lse = nowhere(query.device) if lse is None else lse, lse is not None
     for first in range(0, pairs, slots):
         now = min(slots, pairs - first)
-        arrivals = query.new_zeros(now * tiles, dtype=torch.int32)
+        arrivals = arrivals_of(query, now * tiles)
         programs = now * tiles * 4
-        attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
+        arguments = (
+            query, key, value, out, sums, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, False, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, with_lse, False,
         )  # fmt: skip
-    return out
+        yield attend, (programs,), arguments, OPTIONS
+
+@cache
+def nowhere(device):
+    """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
+    return torch.empty(1, dtype=torch.float32, device=device)
+
+ARRIVALS = 1 << 16  # counters set aside on a device for what is captured in graphs
+_arrivals = {}  # by device and stream
+_spare = {}  # by device: all, and how many are given away
+
+def arrivals_of(query, count):
+    """``count`` counters, all 0: the last program of a tile to arrive leaves its own so, and no launch clears them.
+
+    Launches of one stream follow one another and share counters. What is captured in a CUDA graph has counters of its own for as
+    long as this module lives, since the graph may be replayed beside anything; beyond ARRIVALS, the graph clears them.
+    """
+    count = -(-count // 4) * 4  # 16 bytes: as aligned as a launch was compiled for
+    device, stream, captured = place(query)
+    if captured:
+        counters, given = _spare.get(device, (None, ARRIVALS))
+        if given + count > ARRIVALS:
+            return query.new_zeros(count, dtype=torch.int32)
+        _spare[device] = counters, given + count
+        return counters[given : given + count]
+    if device not in _spare:
+        _spare[device] = query.new_zeros(ARRIVALS, dtype=torch.int32), 0
+        if query.is_cuda:
+            torch.cuda.current_stream(device).synchronize()  # once: other streams will count here
+    found = _arrivals.get((device, stream))
+    if found is None or found.numel() < count:
+        found = _arrivals[device, stream] = query.new_zeros(count, dtype=torch.int32)
+    return found
+
+def place(x):
+    """Where a launch goes: device, stream, and whether a graph is captured there."""
+    if not x.is_cuda:
+        return x.device, 0, False
+    return x.device, torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()

@@ -10,6 +10,7 @@ read them together. Regenerate this text: elsa-tune show triton.serial.half.m128
 """
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -36,7 +37,7 @@ def attend_tile(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of a (batch, KV head) pair against one split of its keys."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -98,17 +99,18 @@ def attend_tile(
 
     output_rows = output + batch * stride_ob + heads * stride_oh + positions.to(tl.int64) * stride_om
     tl.store(output_rows[:, None] + tl.arange(0, 64)[None, :], x0_w0.to(output.dtype.element_ty), mask=valid[:, None])
-    if WITH_LSE:
+    if with_lse:
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
 @triton.jit(
-    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"], do_not_specialize_on_alignment=["group"]
+    do_not_specialize=["kv_heads", "q_len", "kv_len", "first_pair", "slots"],
+    do_not_specialize_on_alignment=["group"],
 )
 def attend(
     query, key, value, output, lse, partial, arrivals, c,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    kv_heads, group, q_len, kv_len, first_pair, slots, WITH_LSE: tl.constexpr, EVEN: tl.constexpr,
+    kv_heads, group, q_len, kv_len, first_pair, slots, with_lse, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile and split; the order is tiles."""
     tiles = tl.cdiv(group * q_len, BLOCK_M)
@@ -119,7 +121,7 @@ def attend(
         query, key, value, output, lse, partial, arrivals, c,
         stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
         stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-        kv_heads, group, q_len, kv_len, WITH_LSE, EVEN,
+        kv_heads, group, q_len, kv_len, with_lse, EVEN,
     )  # fmt: skip
 
 LOG2_E = 1.4426950408889634
@@ -132,10 +134,17 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     Writes into ``out`` [batch, heads, q_len, 64] and, if given, ``lse`` [batch, heads, q_len], float32 and
     contiguous: the logarithm of each row's sum of exponentials. Returns the output.
     """
+    if out is None:
+        out = query.new_empty((*query.shape[:3], 64))
+    for kernel, grid, arguments, options in launches(query, key, value, scale, out, lse):
+        kernel[grid](*arguments, **options)
+    return out
+
+def launches(query, key, value, scale, out, lse):
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
+    device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
-    if out is None:
-        out = query.new_empty((batch, heads, q_len, 64))
     scale = 1 / math.sqrt(64) if scale is None else scale
     c = abs(scale) * LOG2_E or 1.0
     if scale <= 0:  # c S is largest where S is, for c > 0
@@ -144,13 +153,19 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     tiles = -(-group * q_len // 128)
     q, k, v, o = query.stride(), key.stride(), value.stride(), out.stride()
     slots, partial = pairs, query
+    sums, with_lse = nowhere(query.device) if lse is None else lse, lse is not None
     for first in range(0, pairs, slots):
         now = min(slots, pairs - first)
         arrivals = query
         programs = now * tiles * 1
-        attend[(programs,)](
-            query, key, value, out, query if lse is None else lse, partial, arrivals, c,
+        arguments = (
+            query, key, value, out, sums, partial, arrivals, c,
             q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2],
-            kv_heads, group, q_len, kv_len, first, now, lse is not None, kv_len % 64 == 0, **OPTIONS,
+            kv_heads, group, q_len, kv_len, first, now, with_lse, kv_len % 64 == 0,
         )  # fmt: skip
-    return out
+        yield attend, (programs,), arguments, OPTIONS
+
+@cache
+def nowhere(device):
+    """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
+    return torch.empty(1, dtype=torch.float32, device=device)

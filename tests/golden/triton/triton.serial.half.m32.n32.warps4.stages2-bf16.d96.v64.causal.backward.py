@@ -4,8 +4,8 @@ Gradients of exact softmax attention from its output and log-sum-exp L alone, O(
     P = 2^(c S - L log2(e))    D = rowsum(dO * O)    dS = P * (dO V^T - D)
     dV = P^T dO                dQ = scale dS K       dK = scale dS^T Q
 One kernel gives a program 32 query rows and folds over keys, the other 32 keys and folds over the query rows of
-all heads that share them: nothing is added atomically, so the same inputs give the same bits.
-Regenerate this text: elsa-tune show triton.serial.half.m32.n32.warps4.stages2 bf16.d96.v64.causal.backward
+all heads that share them, S^T and dP^T at once: seven products in all, and nothing is added atomically.
+The same inputs give the same bits. Regenerate this text: elsa-tune show triton.serial.half.m32.n32.warps4.stages2 bf16.d96.v64.causal.backward
 """
 
 import math
@@ -21,7 +21,10 @@ BLOCK_N = tl.constexpr(32)  # keys of a tile
 NONE = tl.constexpr(float("-inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len"], do_not_specialize_on_alignment=["group"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len"],
+    do_not_specialize_on_alignment=["group"],
+)
 def prepare(
     output, grad, lse, sums, deltas,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, kv_heads, group, q_len,
@@ -42,7 +45,10 @@ def prepare(
     tl.store(sums + pair * q_len + rows, tl.where(total == NONE, -NONE, total * LOG2_E), mask=valid)
     tl.store(deltas + pair * q_len + rows, delta, mask=valid)
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"], do_not_specialize_on_alignment=["group"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "kv_len"],
+    do_not_specialize_on_alignment=["group"],
+)
 def grad_query(
     query, key, value, grad, sums, deltas, out, c, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -54,36 +60,54 @@ def grad_query(
     batch, head = pair // (kv_heads * group), pair % (kv_heads * group)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < q_len
+    keys_of_head = key + batch * stride_kb + (head // group) * stride_kh
+    step_k = head * 0 + stride_kn  # 64 bits: lengths times strides outgrow 32
+    dq0 = tl.zeros([BLOCK_M, 128], tl.float32)
     query_rows = query + batch * stride_qb + head * stride_qh + rows.to(tl.int64) * stride_qm
     grad_rows = grad + batch * stride_gb + head * stride_gh + rows.to(tl.int64) * stride_gm
-    keys_of_head = key + batch * stride_kb + (head // group) * stride_kh
     values_of_head = value + batch * stride_vb + (head // group) * stride_vh
-    step_k, step_v = head * 0 + stride_kn, head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
+    step_v = head * 0 + stride_vn
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
-    dq0 = tl.zeros([BLOCK_M, 128], tl.float32)
     g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
     sums = tl.load(sums + pair * q_len + rows, mask=valid, other=-NONE)
     deltas = tl.load(deltas + pair * q_len + rows, mask=valid, other=0.0)
     high = tl.minimum(kv_len, block * BLOCK_M + BLOCK_M)
-    for start in tl.range(0, high, BLOCK_N):
-        keys = tl.arange(0, BLOCK_N)
-        inside = start + keys < kv_len
-        key_rows = keys_of_head + start * step_k + keys * step_k
-        value_rows = values_of_head + start * step_v + keys * step_v
-        k0 = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
-        v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
-        seen = inside[None, :] & valid[:, None] & (start + keys[None, :] <= rows[:, None])
+    whole = tl.minimum(kv_len, block * BLOCK_M + 1) // BLOCK_N * BLOCK_N  # seen by every row, in whole tiles
+    for start in tl.range(0, whole, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        key_rows = keys_of_head + keys * step_k
+        k0 = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=(tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
+        value_rows = values_of_head + keys * step_v
+        v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :])
         scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -sums[:, None] + tl.zeros_like(scores)))
-        p = tl.where(seen, p, 0.0)
         weighted = tl.dot(g0, tl.trans(v0), input_precision="ieee")
         ds = p * (weighted - deltas[:, None])
 
         dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision="ieee")
+
+    for start in tl.range(whole, high, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < kv_len
+        key_rows = keys_of_head + keys * step_k
+        k0 = tl.load(key_rows[:, None] + tl.arange(0, 128)[None, :], mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
+        value_rows = values_of_head + keys * step_v
+        v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
+        scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -sums[:, None] + tl.zeros_like(scores)))
+        p = tl.where(inside[None, :] & (keys[None, :] <= rows[:, None]), p, 0.0)
+        weighted = tl.dot(g0, tl.trans(v0), input_precision="ieee")
+        ds = p * (weighted - deltas[:, None])
+
+        dq0 = tl.dot(ds.to(k0.dtype), k0, dq0, input_precision="ieee")
+
     out_rows = out + batch * stride_ob + head * stride_oh + rows.to(tl.int64) * stride_om
     tl.store(out_rows[:, None] + tl.arange(0, 128)[None, :], (dq0 * scale).to(out.dtype.element_ty), mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
 
-@triton.jit(do_not_specialize=["kv_heads", "q_len", "kv_len"], do_not_specialize_on_alignment=["group"])
+@triton.jit(
+    do_not_specialize=["kv_heads", "q_len", "kv_len"],
+    do_not_specialize_on_alignment=["group"],
+)
 def grad_key_value(
     query, key, value, grad, sums, deltas, out_k, out_v, c, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -102,13 +126,14 @@ def grad_key_value(
     dk0 = tl.zeros([BLOCK_N, 128], tl.float32)
     v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
     dv0 = tl.zeros([BLOCK_N, 64], tl.float32)
-    low = tl.minimum(block * BLOCK_N // BLOCK_M * BLOCK_M, q_len)
+    low = tl.minimum(block * BLOCK_N // BLOCK_M * BLOCK_M, q_len)  # rows before see none of the keys
+    whole = tl.minimum(tl.cdiv(block * BLOCK_N + BLOCK_N - 1, BLOCK_M) * BLOCK_M, q_len)  # and from here on, all
     for shared in range(0, group):
         head = kv_head * group + shared
         queries_of_head = query + batch * stride_qb + head * stride_qh
         grads_of_head = grad + batch * stride_gb + head * stride_gh
         facts = (batch * kv_heads * group + head) * q_len
-        for start in tl.range(low, q_len, BLOCK_M):
+        for start in tl.range(low, whole, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             valid = rows < q_len
             query_rows = queries_of_head + rows.to(tl.int64) * stride_qm
@@ -117,16 +142,32 @@ def grad_key_value(
             g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
             total = tl.load(sums + facts + rows, mask=valid, other=-NONE)
             delta = tl.load(deltas + facts + rows, mask=valid, other=0.0)
-            seen = inside[None, :] & valid[:, None] & (keys[None, :] <= rows[:, None])
-            scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
-            p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -total[:, None] + tl.zeros_like(scores)))
-            p = tl.where(seen, p, 0.0)
-            weighted = tl.dot(g0, tl.trans(v0), input_precision="ieee")
-            ds = p * (weighted - delta[:, None])
+            scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+            p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -total[None, :] + tl.zeros_like(scores)))
+            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
+            weighted = tl.dot(v0, tl.trans(g0), input_precision="ieee")
+            ds = p * (weighted - delta[None, :])
 
-            turned, dturned = tl.trans(p), tl.trans(ds)
-            dv0 = tl.dot(turned.to(g0.dtype), g0, dv0, input_precision="ieee")
-            dk0 = tl.dot(dturned.to(q0.dtype), q0, dk0, input_precision="ieee")
+            dv0 = tl.dot(p.to(g0.dtype), g0, dv0, input_precision="ieee")
+            dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision="ieee")
+
+        for start in tl.range(whole, q_len, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            valid = rows < q_len
+            query_rows = queries_of_head + rows.to(tl.int64) * stride_qm
+            grad_rows = grads_of_head + rows.to(tl.int64) * stride_gm
+            q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
+            g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
+            total = tl.load(sums + facts + rows, mask=valid, other=-NONE)
+            delta = tl.load(deltas + facts + rows, mask=valid, other=0.0)
+            scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+            p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -total[None, :] + tl.zeros_like(scores)))
+            weighted = tl.dot(v0, tl.trans(g0), input_precision="ieee")
+            ds = p * (weighted - delta[None, :])
+
+            dv0 = tl.dot(p.to(g0.dtype), g0, dv0, input_precision="ieee")
+            dk0 = tl.dot(ds.to(q0.dtype), q0, dk0, input_precision="ieee")
+
     out_k_rows = out_k + batch * stride_xb + kv_head * stride_xh + keys.to(tl.int64) * stride_xn
     out_v_rows = out_v + batch * stride_yb + kv_head * stride_yh + keys.to(tl.int64) * stride_yn
     tl.store(out_k_rows[:, None] + tl.arange(0, 128)[None, :], (dk0 * scale).to(out_k.dtype.element_ty), mask=inside[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM))
@@ -141,24 +182,31 @@ def gradients(query, key, value, output, lse, grad, scale=None):
     ``output`` and ``lse`` [batch, heads, q_len] (float32, contiguous) are what the forward kernel gave, ``grad`` the
     gradient of the output.
     """
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for kernel, grid, arguments, options in launches(query, key, value, output, lse, grad, scale, *found):
+        kernel[grid](*arguments, **options)
+    return found
+
+def launches(query, key, value, output, lse, grad, scale, dq, dk, dv):
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
+    device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
     scale = 1 / math.sqrt(96) if scale is None else scale
     c = abs(scale) * 1.4426950408889634 or 1.0
     if scale <= 0:  # as the forward kernel does
         query = query * (-1.0 if scale else 0.0)
-    group = heads // kv_heads
+    group, pairs = heads // kv_heads, batch * kv_heads
     sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     q, k, v, o, g = (x.stride()[:3] for x in (query, key, value, output, grad))
-    tiles = batch * heads * -(-q_len // 32)
-    prepare[(tiles,)](output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len, **SIDE_OPTIONS)
-    grad_query[(tiles,)](
-        query, key, value, grad, sums, deltas, dq, c, scale,
-        *q, *k, *v, *g, *dq.stride()[:3], kv_heads, group, q_len, kv_len, **OPTIONS,
-    )  # fmt: skip
-    grad_key_value[(batch * kv_heads * -(-kv_len // 32),)](
+    row_tiles, key_tiles = -(-q_len // 32), -(-kv_len // 32)
+    shape = kv_heads, group, q_len, kv_len
+    arguments = output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len
+    yield prepare, (batch * heads * row_tiles,), arguments, SIDE_OPTIONS
+    of_rows = query, key, value, grad, sums, deltas, dq, c, scale, *q, *k, *v, *g, *dq.stride()[:3], *shape
+    of_keys = (
         query, key, value, grad, sums, deltas, dk, dv, c, abs(scale),
-        *q, *k, *v, *g, *dk.stride()[:3], *dv.stride()[:3], kv_heads, group, q_len, kv_len, **OPTIONS,
+        *q, *k, *v, *g, *dk.stride()[:3], *dv.stride()[:3], *shape,
     )  # fmt: skip
-    return dq, dk, dv
+    yield grad_query, (batch * heads * row_tiles,), of_rows, OPTIONS
+    yield grad_key_value, (pairs * key_tiles,), of_keys, OPTIONS
