@@ -182,7 +182,7 @@ def test_every_law_is_tested() -> None:
 
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.load("cpp").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m"}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "dtype", "storage"}
     derived = {"block_scan", "grid_scan", "exp2_coefficients", "scratch_bytes"}
     used = undeclared(cpp.TEMPLATE)
     assert not axes - used
