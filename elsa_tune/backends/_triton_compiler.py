@@ -48,7 +48,7 @@ def _driver_of(device: Device) -> Iterator[None]:
 
     arch: Any = device.capability if device.kind == "cuda" else device.arch
     target = GPUTarget(device.kind, arch, device.warp)
-    if torch.cuda.is_initialized() and driver.active.get_current_target() == target:
+    if torch.cuda.is_initialized() and driver.active.get_current_target() == target:  # type: ignore[no-untyped-call]
         yield
         return
     with _compiling:
