@@ -72,7 +72,7 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
     if problem.direction == "forward":
-        return query, key, value, None, out, lse
+        return (query, key, value, None, out, lse, *([problem.operands] if problem.operands else []))
     return query, key, value, out, lse, out, None, query, key, value
 
 

@@ -24,6 +24,7 @@ from elsa_tune.backends._triton_compiler import compile_kernels, compile_report
 from elsa_tune.backends._triton_laws import DOTS, laws, parts, version
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
 from elsa_tune.scan import Round
@@ -48,7 +49,8 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    return mask_has_text(problem) or dims_are_generated(problem)
+    untold = mask_has_text(problem) if problem.direction == "backward" else None
+    return untold or dims_are_generated(problem)
 
 
 @cache
@@ -73,7 +75,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "value_dim": problem.value_dim,
             "head_parts": parts(problem.head_dim, dims),
             "value_parts": parts(problem.value_dim, dims),
-            "mask": problem.mask,
+            "mask": masks.get(problem.mask),
             "finish_m": rows,
             "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,
@@ -241,7 +243,7 @@ class TritonKernel:
         if out is None:
             out = new_output(query, self._problem.value_dim)
         with _on(query):
-            made: Tensor = self._launch(query, key, value, scale, out, lse)
+            made: Tensor = self._launch(query, key, value, scale, out, lse, *([operands] if operands else []))
         return made
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:

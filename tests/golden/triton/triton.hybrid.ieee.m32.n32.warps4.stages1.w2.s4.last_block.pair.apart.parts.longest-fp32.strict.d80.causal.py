@@ -104,6 +104,20 @@ def finish_rows(
         tl.store(lse + (batch * kv_heads * group + heads) * q_len + positions, total, mask=valid)
 
 @triton.jit
+def floor_divide(x, n):
+    return (x - tl.where(x < 0, n - 1, 0)) // n
+
+@triton.jit
+def keys_low(position, q_len, kv_len):
+    """Keys up to its own position: the first key that a position sees."""
+    return tl.maximum(0, tl.minimum(0, kv_len))
+
+@triton.jit
+def keys_high(position, q_len, kv_len):
+    """The first key that it no longer sees."""
+    return tl.maximum(0, tl.minimum((position + 1), kv_len))
+
+@triton.jit
 def attend_tile(
     pair, slot, tile, split, slots,
     query, key, value, output, lse, partial, arrivals, c,
@@ -124,8 +138,11 @@ def attend_tile(
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
     q1 = tl.load(query_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=valid[:, None], other=0.0)
 
-    seen = tl.minimum(kv_len, tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, q_len - 1) + 1)  # by some row
-    unmasked = tl.minimum(kv_len, tile * BLOCK_M // group + 1)  # seen by every row
+    first_position = tile * BLOCK_M // group
+    last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, q_len - 1)
+    seen = keys_high(last_position, q_len, kv_len)  # by some row
+    unmasked = keys_high(first_position, q_len, kv_len)  # seen by every row
+    row_high = keys_high(positions, q_len, kv_len)
     each = tl.cdiv(tl.cdiv(seen, BLOCK_N), SPLITS) * BLOCK_N
     low = tl.minimum(split * each, seen)
     high = tl.minimum(low + each, seen)
@@ -220,7 +237,7 @@ def attend_tile(
             scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
             k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
             scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
-            scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
+            scores = tl.where(inside[None, :] & (start + keys[None, :] < row_high[:, None]), scores, NONE)
             leaf_m = tl.max(scores, 1) * c
             origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
@@ -258,7 +275,7 @@ def attend_tile(
             scores = tl.dot(q0, tl.trans(k), input_precision="ieee")
             k = tl.load(key_rows[:, None] + (64 + tl.arange(0, 16))[None, :], mask=inside[:, None], other=0.0)
             scores = tl.dot(q1, tl.trans(k), scores, input_precision="ieee")
-            scores = tl.where(inside[None, :] & (start + keys[None, :] <= positions[:, None]), scores, NONE)
+            scores = tl.where(inside[None, :] & (start + keys[None, :] < row_high[:, None]), scores, NONE)
             leaf_m = tl.max(scores, 1) * c
             origin = tl.where(leaf_m == NONE, 0.0, leaf_m)
             p = tl.math.fma(scores, tl.zeros_like(scores) + c, -origin[:, None] + tl.zeros_like(scores))
