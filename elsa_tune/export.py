@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from elsa_tune import archs, backends, space
 from elsa_tune.backends import _cuda_laws, cpp
-from elsa_tune.backends._laws import SCRATCH_BYTES
+from elsa_tune.backends._laws import SCRATCH_BYTES, mask_has_text
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
 from elsa_tune.layers import known_winners, layers
@@ -43,6 +43,8 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
     source = backend.source(variant, problem)
     if source is None or language not in LANGUAGES.values():
         raise KernelMissing(f"{variant} cannot be a header; variants of cpp, and of cuda in CUDA and OpenCL, can")
+    if reason := refusal(problem, language):
+        raise KernelMissing(reason)
     name = name or f"attention_{re.sub('[^a-z0-9]+', '_', problem.family)}"
     context = {
         "name": name, "variant": variant, "problem": problem, "language": language, "device": device,
@@ -52,6 +54,13 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
         "flags": " ".join(compile_flags(variant)) if variant.backend == "cpp" else "",
     }  # fmt: skip
     return Header(name, variant, problem, write("kit/header.h.j2", context))
+
+
+def refusal(problem: Problem, language: str) -> str | None:
+    """Why no header can call kernels of the problem, or None."""
+    if untold := mask_has_text(problem):
+        return f"a header's function has no place for integers or masks but causal: {untold}"
+    return "a C++ header's function takes floats" if language == "cpp" and problem.dtype != "fp32" else None
 
 
 def compile_flags(variant: Variant) -> list[str]:

@@ -69,7 +69,8 @@ def make(
 
 def _serves(problem: Problem, device: Device) -> bool:
     backend = cpp if device.kind == "cpu" else cuda
-    return backend.refusal(problem, device) is None
+    untold = export.refusal(problem, LANGUAGES[device.kind])
+    return untold is None and backend.refusal(problem, device) is None
 
 
 def _shortlist(problem: Problem, device: Device) -> list[Header]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from elsa_tune import backends, cli, errors, scan
+from elsa_tune.parts import element, mask
 from elsa_tune.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,10 +53,11 @@ def test_each_foreign_library_lives_behind_one_file(library: str) -> None:
     assert users == (owners if isinstance(owners, set) else {owners})
 
 
-def test_nouns_import_nothing_of_ours_but_errors_and_orders() -> None:
+def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
     for noun in NOUNS:
         ours = {n for n in imported(ROOT / "elsa_tune" / f"{noun}.py") if n.startswith("elsa_tune")}
-        assert all(n.startswith(("elsa_tune.errors", "elsa_tune.order")) for n in ours), (noun, ours)
+        allowed = ("elsa_tune.errors", "elsa_tune.order", "elsa_tune.parts")
+        assert all(n.startswith(allowed) for n in ours), (noun, ours)
 
 
 def test_dispatch_never_tunes() -> None:
@@ -102,8 +104,8 @@ def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
     for name in backends.names():
         for axis in Space.load(name).axes:
             assert f"`{axis.name}`" in docs, axis.name
-    for strategy in scan.names():
-        assert f"`{strategy}`" in docs
+    for part in (*scan.names(), *mask.names(), *element.names()):
+        assert f"`{part}`" in docs, part
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.ElsaTuneError):
             assert f"`{error.__name__}`" in docs, error.__name__
