@@ -137,23 +137,26 @@ class Problem:
     @property
     def seen_pairs(self) -> int:
         """(query, key) pairs of one head that the mask lets through."""
-        return _pairs(self.mask, self.q_len, self.kv_len, self.integers)
+        return _pairs(self.mask, tuple(self.names.items()))
 
     def seen(self, position: Any) -> tuple[Any, Any]:
         """The keys [low, high) that the queries at these positions (an integer or a tensor) see."""
-        return masks.get(self.mask).seen(position, self.q_len, self.kv_len, self._named_integers())
+        return masks.get(self.mask).seen(position, **self.names)
 
     def dense(self) -> Tensor:
         """bool [q_len, kv_len]: whether a position sees a key."""
-        return masks.get(self.mask).dense(self.q_len, self.kv_len, self._named_integers())
+        return masks.get(self.mask).dense(**self.names)
 
     @property
     def operands(self) -> tuple[int, ...]:
         """What a kernel takes beside its tensors."""
         return self.integers or (0,) * len(masks.get(self.mask).integers)
 
-    def _named_integers(self) -> dict[str, int]:
-        return dict(zip(masks.get(self.mask).integers, self.operands, strict=True))
+    @property
+    def names(self) -> dict[str, int]:
+        """What the bounds of the mask are of, beside positions."""
+        own = dict(zip(masks.get(self.mask).integers, self.operands, strict=True))
+        return {"q_len": self.q_len, "kv_len": self.kv_len, **own}
 
     def akin(self, family: str) -> bool:
         """Whether a family differs from this problem's in its dimensions at most."""
@@ -211,6 +214,5 @@ def _parse(text: str) -> Problem:
 
 
 @lru_cache(maxsize=4096)
-def _pairs(mask: str, q_len: int, kv_len: int, integers: tuple[int, ...]) -> int:
-    own = masks.get(mask).integers
-    return masks.get(mask).pairs(q_len, kv_len, dict(zip(own, integers or (0,) * len(own), strict=True)))
+def _pairs(mask: str, names: tuple[tuple[str, int], ...]) -> int:
+    return masks.get(mask).pairs(**dict(names))

@@ -75,6 +75,9 @@ MORE = [
     ("serial.{}t32.x4.r1.k2.v1.native.heads.{}", "fp32.d1.v3.causal"),
     ("serial.{}t64.x8.r2.k2.v2.longest.apart.{}", "fp32.d33.v17.causal"),
     ("serial.{}t64.x16.r2.k2.c64.v2.{}", "fp32.d256"),
+    ("serial.{}t64.x8.r2.k2.{}", "fp32.d16.causal+window"),
+    ("hillis_steele.{}t64.x8.r2.k2.w4.{}", "fp16.d16.causal_lower_right+window"),
+    ("hybrid.{}t64.x8.r2.k2.w2.s4.two_kernels.{}", "fp32.d16.prefix"),
     ("hybrid.{}t128.x8.r2.k4.w4.s8.last_block.swizzled.c32.apart.polynomial.{}", "fp32.d96.causal"),
 ]
 

@@ -11,6 +11,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.backends import Built, sdpa
+from elsa_tune.backends._block_masks import block_mask
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
 
@@ -41,9 +43,14 @@ def test_flex_attention_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(128, 128), (300, 300), (512, 256), (256, 512), (1, 700), (200, 130), (513, 90)])  # fmt: skip
-def test_the_causal_block_mask_is_torchs(q_len: int, kv_len: int) -> None:
-    mine = sdpa.causal_blocks(q_len, kv_len, torch.device("cpu"))
-    torchs = create_block_mask(lambda b, h, i, j: i >= j, None, None, q_len, kv_len, device="cpu")
+@pytest.mark.parametrize("mask", ["causal", "causal_lower_right", "window", "prefix", "causal+window", "prefix+window"])
+def test_block_masks_are_torchs(q_len: int, kv_len: int, mask: str) -> None:
+    operands = tuple(150 if name == "left" else 20 for name in masks.get(mask).integers)
+    mine = block_mask(mask, q_len, kv_len, operands, torch.device("cpu"))
+    dense = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands).dense()
+    torchs = create_block_mask(lambda b, h, i, j: dense[i, j], None, None, q_len, kv_len, device="cpu")
+    position, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    assert torch.equal(mine.mask_mod(None, None, position, key).expand(q_len, kv_len), dense)
     assert mine.seq_lengths == torchs.seq_lengths and mine.BLOCK_SIZE == torchs.BLOCK_SIZE
     for kind in ("kv", "full_kv", "q", "full_q"):
         counts, others = (getattr(mask, f"{kind}_num_blocks")[0, 0] for mask in (mine, torchs))

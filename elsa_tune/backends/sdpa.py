@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.backends import Built, Call, Kernel, Operands
+from elsa_tune.backends._block_masks import block_mask
 from elsa_tune.device import Device
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 from elsa_tune.reference import logsumexp
@@ -38,8 +41,6 @@ SLOW_TO_START = ("flex",)
 
 
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
-    if kernel == "flex" and problem.mask not in (NONE, "causal"):
-        return f"no block mask is made of {problem.mask}"
     if not device.is_gpu:
         return None if kernel in ("flash", "math") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
@@ -103,15 +104,19 @@ def find(digest: str) -> Built | None:
 
 
 @lru_cache(maxsize=4)
-def _dense(mask: str, q_len: int, kv_len: int, operands: Operands, device: torch.device) -> Tensor:
+def _attn_mask(mask: str, q_len: int, kv_len: int, operands: Operands, device: torch.device) -> Tensor:
+    """What torch is given of a mask that is no flag: its own object where it takes one and means the same, or dense."""
+    if masks.get(mask).torchs == "causal_lower_right" and q_len <= kv_len:
+        own: Tensor = causal_lower_right(q_len, kv_len)
+        return own
     posed = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
     return posed.dense().to(device)
 
 
 @dataclass(frozen=True)
 class SdpaKernel:
-    """torch's function with one of its backends chosen; it always allocates its own output. A mask that torch has no form of
-    is a dense one."""
+    """torch's function with one of its backends chosen; it always allocates its own output. A mask comes in torch's own form, or
+    dense where it has none."""
 
     _backend: SDPBackend
     _mask: str
@@ -128,9 +133,9 @@ class SdpaKernel:
     ) -> Tensor:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._mask, operands, scale))
-        is_causal, attn_mask = self._mask == "causal", None
-        if self._mask not in (NONE, "causal"):
-            attn_mask = _dense(self._mask, query.shape[2], key.shape[2], operands, query.device)
+        is_causal, attn_mask = masks.get(self._mask).torchs == "is_causal", None
+        if self._mask != NONE and not is_causal:
+            attn_mask = _attn_mask(self._mask, query.shape[2], key.shape[2], operands, query.device)
         grouped = query.shape[1] != key.shape[1]
         if grouped and self._backend is SDPBackend.EFFICIENT_ATTENTION:  # it takes no groups: what users do by hand
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -149,7 +154,7 @@ class FlexKernel:
     """torch's FlexAttention, compiled for the problem."""
 
     def __init__(self, problem: Problem) -> None:
-        self._is_causal, self._compiled = problem.mask == "causal", _compiled_flex(problem.reshaped(launch="eager"))
+        self._mask, self._compiled = problem.mask, _compiled_flex(problem.reshaped(launch="eager"))
 
     def __call__(
         self,
@@ -162,7 +167,7 @@ class FlexKernel:
         operands: Operands = (),
     ) -> Tensor:
         lengths, grouped = (query.shape[2], key.shape[2]), query.shape[1] != key.shape[1]
-        mask = causal_blocks(*lengths, query.device) if self._is_causal else None
+        mask = None if self._mask == NONE else block_mask(self._mask, *lengths, operands, query.device)
         options = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
         if lse is None:
             made: Tensor = self._compiled(query, key, value, **options)
@@ -218,38 +223,6 @@ def _compiled_flex(problem: Problem) -> Callable[..., Any]:
 
     alone = FunctionType(attend.__code__.replace(), attend.__globals__, closure=attend.__closure__)
     return torch.compile(alone, dynamic=False)
-
-
-def _is_causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return row >= column
-
-
-FLEX_BLOCK = 128
-"""Rows and columns of a block of FlexAttention's masks."""
-
-
-@cache
-def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> Any:
-    """FlexAttention's block mask of key j <= query i, from the blocks themselves: create_block_mask would evaluate every pair,
-    16 GiB of them at 128K."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    rows, columns = -(-q_len // FLEX_BLOCK), -(-kv_len // FLEX_BLOCK)
-    row = torch.arange(rows, dtype=torch.int32, device=device)
-    is_whole = row < q_len // FLEX_BLOCK  # what lies beyond the end counts as masked
-    full = torch.where(is_whole, row.clamp(max=kv_len // FLEX_BLOCK), 0)
-    partial = (row + 1).clamp(max=columns) - full
-    column = torch.arange(columns, dtype=torch.int32, device=device)
-    first = (column + full[:, None]) % columns  # partial blocks follow the full ones
-    return BlockMask.from_kv_blocks(
-        partial[None, None].contiguous(),
-        first[None, None].contiguous(),
-        full[None, None].contiguous(),
-        column.expand(1, 1, rows, columns).contiguous(),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=_is_causal,
-        seq_lengths=(q_len, kv_len),
-    )
 
 
 def load(built: Built, variant: Variant, problem: Problem) -> Any:

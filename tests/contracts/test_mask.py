@@ -31,7 +31,7 @@ class TestContract:
     def test_bounds_grow_with_the_position(self, name: str) -> None:
         one = mask.get(name)
         for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
-            seen = [one.seen(i, q_len, kv_len, integers) for i in range(q_len)]
+            seen = [one.seen(i, q_len, kv_len, **integers) for i in range(q_len)]
             assert seen == sorted(seen) and sorted(high for _, high in seen) == [high for _, high in seen]
             assert all(0 <= low <= kv_len and 0 <= high <= kv_len for low, high in seen)
 
@@ -39,14 +39,14 @@ class TestContract:
         one = mask.get(name)
         for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
             expected = by_definition(one, q_len, kv_len, dict(integers))
-            dense = one.dense(q_len, kv_len, integers)
+            dense = one.dense(q_len, kv_len, **integers)
             assert dense.shape == (q_len, kv_len) and dense.tolist() == expected
-            assert one.pairs(q_len, kv_len, integers) == sum(map(sum, expected))
+            assert one.pairs(q_len, kv_len, **integers) == sum(map(sum, expected))
 
     def test_examples_cut_inside_small_shapes(self, name: str) -> None:
         one = mask.get(name)
         assert all(set(example) == set(one.integers) for example in one.examples)
-        cut = [one.pairs(12, 12, example) < 144 for example in one.examples]
+        cut = [one.pairs(12, 12, **example) < 144 for example in one.examples]
         assert any(cut) or name == mask.NONE
 
     def test_what_a_tile_skips_and_need_not_test(self, name: str) -> None:
@@ -56,7 +56,7 @@ class TestContract:
             dense = torch.tensor(by_definition(one, q_len, kv_len, dict(integers)))
             for first in range(0, q_len, rows):
                 last = min(first + rows, q_len) - 1
-                (low, common_high), (common_low, high) = (one.seen(i, q_len, kv_len, integers) for i in (first, last))
+                (low, common_high), (common_low, high) = (one.seen(i, q_len, kv_len, **integers) for i in (first, last))
                 tile = dense[first : last + 1]
                 assert not tile[:, :low].any() and not tile[:, high:].any()
                 assert tile[:, common_low : max(common_low, common_high)].all()
@@ -66,7 +66,7 @@ class TestContract:
 def test_the_picture_drawn_by_hand(name: str) -> None:
     one = mask.of_one_file(name)
     drawn = [[cell == "x" for cell in row] for row in one.picture.split()]
-    assert one.dense(len(drawn), len(drawn[0]), one.examples[0]).tolist() == drawn
+    assert one.dense(len(drawn), len(drawn[0]), **one.examples[0]).tolist() == drawn
 
 
 @pytest.mark.parametrize("name", [n for n in mask.names() if mask.of_one_file(n).torchs])
@@ -74,12 +74,12 @@ def test_torchs_own_form(name: str) -> None:
     one = mask.of_one_file(name)
     forms = {"is_causal": causal_upper_left, "causal_lower_right": causal_lower_right}
     for q_len, kv_len in LENGTHS:
-        assert one.dense(q_len, kv_len, {}).tolist() == forms[one.torchs](q_len, kv_len)._materialize().tolist()
+        assert one.dense(q_len, kv_len).tolist() == forms[one.torchs](q_len, kv_len)._materialize().tolist()
 
 
 def test_a_million_positions_are_counted_at_once() -> None:
-    assert mask.get("causal").pairs(1 << 20, 1 << 20, {}) == (1 << 19) * ((1 << 20) + 1)
-    estimated = mask.get("causal").pairs(1 << 26, 1 << 26, {})
+    assert mask.get("causal").pairs(1 << 20, 1 << 20) == (1 << 19) * ((1 << 20) + 1)
+    estimated = mask.get("causal").pairs(1 << 26, 1 << 26)
     assert abs(estimated / ((1 << 25) * ((1 << 26) + 1)) - 1) < 1e-6
 
 

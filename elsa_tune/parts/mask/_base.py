@@ -50,13 +50,13 @@ class Mask:
         """Whether a position may see less than all keys after its first."""
         return self.high != EVERY_KEY
 
-    def seen(self, position: Any, q_len: int, kv_len: int, integers: Mapping[str, int]) -> tuple[Any, Any]:
+    def seen(self, position: Any, q_len: int, kv_len: int, **integers: int) -> tuple[Any, Any]:
         """The keys [low, high) that positions (an integer, array or tensor) see, both within [0, kv_len]; a position whose low
         reaches its high sees none."""
         names = {"position": position, "q_len": q_len, "kv_len": kv_len, **integers}
         return _within(self.low.value(**names), kv_len), _within(self.high.value(**names), kv_len)
 
-    def pairs(self, q_len: int, kv_len: int, integers: Mapping[str, int]) -> int:
+    def pairs(self, q_len: int, kv_len: int, **integers: int) -> int:
         """(position, key) pairs that are seen; of more than MOST_COUNTED positions, estimated."""
         if not self.cuts_front and not self.cuts_back:
             return q_len * kv_len
@@ -66,14 +66,14 @@ class Mask:
         position = np.arange(counted, dtype=np.int64)
         if counted < q_len:
             position = np.linspace(0, q_len - 1, counted).astype(np.int64)
-        low, high = self.seen(position, q_len, kv_len, integers)
+        low, high = self.seen(position, q_len, kv_len, **integers)
         return int((high - low).clip(0).sum()) * q_len // counted
 
-    def dense(self, q_len: int, kv_len: int, integers: Mapping[str, int]) -> Tensor:
+    def dense(self, q_len: int, kv_len: int, **integers: int) -> Tensor:
         """bool [q_len, kv_len]: whether a position sees a key."""
         import torch
 
-        low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, integers)
+        low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, **integers)
         key = torch.arange(kv_len)
         seen: Tensor = (key >= low) & (key < high)
         return seen.expand(q_len, kv_len)
