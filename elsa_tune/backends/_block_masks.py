@@ -55,7 +55,7 @@ def _function(posed: Problem) -> Any:
     mask, names = masks.get(posed.mask), posed.names
 
     def sees(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
-        seen = key >= mask.low.value(position=position, **names) if mask.cuts_front else None
+        seen: Tensor | None = key >= mask.low.value(position=position, **names) if mask.cuts_front else None
         if not mask.cuts_back:
             assert seen is not None
             return seen
