@@ -104,6 +104,7 @@ def test_random_opencl_variants(seed: int, opencl_cpu: Device) -> None:
 
 
 ASYNC = [
+    ("serial.{}t128.x8.r8.k8.c32.stages2.async.native.apart.{}", "fp32.strict.d64.causal"),
     ("serial.{}t64.x8.r4.k4.stages2.async.{}", "fp32.d64"),
     ("serial.{}t64.x8.r2.k2.c32.stages3.async.v2.{}", "fp32.d80.v40.causal"),
     ("blelloch.{}t128.x8.r2.k2.c32.stages3.async.swizzled.w4.s4.last_block.{}", "fp32.d96.causal"),

@@ -146,14 +146,13 @@ def test_a_sampled_space_compiles(builders: Worker) -> None:
             assert registers > 0, name
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_what_a_launch_knows_spares_registers(target: str, builders: Worker) -> None:
     """One query head for each KV head and whole leaves are compiled for, and need fewer registers than any group and length."""
     goal = offline.target(target).device
     cases = [
         ("triton.serial.half.m128.n64.warps8.stages3", "bf16.d128"),
         ("triton.blelloch.half.m16.n64.warps4.stages2.s8.two_kernels", "fp16.d64.causal"),
-        ("triton.serial.half.m32.n64.warps4.stages2", "fp16.d64.backward"),
     ]
     for spelling, family in cases:
         variant, whole = SPACE.parse(spelling), Problem.parse(f"{family}@b1.h16.q1024.k4096")

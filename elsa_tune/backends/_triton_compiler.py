@@ -48,7 +48,8 @@ def _driver_of(device: Device) -> Iterator[None]:
 
     arch: Any = device.capability if device.kind == "cuda" else device.arch
     target = GPUTarget(device.kind, arch, device.warp)
-    if torch.cuda.is_initialized() and driver.active.get_current_target() == target:  # type: ignore[no-untyped-call]
+    at_work: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if at_work and driver.active.get_current_target() == target:
         yield
         return
     with _compiling:
