@@ -95,7 +95,7 @@ def sanitize(tool: str, device: Device, log: Log, seconds: float) -> None:
         log.line(tool, "compute-sanitizer is not here; install NVIDIA's CUDA toolkit", absent=True)
         return
     script = str(Path(__file__).with_name("gpu.py"))
-    checks = [sys.executable, script, "--check", "--device", str(device), "--minutes", str(max(0.0, seconds - 12) / 60)]
+    checks = [sys.executable, script, "--check", "--device", str(device), "--minutes", str(max(0.0, seconds - 10) / 60)]
     start, environment = time.monotonic(), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor has bounds of its own
     code, text = run_for([program, "--tool", tool, *checks], seconds, environment)
     found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from elsa_tune.measure import Contender, WorkerFailed
 from elsa_tune.measurement import Measurement
 from elsa_tune.outcome import least_seconds
 from elsa_tune.problem import Problem
-from elsa_tune.space import parse
+from elsa_tune.space import Space, parse
 from elsa_tune.trial import BUILD_SECONDS, Trials
 from elsa_tune.variant import Variant
 from elsa_tune.winners import Database
@@ -39,6 +40,9 @@ from elsa_tune.winners import Database
 ROUNDS, RACE_SECONDS = 12, 1.5
 CHECKS, PREPARED = 0.12, 0.3
 """Shares of the time: for small checks, and until when races begin, whatever is not built."""
+
+A_SEARCH = 12.0
+"""Seconds below which a problem is not worth searching."""
 
 CLOSING = 5.0
 """Seconds that writing results is left."""
@@ -88,29 +92,29 @@ class Session:
         try:
             raced = {self.digest(p, v): (p, v) for p in self.problems for v in candidates(p, self.device)}
             small = {self.digest(p, v): (p, v) for p, v in checks(self.device)} if self.device.is_gpu else {}
+            for problem in self.problems:  # the longest first
+                for peer in self.trials.peers(problem, slow=True):
+                    if peer.variant.axes["kernel"] in sdpa.SLOW_TO_START:
+                        todo = self.builders.run, warm, problem, peer
+                        jobs[slow_start(problem, peer.variant)] = pool.submit(*todo, timeout=BUILD_SECONDS)
             for digest in filter(None, [*small, *raced]):
                 if digest not in jobs:
                     problem, variant = raced.get(digest) or small[digest]
                     peers = self.trials.peers(problem) if self.device.is_gpu and digest in raced else None
-                    todo = (self.builders.run, prepare, variant, problem, self.device, peers)
-                    jobs[digest] = pool.submit(*todo, timeout=BUILD_SECONDS)
+                    jobs[digest] = pool.submit(
+                        self.builders.run, prepare, variant, problem, self.device, peers, timeout=BUILD_SECONDS
+                    )
             first = [jobs[digest] for digest in small if digest]
-            for problem in self.problems:
-                for peer in self.trials.peers(problem, slow=True):
-                    if peer.variant.axes["kernel"] in sdpa.SLOW_TO_START:
-                        name, todo = f"{problem} {peer.variant}", (self.builders.run, warm, problem, peer)
-                        jobs[name] = pool.submit(*todo, timeout=BUILD_SECONDS)
             if self.device.is_gpu:
                 wait(first, timeout=0.5 * PREPARED * self.total)
                 with self.log.step("check"):
                     said = check_command(self.device, CHECKS * self.total)
-                    self.log.line("checked", said[-200:].strip(), said=said[-4000:])
+                    self.log.line("checked", said[-200:].strip(), said=said.splitlines())
             late = wait(jobs.values(), timeout=max(1.0, self.log.left - (1 - PREPARED) * self.total)).not_done
             ready = {digest: job for digest, job in jobs.items() if job not in late}
-            if late:
-                for job in late:
-                    job.cancel()
-                self.builders.renew()  # nothing runs beside a race
+            for job in late:
+                job.cancel()
+            self.builders.renew()  # nothing runs beside a race, and nothing of theirs stays in memory
         finally:  # also when this process is told to end
             pool.shutdown(wait=False, cancel_futures=True)
         self.tell_of_preparations(jobs, ready)
@@ -144,9 +148,15 @@ class Session:
     def race(self, problem: Problem, variants: Sequence[Variant]) -> None:
         """Everyone of torch's and every variant that is right in one race; a line, whatever happens to some of them."""
         start, before = time.monotonic(), self.worker.rounded()
+        cold = {
+            v: why
+            for v in Space.load("sdpa").variants(problem, self.device)
+            if (why := self.unbuilt.get(slow_start(problem, v)))
+        }
+        self.trials.thorough = not cold
         incumbent, seconds = self.trials.incumbent(problem)
-        unbuilt = {v: self.unbuilt[d] for v in variants if (d := self.digest(problem, v)) in self.unbuilt}
-        load: dict[str, float] = {}
+        unbuilt = cold | {v: self.unbuilt[d] for v in variants if (d := self.digest(problem, v)) in self.unbuilt}
+        reading: dict[str, float] = {}
         try:
             built = self.trials.build(problem, [v for v in variants if v not in unbuilt])
             for candidate in built:
@@ -155,7 +165,7 @@ class Session:
             usable = [c for c in built if self.trials.usable(problem, incumbent, seconds, c)]
             everyone = [c for c in self.trials.peers(problem, True) if self.ran(problem, c, incumbent)] + usable
             try:
-                load = self.trials.final(problem, incumbent, everyone, ROUNDS, RACE_SECONDS).load
+                reading = self.trials.final(problem, incumbent, everyone, ROUNDS, RACE_SECONDS).reading
                 self.racing[problem] = incumbent, everyone
             except WorkerFailed as error:  # one of them ended the worker: each alone
                 self.log.line("trouble", f"{problem}: {error.reason}", step=str(problem), reason=error.reason)
@@ -163,7 +173,7 @@ class Session:
         finally:  # at the deadline too: torch's own were timed
             spent = {name: round(t - before.get(name, 0), 1) for name, t in self.worker.rounded().items()}
             spent["all"] = round(time.monotonic() - start, 1)
-            self.tell(problem, incumbent, load, spent, {str(v): f"failed: {why}" for v, why in unbuilt.items()})
+            self.tell(problem, incumbent, reading, spent, {str(v): f"failed: {why}" for v, why in unbuilt.items()})
 
     def ran(self, problem: Problem, peer: Contender, incumbent: Contender) -> bool:
         """Whether one of torch's other kernels could be timed."""
@@ -174,7 +184,7 @@ class Session:
         self,
         problem: Problem,
         incumbent: Contender,
-        load: dict[str, float],
+        reading: dict[str, float],
         spent: dict[str, float],
         unbuilt: dict[str, str],
     ) -> None:
@@ -195,7 +205,7 @@ class Session:
         text += "".join(f"\n  absent: {v}: {why[:160]}" for v, why in absent.items())
         self.log.line(
             "raced", text, problem=str(problem), served_by=winner and winner.variant, tuned=best, rows=rows, absent=absent,
-            incumbent=str(incumbent.variant), least_milliseconds=least and 1e3 * least, load=load, seconds=spent,
+            incumbent=str(incumbent.variant), least_milliseconds=least and 1e3 * least, reading=reading, seconds=spent,
         )  # fmt: skip
 
     def row(self, problem: Problem, m: Measurement) -> dict[str, Any]:
@@ -219,7 +229,9 @@ class Session:
         """What launching costs the host, and the same race from a graph."""
         incumbent, others = self.racing[problem]
         alike = [incumbent, *others]
-        costs = self.worker.run(launch_costs, problem, alike, timeout=max(1.0, min(60.0, self.log.left - CLOSING)))
+        costs = self.worker.run(
+            launch_costs, problem, alike, timeout=max(1.0, min(60.0, self.trials.deadline - time.monotonic()))
+        )
         self.log.line(
             "launches", f"{problem}: microseconds of the host {costs}", problem=str(problem), microseconds=costs
         )
@@ -242,8 +254,8 @@ class Session:
     # Afterwards.
 
     def search(self, seconds: float) -> None:
-        """Tune with the time that remains, beginning from everything that was raced."""
-        report = tuning.tune(self.problems, device=str(self.device), budget=seconds)
+        """Tune with the time that remains, the first problems alone where that is little, beginning from everything that was raced."""
+        report = tuning.tune(self.problems[: max(1, int(seconds // A_SEARCH))], device=str(self.device), budget=seconds)
         for o in report.outcomes:
             won = o.winner
             told = f"{won.variant} {won.ratio:.2f} [{won.ratio_low:.2f}, {won.ratio_high:.2f}]" if won else "no winner"
@@ -252,6 +264,11 @@ class Session:
                 "searched", f"{o.problem}: {told}", problem=str(o.problem), winner=facts, share_of_limit=o.limit
             )
         self.log.line("search", "; ".join(report.notes), seconds=report.seconds, notes=report.notes)
+
+
+def slow_start(problem: Problem, variant: Variant) -> str:
+    """What the preparation of one of torch's kernels that start slowly is called; from a graph it is called alike."""
+    return f"{problem.reshaped(launch='eager')} {variant}"
 
 
 def nvidia_smi() -> str:
@@ -280,9 +297,10 @@ def check_command(device: Device, seconds: float) -> str:
 
 def write(session: Session, out: Path) -> None:
     """The files that outlive the machine."""
-    name, device = str(session.device).replace(":", "-", 1), str(session.device)
+    device = str(session.device)
+    name = re.sub(r"[^\w.-]+", "-", device)  # a spelling may hold what carriers of files do not take
     lines = [line for line in session.log.lines if line["kind"] == "raced"]
-    others = [line for line in session.log.lines if line["kind"] not in ("raced", "check")]
+    others = [line for line in session.log.lines if line["kind"] != "raced"]
     content = {"device": device, "name": session.device.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                "peaks": session.trials.limits, "lines": lines, "others": others}  # fmt: skip
     (out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str))

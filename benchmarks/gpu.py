@@ -78,7 +78,7 @@ def stages(session: Session) -> None:
     if device.is_gpu:
         for tool in ("memcheck", "racecheck"):
             with log.step(tool, needs=CLOSING + 5):
-                sanitize(tool, device, log, (log.left - CLOSING) / (2 if tool == "memcheck" else 1))
+                sanitize(tool, device, log, (log.left - CLOSING) * (0.65 if tool == "memcheck" else 1))
 
 
 def main() -> None:
@@ -92,8 +92,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was learnt is still written
     os.environ.setdefault("ELSA_TUNE_HOME", str(options.out.resolve() / "home"))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # of a builder: one runs on each core
+    if options.device != "cpu":  # processes of a core each, whose truths are computed on the host
+        os.environ.setdefault("OMP_NUM_THREADS", "2")
     device = detect(options.device)[0]
     if options.check:
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(1))  # so that whoever watches this process still sums up
+        signal.alarm(int(60 * options.minutes) + 4)
         check_here(device, time.monotonic() + 60 * options.minutes)
         return
     run(device, options.problem or PROBLEMS, 60 * options.minutes, options.out)

@@ -9,7 +9,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit
 : "${OUT:?names the folder that results go to}"
-python=${PYTHON:-python3} site=$(mktemp -d) limit=${LIMIT:-520}
+python=${PYTHON:-python3} site=$(mktemp -d) limit=${LIMIT:-560}
 mkdir -p "$OUT"
 out=$(cd "$OUT" && pwd)
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -31,5 +31,8 @@ trap pack EXIT
 
 "$python" benchmarks/_gpu_wheels.py install "${WHEELS:-.wheels}" "$site" 2>&1 | tee -a "$out/output.txt"
 [ "${PIPESTATUS[0]}" = 0 ] || exit 1
-timeout --signal=TERM --kill-after=15 "$limit" "$python" benchmarks/gpu.py --out "$out" "$@" 2>&1 | tee -a "$out/output.txt"
+seconds=$((limit - SECONDS - 40)) # the wheels took some; the end is left some
+[ "$seconds" -gt 450 ] && seconds=450
+timeout --signal=TERM --kill-after=15 "$((limit - SECONDS))" "$python" benchmarks/gpu.py --out "$out" \
+    --minutes "$((seconds / 60)).$((seconds % 60 * 10 / 60))" "$@" 2>&1 | tee -a "$out/output.txt"
 exit "${PIPESTATUS[0]}"

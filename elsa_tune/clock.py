@@ -75,9 +75,13 @@ class _Events(_Repeated):
         return _between_events(lambda: _repeat(lambda: self._next()(), repeats), self._during) / repeats
 
 
+NODES = 16
+"""Calls in a graph, at least: the pause between two replays is no call's."""
+
+
 class _Graph:
     def __init__(self, calls: Sequence[Call], during: Call) -> None:
-        cuda = _cuda()
+        cuda, calls = _cuda(), list(calls) * -(-NODES // len(calls))
         self._calls, self._graph, self._during = calls, cuda.CUDAGraph(), during
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())

@@ -96,7 +96,9 @@ def attention(
                 gradients = _gradients_for(entry, query, key, value, is_causal, enable_gqa)
                 if gradients is not None:
                     return differentiable(query, key, value, scale, serve, gradients)
-            except (RuntimeError, MemoryError) as error:  # no storage of its own (vmap), no memory for splits, a launch
+            except (
+                Exception
+            ) as error:  # no storage of its own (vmap), no memory for splits, a launch: torch says what is the caller's
                 _hand_over(error, query, key, value, is_causal, enable_gqa)
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -119,7 +121,7 @@ def serve_with_lse(
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     try:
         return serve(query, key, value, scale, None, lse), lse
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         _hand_over(error, query, key, value, is_causal, enable_gqa)
         return None
 

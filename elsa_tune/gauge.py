@@ -10,13 +10,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, reduce
 from operator import or_
+from typing import Any
 
 from elsa_tune.device import Device
 
 READ_EVERY, ASK_EVERY = 0.05, 2.0
 """Seconds between readings of a library, and of a program that is started for each."""
 
-_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+_QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+_REASONS = "clocks_event_reasons.active", "clocks_throttle_reasons.active"  # since driver 535, and before
 _FACTS = ("sm_mhz", "memory_mhz", "watts", "celsius", "throttled")
 Reading = dict[str, float]
 
@@ -77,12 +79,14 @@ def _nvml(uuid: str) -> Callable[[], Reading]:
         if pynvml.nvmlDeviceGetCount() != 1:
             raise
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    old: Any = getattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None)  # the name before NVML 12.2
+    reasons: Any = getattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", old)
     facts: dict[str, Callable[[], float]] = {
         "sm_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "memory_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
         "watts": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
         "celsius": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        "throttled": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+        "throttled": lambda: reasons(handle),
     }
 
     def read() -> Reading:
@@ -97,11 +101,14 @@ def _nvml(uuid: str) -> Callable[[], Reading]:
 
 def _ask(program: str, uuid: str) -> Reading:
     """Reads through NVIDIA's program."""
-    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     found = Reading()
     with suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
-        for name, text in zip(_FACTS, answer.split(","), strict=False):
+        for reasons in _REASONS:
+            command = [program, f"--query-gpu={_QUERY},{reasons}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
+            answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+            if answer.returncode == 0:
+                break
+        for name, text in zip(_FACTS, answer.stdout.strip().split(","), strict=False):
             with suppress(ValueError):  # "[N/A]"
                 found[name] = float(int(text, 16)) if "x" in text else float(text)
     return found

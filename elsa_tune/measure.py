@@ -85,6 +85,10 @@ class WorkerFailed(Exception):
         self.status, self.reason = status, reason
 
 
+class GivenUp(WorkerFailed):
+    """A job was ended together with others of its worker's processes, for a fault of theirs: it says nothing of the job."""
+
+
 def _start_worker(memory: int) -> None:
     """First thing in a new worker: its parent, the fork server, loads code and never computes."""
     from elsa_tune.backends import cpp
@@ -151,8 +155,11 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        from pebble import ProcessPool
+        from pebble import CONSTS, ProcessPool
 
+        CONSTS.term_timeout = (
+            0.1  # each that is stuck in a compiler or a kernel is waited for, one by one, before it is killed
+        )
         self._pool, self._waiting = ProcessPool(**self._options), set[Any]()
 
     def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
@@ -170,7 +177,7 @@ class Worker:
         except ProcessExpired as error:
             raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
         except CancelledError as error:
-            raise WorkerFailed("failed", "given up: the worker was ended") from error
+            raise GivenUp("failed", "given up: the worker was ended") from error
         except Exception as error:
             if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
                 self.renew()  # its GPU context may be lost for good
@@ -243,7 +250,9 @@ def _bench(problem: Problem, device: Device) -> _Bench:
     if name in _benches:
         _benches[name] = _benches.pop(name)
         return _benches[name]
-    count = min(1024, math.ceil(1.25 * device.last_cache / problem.bytes))
+    count = min(
+        1024, math.ceil(1.25 * device.last_cache / problem.bytes) + device.is_gpu
+    )  # a GPU writes nothing in between
     while (
         _benches and count * problem.bytes + sum(b.bytes for b in _benches.values()) > MEMORY_FOR_INPUTS * device.memory
     ):
@@ -310,7 +319,7 @@ class Raced:
     samples: list[tuple[float, ...]]
     disturbed: list[float]
     failed: dict[int, str] = field(default_factory=dict)
-    load: dict[str, float] = field(default_factory=dict)
+    reading: dict[str, float] = field(default_factory=dict)
 
 
 def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float, beat: float = 0.0) -> Raced:
@@ -329,12 +338,12 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
         return [partial(kernel, *x.tensors, **more) for x in bench.inputs]
 
     before = () if contenders[0].device.is_gpu else bench.written()
-    load = gauge.Gauge(contenders[0].device)
+    reader = gauge.Gauge(contenders[0].device)
     timers, failed = dict[int, clock.Timer](), dict[int, str]()
     first = dict[int, float]()
     for i, c in enumerate(contenders):
         try:
-            timers[i] = clock.timer(calls(c.load(problem)), c.device, problem.launch, before, load.read)
+            timers[i] = clock.timer(calls(c.load(problem)), c.device, problem.launch, before, reader.read)
             first[i] = timers[i](1)
         except Exception as error:
             clock.survive(c.device, f"{c.variant}: {_told(error)}")
@@ -362,7 +371,7 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
                     break
             for i in rng.sample(racing, len(racing)):
                 samples[i].append(referee.sample(i, partial(timers[i], repeats[i])))
-        return Raced([tuple(s) for s in samples], referee.disturbed(samples, base), failed, load.summary())
+        return Raced([tuple(s) for s in samples], referee.disturbed(samples, base), failed, reader.summary())
 
 
 def _told(error: BaseException) -> str:

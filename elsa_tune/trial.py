@@ -21,6 +21,7 @@ from elsa_tune.errors import ElsaTuneError
 from elsa_tune.gauge import Reading
 from elsa_tune.measure import (
     Contender,
+    GivenUp,
     Raced,
     Worker,
     WorkerFailed,
@@ -161,7 +162,7 @@ class Trials:
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
         """Compile side by side until the deadline; what fails or has a flaw is recorded and left out."""
 
-        def attempt(variant: Variant) -> Built | ElsaTuneError | WorkerFailed | None:
+        def attempt(variant: Variant, again: bool = True) -> Built | ElsaTuneError | WorkerFailed | None:
             left = self.deadline - time.monotonic()
             try:
                 if self.builders:
@@ -169,6 +170,8 @@ class Trials:
                     return self.builders.run(build, variant, problem, self.device, timeout=limit)
                 return backends.get(variant.backend).build(variant, problem, self.device)
             except (ElsaTuneError, WorkerFailed) as error:
+                if isinstance(error, GivenUp) and again and left > 0:  # another's fault
+                    return attempt(variant, again=False)
                 cut_off = isinstance(error, WorkerFailed) and error.status == "timeout" and left < BUILD_SECONDS
                 return None if cut_off else error
 
@@ -277,7 +280,7 @@ class Trials:
         self._record_contender(
             problem, contender, "ok", raced.disturbed[own], stage=stage, samples=mine, seconds=statistics.median(mine),
             ratio=found.median, ratio_low=found.low, ratio_high=found.high,
-            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)], load=raced.load,
+            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)], reading=raced.reading,
         )  # fmt: skip
 
     def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: quiet.Heard) -> None:

@@ -322,7 +322,7 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
     plain = [contender(f"plain {i}", scaled_dot_product_attention) for i in range(2)]
     raced = measure.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
     assert set(raced.failed) == ({1, 2} if launch == "graph" else {2}) and "invalid argument" in raced.failed[2]
-    assert raced.samples[0] and raced.samples[3] and raced.samples[2] == () and raced.load["sm_mhz"] == 1755.0
+    assert raced.samples[0] and raced.samples[3] and raced.samples[2] == () and raced.reading["sm_mhz"] == 1755.0
 
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")

@@ -161,9 +161,11 @@ def test_a_failure_at_every_step_costs_its_own_line(gpu: Any, tmp_path: Path) ->
     assert len(lines(tmp_path, "searched")) == 3 and lines(tmp_path)[-1]["kind"] == "end"
     row = rows[fourth]
     assert row["predicted"] > 0 and row["resources"]["shared"] and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-    assert raced[LONG]["load"] == {"sm_mhz": 1755.0, "watts": 640.0, "throttled": 4.0}
+    assert raced[LONG]["reading"] == {"sm_mhz": 1755.0, "watts": 640.0, "throttled": 4.0}
     assert raced[LONG]["seconds"].keys() >= {"race", "check_shape", "all"}
-    written = {path.name.partition("+")[2].partition("_t13.0")[2] or path.name for path in tmp_path.iterdir()}
+    names = [path.name for path in tmp_path.iterdir()]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names), "what carriers of files take"
+    written = {name.partition("_t13.0")[2] or name for name in names}
     assert {"lines.jsonl", ".json", ".jsonl", ".trials.jsonl"} <= written
 
 

@@ -43,9 +43,9 @@ class Counters:
             if found is not None:
                 self._outgrown.append(found)
                 count = max(count, 2 * len(found))
-            found = self._made[place] = _cleared(device, count)
+            found = self._made[place] = cleared(device, count)
         if device.index not in self._spare or len(self._spare[device.index]) < len(found):
-            self._spare[device.index] = _cleared(device, len(found))
+            self._spare[device.index] = cleared(device, len(found))
         return found
 
     def _of_capture(self, place: tuple[int | None, int, int], device: torch.device, count: int) -> Tensor:
@@ -57,7 +57,7 @@ class Counters:
         return found
 
 
-def _cleared(device: torch.device, count: int) -> Tensor:
+def cleared(device: torch.device, count: int) -> Tensor:
     """Counters made on a thread and a stream of their own: in no graph's memory pool, even where the caller warms up for one, and
     clear for every stream without waiting for what others do."""
 

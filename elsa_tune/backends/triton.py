@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elsa_tune import scan
 from elsa_tune.backends import Built, Call, Gradients, Kernel, Operands, _gpu_report, _kernel_cache
+from elsa_tune.backends._counters import cleared
 from elsa_tune.backends._laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.backends._triton_compiler import compile_kernels, compile_report
@@ -226,6 +227,8 @@ class TritonKernel:
 
     def __init__(self, module: ModuleType, problem: Problem) -> None:
         self._launch, self._problem = module.attention, problem
+        if torch.cuda.is_available():
+            module.cleared = cleared  # type: ignore[attr-defined]
 
     def __call__(
         self,
