@@ -477,7 +477,8 @@ class LoadedKernel:
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
             )
-        return self._kernel(query, key, value, scale, None, lse, self.problem.operands)
+        more = {"operands": self.problem.operands} if self.problem.operands else {}
+        return self._kernel(query, key, value, scale, None, lse, **more)
 
     @property
     def source(self) -> Source | None:
