@@ -96,9 +96,7 @@ def attention(
                 gradients = _gradients_for(entry, query, key, value, is_causal, enable_gqa)
                 if gradients is not None:
                     return differentiable(query, key, value, scale, serve, gradients)
-            except (
-                Exception
-            ) as error:  # no storage of its own (vmap), no memory for splits, a launch: torch says what is the caller's
+            except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
                 _hand_over(error, query, key, value, is_causal, enable_gqa)
     return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
