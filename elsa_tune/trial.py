@@ -305,7 +305,7 @@ class Trials:
         variant: Variant,
         status: str,
         disturbed: float = 0.0,
-        load: Reading | None = None,
+        reading: Reading | None = None,
         **facts: Any,
     ) -> None:
         versions: dict[str, str | float] = {
@@ -323,7 +323,7 @@ class Trials:
             problem=str(problem),
             variant=str(variant),
             status=status,
-            provenance={**versions, **self.limits, **(load or {})},
+            provenance={**versions, **self.limits, **(reading or {})},
             created=self.database.now(),
             **facts,
         )
