@@ -11,6 +11,7 @@ read them together. Regenerate this text: elsa-tune show triton.hybrid.ieee.m32.
 
 import math
 from functools import cache
+from threading import Lock
 
 import torch
 import triton
@@ -402,14 +403,23 @@ def launches(query, key, value, scale, out, lse):
         )  # fmt: skip
         yield attend, (programs,), arguments, OPTIONS
 
+def cleared(device, count):
+    """int32 zeros for every stream from now on. elsa_tune puts memory in its place that is in no caller's graph."""
+    made = torch.zeros(count, dtype=torch.int32, device=device)
+    if made.is_cuda:
+        torch.cuda.current_stream(device).synchronize()
+    return made
+
 @cache
 def nowhere(device):
     """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
-    return torch.empty(1, dtype=torch.float32, device=device)
+    return cleared(device, 4).view(torch.float32)
 
 ARRIVALS = 1 << 16  # counters set aside on a device for what is captured in graphs
 _arrivals = {}  # by device and stream
+_outgrown = []  # launches under way may still count there
 _spare = {}  # by device: all, and how many are given away
+_lock = Lock()
 
 def arrivals_of(query, count):
     """``count`` counters, all 0: the last program of a tile to arrive leaves its own so, and no launch clears them.
@@ -419,20 +429,21 @@ def arrivals_of(query, count):
     """
     count = -(-count // 4) * 4  # 16 bytes: as aligned as a launch was compiled for
     device, stream, captured = place(query)
-    if captured:
-        counters, given = _spare.get(device, (None, ARRIVALS))
-        if given + count > ARRIVALS:
-            return query.new_zeros(count, dtype=torch.int32)
-        _spare[device] = counters, given + count
-        return counters[given : given + count]
-    if device not in _spare:
-        _spare[device] = query.new_zeros(ARRIVALS, dtype=torch.int32), 0
-        if query.is_cuda:
-            torch.cuda.current_stream(device).synchronize()  # once: other streams will count here
-    found = _arrivals.get((device, stream))
-    if found is None or found.numel() < count:
-        found = _arrivals[device, stream] = query.new_zeros(count, dtype=torch.int32)
-    return found
+    found = None if captured else _arrivals.get((device, stream))
+    if found is not None and found.numel() >= count:
+        return found
+    with _lock:
+        if captured:
+            counters, given = _spare.get(device, (None, ARRIVALS))
+            if given + count > ARRIVALS:
+                return query.new_zeros(count, dtype=torch.int32)
+            _spare[device] = counters, given + count
+            return counters[given : given + count]
+        if device not in _spare:
+            _spare[device] = cleared(device, ARRIVALS), 0
+        _outgrown.append(found)
+        made = _arrivals[device, stream] = cleared(device, count)
+        return made
 
 def place(x):
     """Where a launch goes: device, stream, and whether a graph is captured there."""
