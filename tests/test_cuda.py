@@ -90,7 +90,7 @@ def cases() -> list[tuple[str, str]]:
 @pytest.mark.opencl
 @pytest.mark.parametrize(("spelling", "family"), dict.fromkeys(cases()))
 def test_opencl_contract(spelling: str, family: str, opencl_cpu: Device) -> None:
-    problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")
+    problem = Problem.parse(family).reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64)
     obeys("cuda." + spelling.format("opencl.", "shared"), problem, opencl_cpu)
 
 
