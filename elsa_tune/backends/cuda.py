@@ -179,7 +179,7 @@ class CudaKernel:
 
     def _launches(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, out: Tensor, lse: Tensor | None,
-        operands: Operands,
+        operands: Operands = (),
     ) -> list[Launch]:  # fmt: skip
         """The kernels to start, in order; as many heads at a time as the states of splits have memory for."""
         width = self._tiling.vector * query.element_size()
