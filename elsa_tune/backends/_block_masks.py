@@ -1,5 +1,7 @@
-"""FlexAttention's block masks of masks in closed form, from their bounds: create_block_mask would evaluate every pair, 16 GiB of
-them at 128K."""
+"""FlexAttention's block masks of masks in closed form, from their bounds.
+
+create_block_mask would evaluate every pair, 16 GiB of them at 128K.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def block_mask(mask: str, q_len: int, kv_len: int, operands: tuple[int, ...], de
     row = torch.arange(rows, dtype=torch.int32, device=device)
     first = row * BLOCK
     (low, common_high), (common_low, high) = (_seen(posed, x) for x in (first, (first + BLOCK).clip(max=q_len) - 1))
-    begin, end = low // BLOCK, -(-high // BLOCK)
+    begin = low // BLOCK
+    end = torch.where(low < high, -(-high // BLOCK), begin)
     full_begin, full_end = -(-common_low // BLOCK), common_high // BLOCK
     is_whole = row < q_len // BLOCK  # what lies beyond the end counts as masked
     full = torch.where(is_whole, (full_end - full_begin).clip(min=0), 0)
