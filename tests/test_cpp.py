@@ -64,16 +64,20 @@ SAMPLED = [
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp16.d80.causal+window@b1.h3.kv1.q2.k64.left9.right0"),
 ]
 
-# Every mask, and some of their intersections: sequential and split over workers and memory.
-MASKS = [name for name in masks.names() if name != masks.NONE]
-MASKED = [*MASKS, *("+".join(pair) for pair in itertools.combinations(MASKS, 2))]
+# Every mask, and intersections: sequential, and split over workers and memory.
+MASKED = [
+    *(name for name in masks.names() if name not in (masks.NONE, "causal")),
+    "causal+window",
+    "causal_lower_right+prefix",
+]
 HOW = [
     "cpp.serial.{isa}.q2.k4.v4.n24",
     "cpp.hybrid.{isa}.q2.k5.v5.n16.w4.s4.packed",
     "cpp.blelloch.{isa}.c4.q4.k1.v4.n32.w2",
 ]
-SAMPLED += [(HOW[i % 3], f"fp32.d64.{name}") for i, name in enumerate(MASKED)]
-SAMPLED += [(how, f"fp32.d40.v24.{name}") for how in HOW for name in MASKS]
+SAMPLED += [(HOW[i % 3], f"fp32.d40.v24.{name}") for i, name in enumerate(MASKED)]
+PAIRS = ["+".join(pair) for pair in itertools.combinations((name for name in masks.names() if name != masks.NONE), 2)]
+SAMPLED += [pytest.param(how, f"fp32.d64.{pair}", marks=pytest.mark.slow) for how in HOW for pair in PAIRS]
 
 
 @pytest.mark.parametrize(("variant", "problem"), SAMPLED)

@@ -54,8 +54,15 @@ def test_every_scan_state_and_schedule(network: str, state: str) -> None:
         ("triton.serial.ieee.m64.n64.warps4.stages1.heads.persistent1", "fp32.d40.v72@b1.h6.kv2.q1.k1"),
         ("triton.blelloch.fma.m16.n64.warps8.stages1.s2.last_block.apart", "fp32.strict.d16.causal@b1.h8.kv2.q1.k1"),
         ("triton.serial.fma.m16.n64.warps8.stages1.apart.parts", "fp16.d24"),
-        ("triton.blelloch.ieee.m32.n64.warps4.stages1.w2", "fp32.d16.causal+window"),
-        ("triton.blelloch.ieee.m32.n64.warps4.stages1.s2.two_kernels.masked", "fp32.d16.prefix"),
+        ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+window"),
+        pytest.param(
+            "triton.blelloch.ieee.m32.n64.warps4.stages1.w2", "fp32.d16.causal+window", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "triton.blelloch.ieee.m32.n64.warps4.stages1.s2.two_kernels.masked",
+            "fp32.d16.prefix",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_axes_and_families(spelling: str, problem: str) -> None:
