@@ -167,6 +167,7 @@ def test_nearest_variants_come_first() -> None:
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q64.k99", "packed_heads_are_read_again"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q99.k99999", "packed_heads_fit"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.d4", "fp32.d48@b1.h8.q99.k99", "head_parts_are_long"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96", "bf16.d64@b1.h8.q99.k99", "narrow_elements_are_packed"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.e4", "fp32.d64@b1.h8.q99.k99", "exp_is_exact"),
     ],
 )
