@@ -110,7 +110,11 @@ def builders() -> Iterator[Worker]:
         yield found
 
 
-@pytest.mark.parametrize("target", TARGETS)
+SLOWEST = ("gfx90a", "gfx1100", "gfx1200")
+"""What compiles for minutes; `make test` has gfx942 of them."""
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.slow] if t in SLOWEST else []) for t in TARGETS])
 def test_every_target_compiles_and_no_default_spills(target: str, builders: Worker) -> None:
     goal = offline.target(target)
 

@@ -101,7 +101,7 @@ def test_stopped_in_the_middle_then_resumed(home: Path, how: signal.Signals) -> 
         if acknowledged >= 6:
             break
     process.send_signal(how)
-    process.wait(timeout=30)
+    process.wait(timeout=90)
     with contextlib.suppress(ProcessLookupError):  # its worker has noticed and ended by itself
         os.killpg(process.pid, signal.SIGKILL)
     kept = sum(recorded().values())
