@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,6 @@ def nothing_shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     visible = places.data
     monkeypatch.setattr(places, "data", lambda folder: tmp_path if folder == "cache" else visible(folder))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def opencl_first() -> None:
-    """PoCL brings a compiler that ends the process where another of its kind came first, so it comes first."""
-    from elsa_tune import device
-
-    with suppress(Exception):  # no OpenCL here
-        tuple(device.find_opencl_devices())
 
 
 @pytest.fixture(autouse=True)
