@@ -105,7 +105,9 @@ def hiprtc() -> Rtc | None:
 
 def find(device: Device) -> Rtc:
     """The newest compiler that still serves the device. Raises CompilerMissing."""
-    candidates = nvrtcs() if device.kind == "cuda" else tuple(filter(None, [hiprtc()]))
+    candidates = nvrtcs() if device.kind == "cuda" else ()
+    if device.kind == "hip":  # it brings an LLVM that ends a process where PoCL's is: not loaded without need
+        candidates = tuple(filter(None, [hiprtc()]))
     for rtc in candidates:
         if not rtc.archs or device.arch in rtc.archs:
             return rtc
