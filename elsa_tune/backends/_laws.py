@@ -16,7 +16,7 @@ LARGEST_DIM = 256
 
 
 def mask_has_text(problem: Problem) -> str | None:
-    """Why a language whose texts know no mask but causal cannot serve the problem, or None."""
+    """Why what knows no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
     return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
 
 

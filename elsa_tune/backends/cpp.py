@@ -21,6 +21,7 @@ from elsa_tune.backends import Built, Call, Kernel, Operands, _compiler, _kernel
 from elsa_tune.backends._laws import dims_are_generated, scan_has_states
 from elsa_tune.backends._tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.device import Device, host_cpu
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.render import Source, render
@@ -184,7 +185,10 @@ def refusal(problem: Problem, device: Device) -> str | None:
     """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
-    if problem.precision not in ("strict", problem.dtype):
+    if problem.precision not in elements.get(problem.dtype).classes or problem.precision not in (
+        "strict",
+        problem.dtype,
+    ):
         return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
@@ -321,9 +325,7 @@ class CppKernel:
         function = ctypes.CDLL(str(library)).elsa_attention
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         self._function, self._problem = function, problem
-        self._operands = struct.Struct(
-            f"<{len(problem.operands)}q"
-        ).pack  # appended to the call, where a family has some
+        self._operands = struct.Struct(f"<{len(problem.operands)}q").pack  # appended to the call where there are any
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""An element: its size, torch's name for it, how it rounds, and the classes of arithmetic that it may be computed in."""
+"""An element: its size, torch's name for it, and the classes of arithmetic that it may be computed in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Element:
-    """``bytes`` of one number, the name of its dtype in ``torch``, its ``unit`` round-off, and the precision ``classes`` that its
-    tensors have, the one it is named after among them. States are float32, whatever the element."""
+    """``bytes`` of one number, the name of its dtype in ``torch``, and the precision ``classes`` that its tensors have, the one it is
+    named after among them. States are float32, whatever the element."""
 
     name: str
     bytes: int
     torch: str
-    unit: float
     classes: tuple[str, ...]

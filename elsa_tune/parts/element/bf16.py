@@ -2,4 +2,4 @@
 
 from elsa_tune.parts.element._base import Element
 
-ELEMENT = Element("bf16", 2, "bfloat16", 2.0**-8, ("bf16",))
+ELEMENT = Element("bf16", 2, "bfloat16", ("bf16",))

@@ -2,4 +2,4 @@
 
 from elsa_tune.parts.element._base import Element
 
-ELEMENT = Element("fp16", 2, "float16", 2.0**-11, ("fp16", "approx"))
+ELEMENT = Element("fp16", 2, "float16", ("fp16", "approx"))

@@ -2,4 +2,4 @@
 
 from elsa_tune.parts.element._base import Element
 
-ELEMENT = Element("fp32", 4, "float32", 2.0**-24, ("strict", "fp32", "tf32"))
+ELEMENT = Element("fp32", 4, "float32", ("strict", "fp32", "tf32"))
