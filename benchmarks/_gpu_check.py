@@ -16,9 +16,10 @@ import torch
 
 from _gpu_lists import checks
 from _gpu_log import Log
-from elsa_tune import backends, check, reference
 from elsa_tune.device import Device
+from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 from elsa_tune.variant import Variant
 
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin", "/opt/cuda/compute-sanitizer")

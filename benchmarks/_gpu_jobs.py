@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elsa_tune import clock, measure
-from elsa_tune.backends import Built
-from elsa_tune.check import Verdict
 from elsa_tune.device import Device
-from elsa_tune.measure import Contender
+from elsa_tune.generate.backends import Built
 from elsa_tune.problem import Problem
+from elsa_tune.prove.check import Verdict
+from elsa_tune.tuning import clock, measure
+from elsa_tune.tuning.measure import Contender
 from elsa_tune.variant import Variant
 
 CALLS = 100

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from itertools import chain, islice, zip_longest
 
-from elsa_tune import backends
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
+from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant

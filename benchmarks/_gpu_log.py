@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from elsa_tune.trial import OutOfTime
+from elsa_tune.tuning.trial import OutOfTime
 
 NAME = "lines.jsonl"
 

@@ -23,19 +23,21 @@ from _gpu_check import run_for
 from _gpu_jobs import Ledger, Prepared, launch_costs, prepare, warm
 from _gpu_lists import SHORT, candidates, checks
 from _gpu_log import Log
-from elsa_tune import backends, layers, offline, tuning
-from elsa_tune.backends import sdpa
-from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.measure import Contender, WorkerFailed
+from elsa_tune.generate import backends, sdpa
 from elsa_tune.measurement import Measurement
-from elsa_tune.outcome import least_seconds
 from elsa_tune.problem import Problem
+from elsa_tune.prove.check import Verdict
+from elsa_tune.remember import layers
+from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, parse
-from elsa_tune.trial import BUILD_SECONDS, Trials
+from elsa_tune.tuning import offline
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Contender, WorkerFailed
+from elsa_tune.tuning.outcome import least_seconds
+from elsa_tune.tuning.trial import BUILD_SECONDS, Trials
 from elsa_tune.variant import Variant
-from elsa_tune.winners import Database
 
 ROUNDS, RACE_SECONDS = 12, 1.5
 CHECKS, PREPARED = 0.12, 0.3

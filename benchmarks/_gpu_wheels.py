@@ -27,7 +27,14 @@ PLATFORMS = (
 )
 KEPT = re.compile(r"torch|triton|numpy|nvidia-(?!ml-py).*|cuda-.*|pip|setuptools")
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED = ("elsa_tune.tuning", "elsa_tune.doctor", "elsa_tune.cli", "elsa_tune.exchange", "pebble", "archspec.cpu")
+IMPORTED = (
+    "elsa_tune.tuning.tune",
+    "elsa_tune.shell.doctor",
+    "elsa_tune.shell.cli",
+    "elsa_tune.remember.exchange",
+    "pebble",
+    "archspec.cpu",
+)
 """What must be importable: everything elsa-tune is made of, and what it imports late."""
 
 

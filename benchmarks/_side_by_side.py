@@ -6,8 +6,9 @@ import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 
-from elsa_tune import layers, tuning
 from elsa_tune.device import host_cpu
+from elsa_tune.remember import layers
+from elsa_tune.tuning import tune as tuning
 
 RESULTS = Path(__file__).parent / "results"
 

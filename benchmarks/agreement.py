@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elsa_tune import backends, measure
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.measure import Contender, Ratio, Worker
+from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
+from elsa_tune.remember.winners import Database
 from elsa_tune.space import parse
-from elsa_tune.winners import Database
+from elsa_tune.tuning import measure
+from elsa_tune.tuning.measure import Contender, Ratio, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TIED = 1.02
@@ -63,7 +64,7 @@ def fresh_run(arguments: list[str]) -> Run:
     """``elsa-tune`` in a home that did not exist."""
     with tempfile.TemporaryDirectory(prefix="agreement-") as home:
         environment = {**os.environ, "ELSA_TUNE_HOME": home}
-        command = [sys.executable, "-m", "elsa_tune.cli", "--device", "cpu", "--json", *arguments]
+        command = [sys.executable, "-m", "elsa_tune.shell.cli", "--device", "cpu", "--json", *arguments]
         start = time.monotonic()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         seconds = time.monotonic() - start

@@ -6,9 +6,9 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from elsa_tune import exchange, layers
 from elsa_tune.measurement import Measurement
-from elsa_tune.winners import Database
+from elsa_tune.remember import exchange, layers
+from elsa_tune.remember.winners import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = """# Devices that winners are shipped for

@@ -29,11 +29,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
-from elsa_tune import dispatch, measure, reference, workload
-from elsa_tune.backends import cpp
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.generate import cpp
 from elsa_tune.order import CONTIGUOUS
 from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.tuning import measure, workload
 
 ROUNDS = 15
 SECONDS_A_PROBLEM = 8.0
@@ -388,7 +390,7 @@ def tuning_seconds() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as home:
         for name in ("first_run", "second_run"):
             start = time.perf_counter()
-            command = [sys.executable, "-m", "elsa_tune.cli"]
+            command = [sys.executable, "-m", "elsa_tune.shell.cli"]
             subprocess.run(command, capture_output=True, check=True, env={**os.environ, "ELSA_TUNE_HOME": home})
             found[name] = time.perf_counter() - start
     return found

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from elsa_tune import exchange, winners
 from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
+from elsa_tune.remember import exchange, winners
+from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space
-from elsa_tune.winners import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +119,7 @@ def main() -> None:
         found["verify_seconds"] = timed(lambda: winners.verify(folder / "one.db"))
         home = folder / "home"
         os.environ["ELSA_TUNE_HOME"] = str(home)
-        tune = "import elsa_tune.tuning as t; r = t.tune(['fp32.d16@b1.h2.q96.k96'], budget=8); print(r.outcomes[0].winner.variant)"
+        tune = "import elsa_tune.tuning.tune as t; r = t.tune(['fp32.d16@b1.h2.q96.k96'], budget=8); print(r.outcomes[0].winner.variant)"
         subprocess.run([sys.executable, "-c", tune], check=True)
         found["first_dispatch_ms_few"] = [round(1e3 * s, 1) for s in first_dispatch(home, 7)]
         with Database.for_writing(home / "measurements.db") as database:

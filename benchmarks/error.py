@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from cpu import onnxruntime_peer
-from elsa_tune import backends, reference, space
-from elsa_tune.backends import cpp, sdpa
+from elsa_tune import space
 from elsa_tune.device import host_cpu
+from elsa_tune.generate import backends, cpp, sdpa
 from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = [1 << n for n in range(10, 21, 2)]

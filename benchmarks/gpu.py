@@ -25,10 +25,10 @@ from _gpu_check import check_here, sanitize
 from _gpu_lists import PROBLEMS, candidates
 from _gpu_log import Log
 from _gpu_session import CLOSING, Session, write
-from elsa_tune import tuning
 from elsa_tune.device import Device, detect, host_cpu
-from elsa_tune.measure import Worker
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Worker
 
 SANITIZER = 0.13
 """Share of the time that compute-sanitizer is left."""

@@ -25,9 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
-from elsa_tune import dispatch, measure
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.problem import Problem
+from elsa_tune.tuning import measure
 
 ROUNDS = 15
 SECONDS_A_MODEL = 60.0

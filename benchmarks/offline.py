@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch._inductor.template_heuristics import triton as inductor
 
-from elsa_tune import offline, space
-from elsa_tune.backends import triton
+from elsa_tune import space
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Worker, WorkerFailed, build
+from elsa_tune.generate import triton
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
+from elsa_tune.tuning import offline
+from elsa_tune.tuning.measure import Worker, WorkerFailed, build
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = {"m": (16, 32, 64, 128), "n": (32, 64, 128), "warps": (2, 4, 8), "stages": (1, 2, 3)}

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elsa_tune.device import Device as Device
-    from elsa_tune.dispatch import attention as attention
-    from elsa_tune.dispatch import load as load
-    from elsa_tune.exactness import accuracy as accuracy
+    from elsa_tune.dispatch.attention import attention as attention
+    from elsa_tune.dispatch.attention import load as load
+    from elsa_tune.dispatch.exactness import accuracy as accuracy
+    from elsa_tune.dispatch.states import attention_with_lse as attention_with_lse
+    from elsa_tune.dispatch.states import merge as merge
     from elsa_tune.problem import Problem as Problem
-    from elsa_tune.states import attention_with_lse as attention_with_lse
-    from elsa_tune.states import merge as merge
-    from elsa_tune.tuning import tune as tune
+    from elsa_tune.tuning.tune import tune as tune
     from elsa_tune.variant import Variant as Variant
 
 __version__ = "0.1.0"
@@ -23,12 +23,12 @@ _HOME = {
     "Problem": "problem",
     "Device": "device",
     "Variant": "variant",
-    "accuracy": "exactness",
-    "attention": "dispatch",
-    "attention_with_lse": "states",
-    "load": "dispatch",
-    "merge": "states",
-    "tune": "tuning",
+    "accuracy": "dispatch.exactness",
+    "attention": "dispatch.attention",
+    "attention_with_lse": "dispatch.states",
+    "load": "dispatch.attention",
+    "merge": "dispatch.states",
+    "tune": "tuning.tune",
 }
 __all__ = [
     "Device", "Problem", "Variant", "__version__",

@@ -167,7 +167,7 @@ def _ordered(axis: Axis, wanted: Value | None, rng: random.Random | None) -> tup
 
 @cache
 def _load(backend: str) -> Space:
-    from elsa_tune import backends
+    from elsa_tune.generate import backends
 
     path = places.data("search_spaces") / f"{backend}.toml"
     if not re.fullmatch(r"[a-z_]+", backend) or not path.is_file():
@@ -176,7 +176,7 @@ def _load(backend: str) -> Space:
     axes = tuple(
         Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
     )
-    return Space(backend, axes, backends.get(backend).laws, tuple(content["start"]["variants"]))
+    return Space(backend, axes, backends.get(backend).LAWS, tuple(content["start"]["variants"]))
 
 
 @lru_cache(maxsize=65536)

@@ -41,7 +41,7 @@ def no_opencl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home: no database, no kernels."""
-    from elsa_tune import dispatch
+    from elsa_tune.dispatch import attention as dispatch
 
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "home"))
     dispatch.refresh()

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from elsa_tune import check, reference, space
-from elsa_tune.backends import triton
+from elsa_tune import space
 from elsa_tune.device import Device
+from elsa_tune.generate import triton
 from elsa_tune.order import ORDERS
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 
 
 class _Device:

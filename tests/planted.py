@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from elsa_tune import backends, space
-from elsa_tune.backends import cpp
+from elsa_tune import space
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Contender
+from elsa_tune.generate import backends, cpp
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
+from elsa_tune.tuning.measure import Contender
 
 CALL = "int elsa_attention(const Call* call) { return run(*call); }"
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from elsa_tune.search import Search
 from elsa_tune.space import Space
+from elsa_tune.tuning.search import Search
 from elsa_tune.variant import Value, Variant
 
 RECORDED: dict[str, dict[str, float | None]] = json.loads(
@@ -60,9 +60,9 @@ class Rehearsal:
 
 def work(storage: str, worker: str, problem: str, seconds: float, seed: int) -> None:
     """Try variants until none is left, each lasting ``seconds``; print every one with the time and the best known ratio."""
-    from elsa_tune import fleet
     from elsa_tune.device import Device
     from elsa_tune.problem import Problem
+    from elsa_tune.tuning import fleet
 
     fleet.HEARTBEAT, fleet.GRACE = 1, 3
     rehearsal = Rehearsal(problem)

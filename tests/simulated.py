@@ -13,7 +13,8 @@ from typing import NamedTuple
 from contracts import kernels
 
 from elsa_tune import device, space
-from elsa_tune.backends import _opencl, cuda
+from elsa_tune.generate import cuda
+from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.problem import Problem
 
 DRIVER = Path("/usr/lib/oclgrind/liboclgrind-rt-icd.so")

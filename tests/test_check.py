@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from elsa_tune import check, reference, space
-from elsa_tune.backends import Kernel, cpp, sdpa
+from elsa_tune import space
 from elsa_tune.device import Device, host_cpu
+from elsa_tune.generate import cpp, sdpa
+from elsa_tune.generate.backends import Kernel
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 
 NATIVE = host_cpu().isas[0]
 LANES = cpp.ISAS[NATIVE].lanes

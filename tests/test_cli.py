@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from elsa_tune import cli, cli_db, doctor, places
-from elsa_tune.backends import _compiler, cpp
+from elsa_tune import places
 from elsa_tune.device import host_cpu
+from elsa_tune.generate import cpp
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.shell import cli, cli_db, doctor
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
 NATIVE = host_cpu().isas[0]

@@ -12,12 +12,16 @@ import pytest
 import torch
 from contracts import kernels
 
-from elsa_tune import backends, exp2, reference, space
-from elsa_tune.backends import Kernel, _compiler, cpp
+from elsa_tune import space
 from elsa_tune.device import host_cpu
 from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, WrongArguments
+from elsa_tune.generate import backends, cpp
+from elsa_tune.generate.backends import Kernel
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.parts import exp2
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
 from elsa_tune.space import Space
 
 HERE = host_cpu()

@@ -15,14 +15,23 @@ import torch
 from contracts import kernels
 from emulated import launched
 
-from elsa_tune import backends, check, dispatch, offline, reference, scan, space, tuning
 from elsa_tune import device as devices
-from elsa_tune.backends import Kernel, _counters, _cuda_laws, _wavefronts, cuda
-from elsa_tune.backends._counters import Counters
+from elsa_tune import space
 from elsa_tune.device import Device
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
+from elsa_tune.generate import backends, cuda
+from elsa_tune.generate import counters as _counters
+from elsa_tune.generate.backends import Kernel
+from elsa_tune.generate.counters import Counters
+from elsa_tune.generate.cuda import laws as cuda_laws
+from elsa_tune.generate.cuda import wavefronts as _wavefronts
+from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 from elsa_tune.space import Space
+from elsa_tune.tuning import offline
+from elsa_tune.tuning import tune as tuning
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 TX2 = Device("cuda", "jetson_tx2", "sm_62", 2)
@@ -223,7 +232,7 @@ def test_the_model_counts_wavefronts_as_addresses_do(spelling: str, tmp_path: Pa
     """What every thread of the kernel's own text reads, warp by warp, takes as many wavefronts as the model says; of 128 bits at
     a time two, as few as there are, and no bank conflict more."""
     variant, family = space.parse(spelling), "fp16.approx.d128" if "half2" in spelling else "fp32.d128"
-    tiling = _cuda_laws.Tiling.of(variant.axes, Problem.parse(family))
+    tiling = cuda_laws.Tiling.of(variant.axes, Problem.parse(family))
     leaves = tiling.workers * int(variant.axes["splits"])
     problem = Problem.parse(f"{family}@b1.h1.q{tiling.block_m}.k{tiling.block_n * leaves}")
     load = "DEVICE vec load_vec(const SHARED stored* from) { "
@@ -322,8 +331,8 @@ def test_shared_memory_of_old_devices_is_kept_to(capability: int) -> None:
         problem = Problem.parse(family + BIG)
         for turn in range(5):
             variant = next(SPACE.variants(problem, device, rng=random.Random(10 * seed + turn)))
-            size = _cuda_laws.Tiling.of(variant.axes, problem).shared_bytes
-            assert size <= _cuda_laws.shared_bytes(device)
+            size = cuda_laws.Tiling.of(variant.axes, problem).shared_bytes
+            assert size <= cuda_laws.shared_bytes(device)
             assert capability > 62 or size <= 48 << 10
 
 
@@ -361,7 +370,7 @@ def test_launches_through_the_drivers(spelling: str, family: str, api: str, tmp_
     a second device, too, where NVIDIA's driver has no context unless somebody binds one. A second call only starts kernels, on
     torch's stream; nothing is cleared or waited for. Errors carry the driver's words."""
     found = launched.report(spelling, family, tmp_path)
-    tiling = _cuda_laws.Tiling.of(space.parse(spelling).axes, Problem.parse(family))
+    tiling = cuda_laws.Tiling.of(space.parse(spelling).axes, Problem.parse(family))
     raised = found.pop("of no blocks")["answer"]
     for name, step in found.items():
         assert isinstance(step["answer"], float) and step["answer"] < 1, (name, step["answer"])
@@ -441,7 +450,7 @@ def test_tuning_and_loading_an_opencl_device(opencl_cpu: Device, home: Path) -> 
 def test_opencl_mistakes(opencl_cpu: Device) -> None:
     with pytest.raises(BadDevice, match="compiled where it runs"):
         cuda.build(space.parse("cuda.serial.opencl.t64.x8.r2.k2.shared"), Problem.parse("fp32.d16"), OPENCL)
-    from elsa_tune.backends import _opencl
+    from elsa_tune.generate.cuda import opencl as _opencl
 
     with pytest.raises(BuildFailed, match="nonsense"):
         _opencl.compile_report("__kernel void attend() { nonsense; }", opencl_cpu, "a test")

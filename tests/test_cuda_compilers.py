@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 
 from elsa_tune import space
-from elsa_tune.backends import _gpu_report, _rocm, _rtc, cuda
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
+from elsa_tune.generate import cuda
+from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.cuda import rocm as _rocm
+from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant

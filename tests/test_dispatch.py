@@ -18,14 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import choose, dispatch, doctor, exactness, handovers, places, space
-from elsa_tune.backends import cpp
+from elsa_tune import places, space
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import choose, exactness, handovers
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
+from elsa_tune.generate import cpp
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
+from elsa_tune.shell import doctor
 
 HERE = host_cpu()
 LANES = f"{HERE.isas[0]}.l{cpp.ISAS[HERE.isas[0]].lanes}"
@@ -437,7 +440,7 @@ def test_a_build_that_fails_is_not_repeated_for_every_shape(home: Path, monkeypa
 
 
 def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elsa_tune import check
+    from elsa_tune.prove import check
 
     kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
     record(won("fp32.d16@b2.h4.q50.k50", device=kin))

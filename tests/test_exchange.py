@@ -23,15 +23,21 @@ from hypothesis import strategies as st
 from victim import made
 
 import elsa_tune
-from elsa_tune import cli, dispatch, drift, exchange, layers, places, tuning
-from elsa_tune import settings as configuration
-from elsa_tune.backends import _kernel_cache, cpp
+from elsa_tune import places
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadMeasurements, BadSettings, NotTrusted
+from elsa_tune.generate import cpp
+from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
+from elsa_tune.remember import exchange, layers
+from elsa_tune.remember import settings as configuration
+from elsa_tune.remember.winners import Database
+from elsa_tune.shell import cli
 from elsa_tune.space import Space
-from elsa_tune.winners import Database
+from elsa_tune.tuning import drift
+from elsa_tune.tuning import tune as tuning
 
 HERE = host_cpu()
 SMALL = "fp32.d16@b1.h2.q96.k96"

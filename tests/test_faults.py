@@ -19,12 +19,15 @@ from pathlib import Path
 import pytest
 from victim import DEVICE, made
 
-from elsa_tune import dispatch, exchange, layers, places, tuning, winners
+from elsa_tune import places
 from elsa_tune.device import Device
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.winners import Database
+from elsa_tune.remember import exchange, layers, winners
+from elsa_tune.remember.winners import Database
+from elsa_tune.tuning import tune as tuning
 
 KILLS = 200
 FLIPS = 100
@@ -61,7 +64,7 @@ def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
     """The command itself, killed at random moments; then it runs to its end."""
     rng, before = random.Random(3), 0
     for _ in range(5):
-        command = [sys.executable, "-m", "elsa_tune.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"]
+        command = [sys.executable, "-m", "elsa_tune.shell.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"]
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -255,7 +258,7 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     home = tmp_path / "image"
     environment = {**os.environ, "ELSA_TUNE_HOME": str(home)}
     subprocess.run(
-        [sys.executable, "-m", "elsa_tune.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"],
+        [sys.executable, "-m", "elsa_tune.shell.cli", "--device", "cpu", "--problem", SMALL, "--budget", "8"],
         env=environment, check=True, capture_output=True,
     )  # fmt: skip
     for folder in [home, *home.parents]:

@@ -20,11 +20,13 @@ from optuna.trial import TrialState
 from postgres import Cluster, programs
 from rehearsal import RECORDED, Rehearsal
 
-from elsa_tune import cli, fleet, tuning
 from elsa_tune.device import Device
 from elsa_tune.errors import FleetUnreachable
 from elsa_tune.problem import Problem
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
+from elsa_tune.shell import cli
+from elsa_tune.tuning import fleet
+from elsa_tune.tuning import tune as tuning
 
 PROBLEM = min(RECORDED, key=lambda name: len(RECORDED[name]))
 DEVICE = Device("cpu", "recorded", "zen5", 2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import backends, space
-from elsa_tune.backends import cpp
+from elsa_tune import space
 from elsa_tune.device import Device
+from elsa_tune.generate import backends, cpp
 from elsa_tune.problem import Problem
 
 CASES = [

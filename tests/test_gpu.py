@@ -19,31 +19,22 @@ from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import (
-    backends,
-    cli,
-    clock,
-    device,
-    dispatch,
-    doctor,
-    gauge,
-    measure,
-    offline,
-    outcome,
-    places,
-    tuning,
-    workload,
-)
-from elsa_tune.backends import Built, triton
-from elsa_tune.check import Verdict
+from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, FolderTaken
-from elsa_tune.measure import Raced, Worker, WorkerFailed
+from elsa_tune.generate import backends, triton
+from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
+from elsa_tune.prove.check import Verdict
+from elsa_tune.remember.winners import Database
+from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
+from elsa_tune.tuning import clock, gauge, measure, offline, outcome, workload
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Raced, Worker, WorkerFailed
 from elsa_tune.variant import Variant
-from elsa_tune.winners import Database
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
 SPACE = Space.load("triton")

@@ -20,12 +20,13 @@ import pytest
 from planted import variant_of
 from test_gpu import H200, Rehearsed
 
-from elsa_tune import measure, tuning
-from elsa_tune.check import Verdict
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.measure import Raced, WorkerFailed
 from elsa_tune.problem import Problem
+from elsa_tune.prove.check import Verdict
 from elsa_tune.space import parse
+from elsa_tune.tuning import measure
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Raced, WorkerFailed
 from elsa_tune.variant import Variant
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from launched import launched
 
-from elsa_tune import measure, offline
-from elsa_tune.backends import _gpu_report, triton
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.measure import Worker, WorkerFailed
+from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate import triton
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
+from elsa_tune.tuning import measure, offline
+from elsa_tune.tuning.measure import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))

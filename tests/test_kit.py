@@ -14,14 +14,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from elsa_tune import archs, cli, export, kit, space, tuning
 from elsa_tune import device as devices
+from elsa_tune import space
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, FolderTaken, KernelMissing
-from elsa_tune.measure import Worker
 from elsa_tune.problem import Problem
-from elsa_tune.trial import Trials
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
+from elsa_tune.shell import cli
+from elsa_tune.ship import archs, export, kit
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Worker
+from elsa_tune.tuning.trial import Trials
 
 ARM = pytest.mark.skipif(
     shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from planted import FAULTS, peers, planted
 
-from elsa_tune import clock
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
 from elsa_tune.problem import Problem
+from elsa_tune.tuning import clock
+from elsa_tune.tuning.measure import Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
 
 PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
 

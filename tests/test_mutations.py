@@ -12,10 +12,13 @@ from typing import NamedTuple
 import emulated
 import pytest
 
-from elsa_tune import backends, check, space
-from elsa_tune.backends import Built, Kernel, _opencl, cpp, cuda, triton
+from elsa_tune import space
 from elsa_tune.device import host_cpu, opencl_devices
+from elsa_tune.generate import backends, cpp, cuda, triton
+from elsa_tune.generate.backends import Built, Kernel
+from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check
 from elsa_tune.space import Space
 
 pytestmark = pytest.mark.slow

@@ -10,16 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elsa_tune import backends, dispatch, reference, space, workload
-from elsa_tune.backends import cpp, cuda, triton
+from elsa_tune import space
 from elsa_tune.device import Device, detect, host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
+from elsa_tune.generate import backends, cpp, cuda, triton
+from elsa_tune.generate.render import undeclared
 from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import DIRECTIONS, PRECISIONS, Problem
-from elsa_tune.render import undeclared
+from elsa_tune.prove import reference
 from elsa_tune.space import Space
+from elsa_tune.tuning import workload
 
 AVX512 = Device("cpu", "amd_f26m2", "zen5", 2)
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
@@ -178,7 +181,7 @@ def test_laws_refuse_with_their_reason(spelling: str, problem: str, law: str) ->
 
 def test_every_law_is_tested() -> None:
     marks = test_laws_refuse_with_their_reason.pytestmark  # type: ignore[attr-defined]
-    assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.laws}
+    assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.LAWS}
 
 
 def test_axes_and_templates_agree_both_ways() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import quiet
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import _Referee
-from elsa_tune.quiet import Heard, Listener, _Counters
+from elsa_tune.tuning import quiet
+from elsa_tune.tuning.measure import _Referee
+from elsa_tune.tuning.quiet import Heard, Listener, _Counters
 
 PRESSURE = Path("/proc/pressure/cpu")
 

@@ -10,8 +10,9 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.backends import Built, sdpa
-from elsa_tune.backends._block_masks import block_mask
+from elsa_tune.generate import sdpa
+from elsa_tune.generate.backends import Built
+from elsa_tune.generate.block_masks import block_mask
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from elsa_tune import scan
 from elsa_tune.errors import BadVariant
-from elsa_tune.scan import Round
+from elsa_tune.parts import scan
+from elsa_tune.parts.scan import Round
 
 
 def letters(n: int) -> list[str]:
@@ -64,7 +64,7 @@ class TestContract:
 
     def test_draws_itself(self, name: str) -> None:
         shown = subprocess.run(
-            [sys.executable, "-m", f"elsa_tune.scan.{name}"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", f"elsa_tune.parts.scan.{name}"], capture_output=True, text=True, check=True
         )
         assert shown.stdout.startswith(f"{name}: ")
 

@@ -7,7 +7,7 @@ from rehearsal import RECORDED, SPACE, Rehearsal
 
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.measurement import Measurement
-from elsa_tune.search import SAMPLERS, Search, importances
+from elsa_tune.tuning.search import SAMPLERS, Search, importances
 
 PREFILL = "fp32.d64@b1.h16.q577.k577"
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import layers, space
+from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
+from elsa_tune.remember import layers
+from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space
-from elsa_tune.winners import Database
 
 CACHE = Path(__file__).resolve().parent.parent / "cache"
 FILES = sorted(CACHE.glob("*.jsonl"))

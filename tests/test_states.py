@@ -8,7 +8,7 @@ from test_dispatch import record, won
 from torch import Tensor
 
 import elsa_tune
-from elsa_tune import states
+from elsa_tune.dispatch import states
 from elsa_tune.errors import WrongArguments
 
 

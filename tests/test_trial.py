@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from planted import peers, planted, variant_of
 
-from elsa_tune import quiet, tuning
-from elsa_tune.check import Verdict
 from elsa_tune.device import host_cpu
-from elsa_tune.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.quiet import Heard
-from elsa_tune.task import EFFORTS, Task
-from elsa_tune.trial import OutOfTime, Trials
-from elsa_tune.winners import Database
+from elsa_tune.prove.check import Verdict
+from elsa_tune.remember.winners import Database
+from elsa_tune.tuning import quiet
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
+from elsa_tune.tuning.quiet import Heard
+from elsa_tune.tuning.task import EFFORTS, Task
+from elsa_tune.tuning.trial import OutOfTime, Trials
 
 PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
 HERE = host_cpu()

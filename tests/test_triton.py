@@ -6,10 +6,13 @@ import pytest
 import torch
 from contracts import kernels
 
-from elsa_tune import check, reference, scan, space
-from elsa_tune.backends import Kernel, triton
+from elsa_tune import space
 from elsa_tune.device import Device
+from elsa_tune.generate import triton
+from elsa_tune.generate.backends import Kernel
+from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)

@@ -14,12 +14,17 @@ import pytest
 import torch
 
 import elsa_tune
-from elsa_tune import backends, dispatch, drift, places, tuning
-from elsa_tune.backends import Built, _compiler, cpp
+from elsa_tune import places
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BadProblem, ElsaTuneError
-from elsa_tune.tuning import Progress, tune
-from elsa_tune.winners import Database
+from elsa_tune.generate import backends, cpp
+from elsa_tune.generate.backends import Built
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.remember.winners import Database
+from elsa_tune.tuning import drift
+from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.tune import Progress, tune
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
 HERE = str(host_cpu())

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from elsa_tune import layers, places, winners
+from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
-from elsa_tune.winners import Database
+from elsa_tune.remember import layers, winners
+from elsa_tune.remember.winners import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 PROBLEM = "fp32.d64@b1.h8.q1024.k1024"

@@ -15,9 +15,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from elsa_tune import exchange, winners
 from elsa_tune.measurement import Measurement
-from elsa_tune.winners import Database
+from elsa_tune.remember import exchange, winners
+from elsa_tune.remember.winners import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from elsa_tune import check, reference
-from elsa_tune.backends import Call, Kernel
+from elsa_tune.generate.backends import Call, Kernel
 from elsa_tune.order import ORDERS
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 
 
 def obeys(

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elsa_tune.backends import _compiler, cuda
-from elsa_tune.backends._cuda_laws import Tiling
-from elsa_tune.backends._cuda_runtimes import Launch, c_types, values
+from elsa_tune.generate import cuda
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cuda.laws import Tiling
+from elsa_tune.generate.cuda.runtimes import Launch, c_types, values
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 

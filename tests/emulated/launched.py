@@ -19,7 +19,10 @@ from contracts import kernels
 
 import emulated
 from elsa_tune import space
-from elsa_tune.backends import _compiler, _cuda_runtimes, _rocm, cuda
+from elsa_tune.generate import cuda
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cuda import rocm as _rocm
+from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
 from elsa_tune.problem import Problem
 
 STREAM = 7

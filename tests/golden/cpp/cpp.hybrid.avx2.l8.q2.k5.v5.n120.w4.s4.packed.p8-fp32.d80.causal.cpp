@@ -37,7 +37,7 @@ constexpr int SPLITS = 4;
 constexpr int PREFETCH = 8;               // keys
 constexpr int64_t SCRATCH_BYTES = 67108864;  // at most this much memory for split states
 
-// What the caller passes: 8-byte slots, packed by elsa_tune/backends/cpp.py in this order.
+// What the caller passes: 8-byte slots, packed by elsa_tune/generate/cpp in this order.
 // Shapes are [batch, heads, length, dim]; strides are in elements; the last stride is 1.
 using Launch = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 

@@ -1,0 +1,1 @@
+"""Dispatch: who serves a call."""

@@ -1,0 +1,142 @@
+"""Which variant serves a problem: one measured for it, a neighbour's, a kin device's, or torch's own SDPA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from elsa_tune.device import RUNGS, Device
+from elsa_tune.dispatch.exactness import as_exact, torchs_error
+from elsa_tune.errors import BadVariant
+from elsa_tune.measurement import Evidence, Winner
+from elsa_tune.problem import Problem
+from elsa_tune.remember.layers import Layer
+from elsa_tune.space import Space, parse
+from elsa_tune.variant import Variant
+
+LARGE_ADVANTAGE = 1.3
+"""A relaxed answer serves only if it was measured at least this many times as fast as SDPA."""
+
+NEAR = 3.0
+"""Octaves, summed over tasks, query rows and keys, within which a shape is a neighbour."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The answer and how it was reached: ``rung`` is exact, versions (the same device, other software), neighbour, another
+    device's rung, head_dim, or sdpa."""
+
+    problem: Problem
+    rung: str
+    winner: Winner | None
+    variant: Variant | None
+    steps: tuple[str, ...]
+
+    @property
+    def by_sdpa(self) -> bool:
+        """Whether torch serves."""
+        return self.variant is None or self.variant.backend == "sdpa"
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """Octaves between two shapes: of independent tasks, of query rows that share keys, of keys; half of one for each operand
+    in another memory order, one for the launch."""
+    pairs = (
+        (a.batch * a.kv_heads, b.batch * b.kv_heads),
+        (a.q_len * a.group, b.q_len * b.group),
+        (a.kv_len, b.kv_len),
+    )
+    orders = sum(x != y for x, y in zip(a.orders, b.orders, strict=True))
+    return sum(abs(math.log2(x / y)) for x, y in pairs) + orders / 2 + (a.launch != b.launch)
+
+
+def choose(problem: Problem, device: Device, winners: Iterable[Winner], slower: set[tuple[str, str]]) -> Choice:
+    """The first rung that answers. ``winners`` are all known ones for this device and its kin, best rung first;
+    ``slower`` holds (problem, variant) pairs measured below SDPA.
+    """
+    known = list(winners)
+    steps: list[str] = []
+    for rung, winner, doubt in _answers(problem, device, known, slower):
+        if doubt:
+            steps.append(f"{rung}: {winner.variant}, won {winner.problem}: {doubt}")
+            continue
+        steps.append(
+            f"{rung}: {winner.variant}, won {winner.problem} by {winner.ratio:.2f} in {winner.finals} final{'s' * (winner.finals > 1)}"
+        )
+        return Choice(problem, rung, winner, parse(winner.variant), tuple(steps))
+    if not known:
+        steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
+    steps.append("sdpa: torch serves")
+    return Choice(problem, "sdpa", None, None, tuple(steps))
+
+
+def choose_as_exact(problem: Problem, device: Device, times: float, found: Iterable[Layer]) -> Choice:
+    """The fastest variant measured for the very problem on the very device that errs at most ``times`` torch's error and is
+    faster; nearer layers first. Nothing is carried over from other shapes: their errors are not this one's."""
+    for layer in found:
+        measured = (
+            layer.database.measurements(layer.local, device=str(device), problem=str(problem)) if layer.database else []
+        )
+        for m in as_exact(measured, times):
+            alone = Evidence(m, m.ratio or 0.0, m.ratio_low or 0.0, m.ratio_high or 0.0, 1)
+            winner = Winner(alone, layer.name, "exact")
+            if winner.ratio_low > 1 and not _refusal(winner, problem, device):
+                step = f"accuracy({times:g}): {m.variant} errs by {m.error:.1e}, torch by {torchs_error(measured) or 0:.1e}"
+                return Choice(problem, "exact", winner, parse(m.variant), (step,))
+    step = f"accuracy({times:g}): no faster variant is measured that errs at most {times:g} times torch's error; torch serves"
+    return Choice(problem, "sdpa", None, None, (step,))
+
+
+def _answers(
+    problem: Problem, device: Device, known: list[Winner], slower: set[tuple[str, str]]
+) -> Iterator[tuple[str, Winner, str]]:
+    """Candidate answers from the nearest rung to the farthest, each with a doubt; empty if none."""
+    spelled, wanted = str(problem), problem.family
+    family = [w for w in known if w.measurement.family == wanted]
+    for winner in family:
+        if winner.rung == "exact" and winner.problem == spelled:
+            yield "exact", winner, _refusal(winner, problem, device)
+    for device_rung in RUNGS:
+        near = _nearest(problem, [w for w in family if w.rung == device_rung])
+        for winner in near:
+            others = [w.problem for w in near if w is not winner]
+            if device_rung == "versions" and winner.problem == spelled:  # the same GPU after an update of its software
+                yield "versions", winner, _refusal(winner, problem, device)
+                continue
+            doubt = _doubt(winner, problem, device) or next(
+                (f"slower than SDPA at {other}" for other in others if (other, winner.variant) in slower), ""
+            )
+            yield "neighbour" if device_rung == "exact" else device_rung, winner, doubt
+    cousins = [w for w in known if w.measurement.family != wanted and problem.akin(w.measurement.family)]
+    for winner in _nearest(problem, cousins):
+        yield "head_dim", winner, _doubt(winner, problem, device)
+
+
+def _nearest(problem: Problem, winners: list[Winner]) -> list[Winner]:
+    """The two measured shapes nearest to the problem's, dimensions counting too."""
+
+    def far(winner: Winner) -> float:
+        other = Problem.parse(winner.problem)
+        dims = abs(math.log2(other.head_dim / problem.head_dim)) + abs(math.log2(other.value_dim / problem.value_dim))
+        return distance(other, problem) + 4 * dims
+
+    return sorted(winners, key=far)[:2]
+
+
+def _doubt(winner: Winner, problem: Problem, device: Device) -> str:
+    """Why a winner of another shape or device must not serve; empty if it may."""
+    far = distance(Problem.parse(winner.problem), problem)
+    if far > NEAR:
+        return f"{far:.1f} octaves away, more than {NEAR:g}"
+    if not winner.variant.startswith("sdpa.") and winner.ratio_low < LARGE_ADVANTAGE:
+        return f"its advantage of {winner.ratio_low:.2f} is below {LARGE_ADVANTAGE}, too little to carry over"
+    return _refusal(winner, problem, device)
+
+
+def _refusal(winner: Winner, problem: Problem, device: Device) -> str:
+    try:
+        variant = parse(winner.variant)
+    except BadVariant as error:
+        return str(error)
+    return Space.load(variant.backend).refusal(variant, problem, device) or ""

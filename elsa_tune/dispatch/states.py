@@ -1,0 +1,57 @@
+"""Attention as a state: the output with each row's log-sum-exp, and the merge of states over disjoint sets of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.errors import WrongArguments
+from elsa_tune.prove.reference import logsumexp
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """attention() and the logarithm of each row's sum of exponentials, [batch, heads, q_len], float32.
+
+    Shapes are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
+    is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
+    """
+    if not query.dim() == key.dim() == value.dim() == 4:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")
+    if served := dispatch.serve_with_lse(query, key, value, is_causal, scale, enable_gqa):
+        return served
+    output = dispatch.attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
+    return output, logsumexp(query, key, "causal" if is_causal else "none", (), scale)
+
+
+def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The state over all keys from states over disjoint sets of them: ring attention, prefix caches, split caches.
+
+    Each state is (output [..., q_len, value_dim], log-sum-exp [..., q_len]) of the same queries, as attention_with_lse
+    returns; the order does not matter. Computed in float32; the output keeps its dtype. Differentiable.
+    Raises WrongArguments.
+    """
+    parts = list(states)
+    if not parts:
+        raise WrongArguments("states is empty; give at least one (output, log-sum-exp)")
+    for output, lse in parts:
+        if output.shape != parts[0][0].shape or lse.shape != output.shape[:-1]:
+            shapes = f"output {tuple(output.shape)} with log-sum-exp {tuple(lse.shape)}"
+            raise WrongArguments(f"states hold {shapes}; all must be [..., q_len, value_dim] with [..., q_len], alike")
+    sums = torch.stack([lse.float() for _, lse in parts])
+    total = torch.logsumexp(sums, 0)
+    weights = torch.exp(sums - torch.where(total == float("-inf"), 0.0, total))
+    merged = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    for weight, (output, _) in zip(weights, parts, strict=True):
+        merged = merged + weight[..., None] * output.float()
+    return merged.to(parts[0][0].dtype), total

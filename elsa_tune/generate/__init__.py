@@ -1,0 +1,1 @@
+"""Generation: a variant and a problem in, a kernel out."""

@@ -1,0 +1,221 @@
+"""Whether a kernel's answers may be trusted: float64, hostile inputs, poisoned and guarded outputs.
+
+Wrong answers never reach the clock.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_tune.device import Device
+from elsa_tune.generate.backends import Gradients, Kernel
+from elsa_tune.parts import mask as masks
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.prove.reference import Inputs
+from elsa_tune.space import Space
+from elsa_tune.variant import Variant
+
+WORSE_THAN_BEST = 3.0
+"""A kernel may err this many times as much as torch's own kernels on the same natural inputs, or as rounding the result."""
+
+_GUARD = 1024
+_CANARY = 12352.0  # exact in every dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The largest error relative to max|v|, its constant C, and the reason if the kernel is wrong."""
+
+    error: float
+    constant: float
+    reason: str = ""
+
+
+class Guarded:
+    """A tensor full of NaN between two canaries, so that a missing or stray write shows."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        size = torch.Size(shape).numel()
+        self._memory = torch.full((size + 2 * _GUARD,), _CANARY, dtype=dtype, device=device)
+        self.tensor = self._memory[_GUARD : _GUARD + size].view(shape)
+        self.tensor.fill_(float("nan"))
+
+    def stray_writes(self) -> int:
+        """Canaries that were overwritten."""
+        guards = torch.cat([self._memory[:_GUARD], self._memory[-_GUARD:]])
+        return int((guards != torch.full_like(guards, _CANARY)).sum())
+
+
+def _guarded_output(query: Tensor, value_dim: int) -> tuple[Guarded, Tensor]:
+    """Room for an output that lies in memory as the query does, and the output itself."""
+    batch, heads, q_len, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        room = Guarded((batch, q_len, heads, value_dim), query.dtype, query.device)
+        return room, room.tensor.transpose(1, 2)
+    room = Guarded((batch, heads, q_len, value_dim), query.dtype, query.device)
+    return room, room.tensor
+
+
+def run(kernel: Kernel, inputs: Inputs, lse: Tensor | None = None) -> tuple[Tensor, str]:
+    """One guarded call: the output, and what was wrong about its memory."""
+    room, out = _guarded_output(inputs.query, inputs.value.shape[3])
+    more = {"operands": inputs.operands} if inputs.operands else {}
+    result = kernel(inputs.query, inputs.key, inputs.value, inputs.scale, out, lse, **more)
+    stray = room.stray_writes()
+    return result, f"{stray} values written outside the output" if stray else ""
+
+
+def run_with_lse(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Tensor, str]:
+    """One guarded call: output, log-sum-exp [batch, heads, q_len], and what was wrong about their memory."""
+    room = Guarded(tuple(inputs.query.shape[:3]), torch.float32, inputs.query.device)
+    out, stray = run(kernel, inputs, room.tensor)
+    count = room.stray_writes()
+    return out, room.tensor, stray or (f"{count} values written outside the log-sum-exp" if count else "")
+
+
+def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_error: float | None = None) -> Verdict:
+    """A verdict on one case, from its error, stray writes and the best peer's relative error. Where that is below what rounding
+    the result may cost, rounding counts."""
+    reason = ""
+    if stray:
+        reason = stray
+    elif not error.allowed:
+        reason = f"error {error.relative:.1e} of max|v|, C = {error.constant:.1f}"
+    elif peer_error is not None and error.relative > WORSE_THAN_BEST * max(peer_error, error.rounding):
+        reason = f"error {error.relative:.1e} of max|v|, torch's is {peer_error:.1e}"
+    return Verdict(error.relative, error.constant, f"{name}: {reason}" if reason else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Truth:
+    """What is known of a case, whichever kernel is checked: rows, their float64 output and log-sum-exp, peers' errors."""
+
+    rows: reference.Rows
+    output: Tensor
+    lse: Tensor
+    peer_errors: dict[Kernel, float] = field(default_factory=dict)
+
+
+_truths: dict[tuple[object, ...], _Truth] = {}
+_MOST_TRUTHS = 256
+_EVERY_ROW = 1 << 22
+"""(query row, key) pairs up to which every row is compared."""
+
+
+def _truth(problem: Problem, inputs: Inputs, about: tuple[object, ...]) -> _Truth:
+    """The truth of one of the cases ``about`` (seed, longest, device), computed once."""
+    entry = (problem, inputs.name, *about)
+    if entry not in _truths:
+        pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
+        sampled = reference.sample_rows(problem, torch.Generator().manual_seed(0))
+        rows = reference.every_row(problem) if pairs <= _EVERY_ROW else sampled
+        if len(_truths) >= _MOST_TRUTHS:
+            _truths.clear()
+        _truths[entry] = _Truth(rows, *reference.attention_rows_with_lse(problem, inputs, rows))
+    return _truths[entry]
+
+
+def _peer_error(problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _Truth) -> float | None:
+    """The least error of torch's kernels; on GPUs they do not take every shape."""
+    for peer in peers:
+        if peer not in truth.peer_errors:
+            with suppress(RuntimeError):
+                out = run(peer, inputs)[0]
+                error = reference.measure_error(problem, inputs, truth.rows, out, truth.output)
+                truth.peer_errors[peer] = error.relative
+    return min((truth.peer_errors[peer] for peer in peers if peer in truth.peer_errors), default=None)
+
+
+def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel], truth: _Truth) -> Verdict:
+    out, lse, stray = run_with_lse(kernel, inputs)
+    error = reference.measure_error(problem, inputs, truth.rows, out, truth.output)
+    peer_error = _peer_error(problem, inputs, peers, truth) if inputs.natural else None
+    verdict = judge(problem, inputs.name, error, stray, peer_error)
+    trouble = "" if verdict.reason else reference.lse_trouble(problem, inputs, truth.rows, lse, truth.lse)
+    return replace(verdict, reason=f"{inputs.name}: {trouble}") if trouble else verdict
+
+
+def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
+    """Whoever asks for no log-sum-exp gets the same bits."""
+    with_it, without = run_with_lse(kernel, inputs)[0], run(kernel, inputs)
+    same = torch.equal(with_it.nan_to_num(), without[0].nan_to_num())
+    return without[1] or ("" if same else "asking for the log-sum-exp changes the output")
+
+
+def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
+    """NaN in one query row must make that row NaN and no other."""
+    example = tuple(masks.get(problem.mask).examples[0].values())
+    small = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70, integers=example)
+    inputs = reference.random_inputs(small, generator)
+    inputs.query[0, 0, 7, 0] = float("nan")
+    out, _ = run(kernel, inputs.to(device))
+    rows = out.isnan().any(-1)
+    return "" if rows[0, 0, 7] and int(rows.sum()) == 1 else "a NaN in one query row is lost or spreads to other rows"
+
+
+def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:
+    """The error of dQ, dK and dV for the first and the last KV head."""
+    assert inputs.forward is not None
+    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale)
+    heads = dict.fromkeys(((0, 0), (problem.batch - 1, problem.kv_heads - 1)))
+    return reference.gradient_error(problem, inputs, found, list(heads))
+
+
+def _check_gradients(
+    kernel: Gradients, problem: Problem, generator: torch.Generator, device: str, longest: int
+) -> Verdict:
+    """The natural cases of the family, with what their forward pass saved."""
+    worst = Verdict(0.0, 0.0)
+    for small, inputs in reference.hostile(problem, generator, longest):
+        if not inputs.natural:
+            continue
+        case = reference.with_forward(small, inputs, generator).to(device)
+        before = [x.clone() for x in case.tensors]
+        verdict = judge(problem, inputs.name, gradient_error(kernel, small, case), "")
+        if not all(torch.equal(x, y) for x, y in zip(before, case.tensors, strict=True)):
+            verdict = Verdict(float("inf"), float("inf"), f"{inputs.name}: an input was overwritten")
+        if verdict.reason:
+            return verdict
+        worst = max(worst, verdict, key=lambda v: v.constant)
+    return worst
+
+
+def longest(variant: Variant, problem: Problem, device: Device) -> int:
+    """Keys of the long cases for a variant: as many as laws let it serve."""
+    space, keys = Space.load(variant.backend), reference.LONG
+    while keys > reference.LONG // 16 and space.refusal(variant, problem.reshaped(kv_len=keys), device):
+        keys //= 2
+    return keys
+
+
+def check_family(
+    kernel: Any,
+    problem: Problem,
+    peers: list[Kernel],
+    seed: int = 0,
+    device: str = "cpu",
+    longest: int = reference.LONG,
+) -> Verdict:
+    """Hostile inputs of the problem's family on torch's ``device``, some of ``longest`` keys: the worst verdict on natural
+    ones, or the first that fails."""
+    generator = torch.Generator().manual_seed(seed)
+    if problem.direction == "backward":
+        return _check_gradients(kernel, problem, generator, device, longest)
+    worst = Verdict(0.0, 0.0)
+    for number, (posed, inputs) in enumerate(reference.hostile(problem, generator, longest)):
+        truth, there = _truth(posed, inputs, (seed, longest, device)), inputs.to(device)
+        verdict = _case(kernel, posed, there, peers, truth)
+        if not number and not verdict.reason and (trouble := _without_lse(kernel, posed, there)):
+            verdict = judge(posed, inputs.name, reference.Error(float("inf"), float("inf"), False), trouble)
+        if verdict.reason:
+            return verdict
+        if inputs.natural:
+            worst = max(worst, verdict, key=lambda v: v.constant)
+    lost = _not_a_number(kernel, problem, generator, device)
+    return Verdict(float("inf"), float("inf"), lost) if lost else worst

@@ -1,0 +1,1 @@
+"""Memory: measurements, and what follows from them."""

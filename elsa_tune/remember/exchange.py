@@ -1,0 +1,317 @@
+"""Measurements from elsewhere: read as foreign text, judged by a schema, merged by content.
+
+The only file that imports pydantic and fsspec.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from elsa_tune import places, space
+from elsa_tune.device import Device
+from elsa_tune.errors import BadMeasurements, ElsaTuneError, FolderTaken, NotTrusted
+from elsa_tune.measurement import STAGES, STATUSES, Evidence, Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.remember import settings
+from elsa_tune.remember.layers import place_of, sorted_lines
+from elsa_tune.remember.winners import Database
+
+SCHEMES = ("s3", "gs", "hf", "https", "http")
+"""Where remote files may lie; what opens them comes with the extras ``remote``, ``s3``, ``gs`` and ``hf``."""
+
+MOST_LINE = 1 << 16
+MOST_BYTES = 1 << 32
+MOST_GARBAGE = 1 << 24
+"""Of one line, of a whole file after decompression, and of what may come before a file is taken for garbage."""
+
+NAMESPACE = "elsa-tune"
+"""What a signature is for, as ssh-keygen -Y keeps apart."""
+
+
+def _spelled(parse: Callable[[str], object]) -> AfterValidator:
+    """A text that ``parse`` reads and spells the same: no other spelling of a thing, in whatever alphabet, gets in."""
+
+    def check(text: str) -> str:
+        if str(parse(text)) != text:
+            raise ValueError("not as this program spells it")
+        return text
+
+    return AfterValidator(check)
+
+
+def _incumbent(text: str) -> object:
+    return text if text in ("", "plain") else space.parse(text)  # plain: a kit's own yardstick
+
+
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+_Words = Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+_Number = Annotated[float, Field(ge=0, le=1e12)]
+_Samples = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Field(max_length=10_000)]
+
+
+class Line(BaseModel):
+    """What a line may say: enumerations, bounded numbers, and spellings that today's nouns read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    device: Annotated[str, Field(max_length=200), _spelled(Device.parse)]
+    problem: Annotated[str, Field(max_length=200), _spelled(Problem.parse)]
+    variant: Annotated[str, Field(max_length=200), _spelled(space.parse)]
+    status: Literal[STATUSES]  # type: ignore[valid-type]
+    stage: Literal[STAGES] = "trial"  # type: ignore[valid-type]
+    digest: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
+    reason: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")] = ""
+    error: _Number | None = None
+    constant: _Number | None = None
+    seconds: _Number | None = None
+    ratio: _Number | None = None
+    ratio_low: _Number | None = None
+    ratio_high: _Number | None = None
+    samples: _Samples = []
+    incumbent: Annotated[str, Field(max_length=200), _spelled(_incumbent)] = ""
+    incumbent_samples: _Samples = []
+    resources: Annotated[dict[_Name, Annotated[int, Field(ge=0, le=1 << 53)]], Field(max_length=100)] = {}
+    provenance: Annotated[dict[_Name, Annotated[float, Field(ge=-1e15, le=1e15)] | _Words], Field(max_length=60)] = {}
+    created: Annotated[float, Field(ge=0, le=1e11)] = 0.0
+
+
+def sound(line: str) -> Measurement:
+    """A measurement from a line that somebody else wrote. Raises ValueError, which pydantic's and our own errors are, with one
+    sentence."""
+    if len(line) > MOST_LINE:
+        raise ValueError(f"line: longer than {MOST_LINE >> 10} KiB")
+    try:
+        found = Line.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ValueError(f"{ascii(first['loc'][0])[1:-1] if first['loc'] else 'line'}: {first['msg']}"[:160]) from None
+    measurement = Measurement(**found.__dict__)
+    if measurement.line != line:  # another's spelling of the same content, unless it says something twice
+        try:
+            json.loads(line, object_pairs_hook=_once)
+        except RecursionError:
+            raise ValueError("line: nested too deeply") from None
+    if measurement.samples and min(x for x in measurement.samples) < 1e-12:
+        raise ValueError("samples: no clock gives less than a picosecond")
+    return measurement
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("line: a name is said twice")
+    return dict(pairs)
+
+
+# Reading.
+
+
+@contextmanager
+def fetched(source: str) -> Iterator[Path]:
+    """A local copy of a remote file, for as long as it is needed; a local one as it is. Raises BadMeasurements."""
+    scheme, apart, _ = source.partition("://")
+    if not apart:
+        yield Path(source).expanduser()
+        return
+    if scheme not in SCHEMES or "::" in source:
+        raise BadMeasurements(f"{source}: use a path, or a URL that begins with one of {', '.join(SCHEMES)}")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "fetched"
+        try:
+            import fsspec
+
+            with fsspec.open(source, "rb") as remote, target.open("wb") as local:
+                while portion := remote.read(1 << 20):
+                    if local.tell() > MOST_BYTES:
+                        raise BadMeasurements(
+                            f"{source} is larger than {MOST_BYTES >> 30} GiB; give a file of measurements"
+                        )
+                    local.write(portion)
+        except ImportError as error:
+            extra = scheme if scheme in ("s3", "gs", "hf") else "remote"
+            raise BadMeasurements(f"{source}: {error}; pip install 'elsa-tune[{extra}]'") from error
+        except ElsaTuneError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            raise BadMeasurements(
+                f"{source}: {type(error).__name__}: {error}; check the address and your access"
+            ) from error
+        yield target
+
+
+@contextmanager
+def _vouched_for(source: str) -> Iterator[Path]:
+    """As ``fetched``; where the user lists whom to trust, only what one of those signed. Raises NotTrusted too."""
+    with fetched(source) as path:
+        if settings.trusted():
+            check_signature(source, path)
+        yield path
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file: JSON lines, packed or not, or a database of this program. Raises BadMeasurements."""
+    try:
+        with path.open("rb") as start:
+            magic = start.read(16)
+        if magic.startswith(b"SQLite format 3"):
+            with Database.for_reading(path) as database:
+                yield from (m.line for m in database)
+            return
+        read = 0
+        with gzip.open(path, "rb") if magic.startswith(b"\x1f\x8b") else path.open("rb") as file:
+            whole = True  # whether the line before this one has ended
+            while line := file.readline(MOST_LINE + 1):
+                read += len(line)
+                if read > MOST_BYTES or (not whole and not line.endswith(b"\n") and read > MOST_GARBAGE):
+                    raise BadMeasurements(
+                        f"{path} is too large unpacked, or one endless line; give a file of measurements"
+                    )
+                begins, whole = whole, line.endswith(b"\n")
+                if begins and line.strip():
+                    yield line.decode(errors="replace").rstrip("\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadMeasurements(f"{path}: {error}; give a file that elsa-tune db export or a kit wrote") from error
+
+
+def read(path: Path, refused: Counter[str]) -> Iterator[Measurement]:
+    """The sound measurements of a file; the others are counted by reason. Raises BadMeasurements."""
+    for line in _lines(path):
+        try:
+            yield sound(line)
+        except ValueError as error:
+            refused[str(error)] += 1
+
+
+@dataclass
+class Imported:
+    """What reading files of measurements came to: sound ones, how many of them were new, the others by reason."""
+
+    sound: int = 0
+    new: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+
+def import_from(source: str, database: Database) -> Imported:
+    """Add the sound measurements of a path or URL to a database, as others'. Raises BadMeasurements, NotTrusted."""
+    found = Imported()
+
+    def counted(measurements: Iterator[Measurement]) -> Iterator[Measurement]:
+        for measurement in measurements:
+            found.sound += 1
+            yield measurement
+
+    with _vouched_for(source) as path:
+        found.new = database.add(counted(read(path, found.refused)))
+    return found
+
+
+# Writing.
+
+
+def write(measurements: Iterable[Measurement], path: Path) -> int:
+    """Write canonical, sorted lines, packed where the name ends in .gz: equal content is equal bytes. How many."""
+    return _write(sorted_lines(measurements), path)
+
+
+def _write(lines: list[str], path: Path) -> int:
+    text = "".join(f"{line}\n" for line in lines).encode()
+    work = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        work.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+        work.replace(path)
+    except OSError as error:
+        work.unlink(missing_ok=True)
+        raise FolderTaken(f"{path}: {error}; name a file that can be written with -o") from error
+    return len(lines)
+
+
+def merge(sources: Sequence[str], output: Path) -> Imported:
+    """Write what any of the sources holds, each measurement once. The order of sources, and merging again, change nothing."""
+    total = Imported()
+    lines: set[tuple[str, str, str, str]] = set()
+    for source in sources:
+        with _vouched_for(source) as path:
+            for measurement in read(path, total.refused):
+                lines.add(place_of(measurement))
+                total.sound += 1
+    total.new = len(lines)
+    _write([line for *_, line in sorted(lines)], output)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What two files hold that the other does not, how much they share, and (device, problem) -> winners that differ."""
+
+    only_first: list[Measurement]
+    only_second: list[Measurement]
+    shared: int
+    winners: dict[tuple[str, str], tuple[Evidence | None, Evidence | None]]
+
+
+def diff(first: str, second: str) -> Difference:
+    """Compare two files by content. Raises BadMeasurements."""
+    sides: list[dict[str, Measurement]] = []
+    winning: list[dict[tuple[str, str], Evidence]] = []
+    for source in (first, second):
+        with _vouched_for(source) as path:
+            sides.append({m.id: m for m in read(path, Counter())})
+        database = Database.in_memory(sides[-1].values(), source)
+        winning.append({(m.device, m.problem): m for m in database.winners()})
+    a, b = sides
+    keys = sorted(winning[0].keys() | winning[1].keys())
+    pairs = {key: (winning[0].get(key), winning[1].get(key)) for key in keys}
+    differing = {k: (x, y) for k, (x, y) in pairs.items() if (x and x.variant) != (y and y.variant)}
+    return Difference(
+        [m for name, m in a.items() if name not in b], [m for name, m in b.items() if name not in a],
+        len(a.keys() & b.keys()), differing,
+    )  # fmt: skip
+
+
+# Signatures: OpenSSH's own, so that anyone's key serves.
+
+
+def sign(path: Path, key: Path) -> Path:
+    """Sign a file with an OpenSSH key; the signature lies beside it. Raises NotTrusted."""
+    target = path.with_name(path.name + ".sig")
+    target.unlink(missing_ok=True)
+    _ssh_keygen(["-Y", "sign", "-q", "-n", NAMESPACE, "-f", str(key), str(path)], f"{path} cannot be signed with {key}")
+    return target
+
+
+def check_signature(source: str, path: Path) -> None:
+    """Whether one of the trusted signed what lies at ``path``; its signature lies beside ``source``. Raises NotTrusted."""
+    with tempfile.TemporaryDirectory() as folder:
+        signers = Path(folder) / "signers"
+        signers.write_text("".join(f'* namespaces="{NAMESPACE}" {key}\n' for key in settings.trusted()))
+        remedy = f"{source} is not signed by anyone on the trusted list in {places.settings().name}"
+        try:
+            with fetched(f"{source}.sig") as signature:
+                content = signature.read_bytes()
+        except (BadMeasurements, OSError) as error:
+            raise NotTrusted(f"{remedy}: {error}; ask for its .sig file, or empty the list") from error
+        (Path(folder) / "signature").write_bytes(content[:MOST_LINE])
+        who = ["-I", NAMESPACE, "-n", NAMESPACE, "-s", str(Path(folder) / "signature")]
+        _ssh_keygen(["-Y", "verify", "-q", "-f", str(signers), *who], remedy, path)
+
+
+def _ssh_keygen(arguments: list[str], trouble: str, given: Path | None = None) -> None:
+    try:
+        with given.open("rb") if given else open(os.devnull, "rb") as stdin:
+            subprocess.run(["ssh-keygen", *arguments], stdin=stdin, capture_output=True, text=True, check=True)
+    except FileNotFoundError as error:
+        raise NotTrusted(f"{trouble}: ssh-keygen is missing; install OpenSSH") from error
+    except subprocess.CalledProcessError as error:
+        raise NotTrusted(f"{trouble}: {(error.stderr or error.stdout).strip()[:300]}") from error

@@ -1,0 +1,235 @@
+"""Where winners come from: one's own measurements, imported ones, a team's databases, and what this version ships."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from elsa_tune import places, space
+from elsa_tune.device import RUNGS, Device
+from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
+from elsa_tune.measurement import Evidence, Measurement, Winner
+from elsa_tune.problem import Problem
+from elsa_tune.remember import settings
+from elsa_tune.remember.winners import Database
+
+REFRESH_SECONDS = 24 * 3600.0
+"""How old a copy of a remote database may grow before it is fetched again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A source of winners: its database, or why it cannot be read. ``local`` picks this machine's own or others' rows."""
+
+    name: str
+    place: str
+    database: Database | None
+    problem: str = ""
+    local: bool | None = None
+
+    def winners(self, devices: Collection[str] = (), families: Collection[str] = (), **equal: str) -> list[Evidence]:
+        """The layer's winners, as Database.winners; none where it cannot be read."""
+        if self.database is None:
+            return []
+        return self.database.winners(self.local, devices, families, _is_understood, **equal)
+
+
+def _is_understood(variant: str) -> bool:
+    """Whether this version's search spaces have a variant: another version may have recorded it."""
+    try:
+        space.parse(variant)
+    except BadVariant:
+        return False
+    return True
+
+
+def layers() -> list[Layer]:
+    """One's own measurements, then imported ones, the team's databases, and what this package ships; one that cannot be read
+    says why and the next serves."""
+    return list(nearest_first())
+
+
+def nearest_first() -> Iterator[Layer]:
+    """The layers one by one: those behind the one that answers need not be read."""
+    yield from _own()
+    yield from _team()
+    yield _shipped()
+
+
+def _own() -> Iterator[Layer]:
+    path = places.database()
+    problem = "nothing is tuned yet; run elsa-tune"
+    if path.exists():
+        try:
+            if problem := places.unsafe(path):
+                raise DatabaseUnusable(problem)
+            database = Database.for_reading(path)
+            yield Layer("own", str(path), database, local=True)
+            yield Layer("imported", str(path), database, local=False)
+            return
+        except (DatabaseUnusable, OSError) as error:
+            problem = str(error)
+    yield Layer("own", str(path), None, problem)
+
+
+def _team() -> Iterator[Layer]:
+    try:
+        sources = settings.databases()
+    except BadSettings as error:
+        yield Layer("team", str(places.settings()), None, str(error))
+        return
+    for source in sources:
+        try:
+            copy = _copy_of(source)
+            if source not in _kept and (problem := copy.exists() and places.unsafe(copy)):
+                raise DatabaseUnusable(problem)
+            yield Layer("team", source, _kept.get(source) or Database.for_reading(copy))
+        except (DatabaseUnusable, OSError):
+            yield Layer(
+                "team", source, None, "not read yet; elsa-tune db info reads it, dispatch does so beside its work"
+            )
+
+
+def _shipped() -> Layer:
+    folder = places.data("cache")
+    try:
+        rows = [m for path in sorted(folder.glob("*.jsonl")) for m in read_lines(path)]
+        return Layer("shipped", str(folder), Database.in_memory(rows, str(folder)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Layer("shipped", str(folder), None, f"{error}; reinstall elsa-tune")
+
+
+def read_lines(path: Path) -> Iterator[Measurement]:
+    """Measurements from JSON lines of our own writing, as `cache/` ships them."""
+    for line in path.read_text().splitlines():
+        if line.strip():
+            yield Measurement.from_line(line)
+
+
+def write_lines(measurements: Iterable[Measurement], path: Path) -> None:
+    """Write measurements as sorted JSON lines, so that equal content is equal bytes and a change is a readable diff."""
+    path.write_text("".join(f"{line}\n" for line in sorted_lines(measurements)))
+
+
+def sorted_lines(measurements: Iterable[Measurement]) -> list[str]:
+    """Canonical lines, each once, by device, problem, variant and content."""
+    return [line for *_, line in sorted(set(map(place_of, measurements)))]
+
+
+def place_of(m: Measurement) -> tuple[str, str, str, str]:
+    """What lines are sorted by; the last is the line itself."""
+    return m.device, m.problem, m.variant, m.line
+
+
+# The team's databases: read as foreign, kept as a copy.
+
+_kept: dict[str, Database] = {}  # source -> its measurements, where no copy can be written
+
+
+def _copy_of(source: str) -> Path:
+    return places.layers() / f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.db"
+
+
+def _is_stale(source: str) -> bool:
+    """Whether a source has no copy, has changed since, or, where nobody can see that, was fetched long ago."""
+    copy = _copy_of(source)
+    if source in _kept:
+        return False
+    if not copy.exists():
+        return True
+    made = copy.stat().st_mtime
+    if "://" in source:
+        return time.time() - made > REFRESH_SECONDS
+    path = Path(source).expanduser()
+    return path.exists() and path.stat().st_mtime > made
+
+
+def stale() -> list[str]:
+    """The team's databases that should be read again."""
+    with suppress(BadSettings, OSError):
+        return [source for source in settings.databases() if _is_stale(source)]
+    return []
+
+
+def refresh(source: str) -> None:
+    """Read a team's database again and keep a copy; in memory, where none can be written. The old copy serves until then.
+
+    Raises BadMeasurements, NotTrusted, CompilerMissing's kin for a missing library: whatever reading it raises.
+    """
+    from elsa_tune.remember import exchange  # pydantic is for foreign lines only
+
+    started = time.time()
+    copy = _copy_of(source)
+    work = copy.with_suffix(f".{os.getpid()}")
+    try:
+        copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with Database.for_writing(work) as database:
+            exchange.import_from(source, database)
+            database.pack()
+        os.utime(work, (started, started))
+        work.replace(copy)
+    except (DatabaseUnusable, OSError):
+        memory = Database.in_memory([], source)
+        exchange.import_from(source, memory)
+        _kept[source] = memory
+    finally:
+        for left in copy.parent.glob(f"{work.name}*") if copy.parent.is_dir() else ():
+            left.unlink(missing_ok=True)
+
+
+def refresh_all() -> list[str]:
+    """Read the team's databases that have changed; what could not be read, in a sentence each."""
+    troubles = []
+    for source in stale():
+        try:
+            refresh(source)
+        except ElsaTuneError as error:
+            troubles.append(str(error))
+    return troubles
+
+
+# What a device may use of them.
+
+
+def winners_of(problem: Problem, device: Device, found: Iterable[Layer]) -> list[Winner]:
+    """Winners for the very problem on the very device, nearer layers first; those behind one's own are not asked."""
+    for layer in found:
+        if winning := layer.winners([str(device)], [problem.family], problem=str(problem)):
+            return [Winner(found, layer.name, "exact") for found in winning]
+    return []
+
+
+def known_winners(
+    device: Device, found: Iterable[Layer], wanted: Callable[[str], bool] = lambda family: True, **equal: str
+) -> list[Winner]:
+    """Winners for ``device`` and its kin, best rung first, nearer layers first, of ``wanted`` families."""
+    winning = []
+    for order, layer in enumerate(found):
+        if layer.database is None:
+            continue
+        finals = layer.database.finals_of()
+        kin = {spelled: rung for spelled in {one for one, _ in finals} if (rung := _kinship(device, spelled))}
+        families = {family for one, family in finals if one in kin and wanted(family)}
+        if not kin or not families:
+            continue
+        for pool in layer.winners(list(kin), list(families), **equal):
+            winner = Winner(pool, layer.name, kin[pool.device])
+            winning.append((RUNGS.index(winner.rung), order, winner))
+    return [winner for _, _, winner in sorted(winning, key=lambda w: w[:2])]
+
+
+def _kinship(device: Device, spelled: str) -> str | None:
+    try:
+        return device.kinship(Device.parse(spelled))
+    except BadDevice:  # recorded by another version
+        return None
+
+
+def slower_than_sdpa(device: Device, found: Iterable[Layer]) -> set[tuple[str, str]]:
+    """(problem, variant) pairs that finals on this very device found slower than torch's SDPA."""
+    return {pair for layer in found if layer.database for pair in layer.database.slower(str(device))}

@@ -1,0 +1,258 @@
+"""The command line: a thin shell over the library."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click_default_group import DefaultGroup
+
+import elsa_tune
+from elsa_tune.shell import cli_db
+from elsa_tune.shell.cli_db import EXIT_INCOMPLETE
+from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
+
+EXIT_INTERRUPTED = 130
+
+
+_Group: type[click.Group] = DefaultGroup
+
+
+@click.group(cls=_Group, default="tune", default_if_no_args=True)
+@click.version_option(elsa_tune.__version__)
+def main() -> None:
+    """Generate, tune, remember and dispatch exact attention kernels. Without a command: tune."""
+
+
+@main.command()
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, hip, opencl, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
+)
+@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to tune.")
+@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Tune this instead; repeatable.")
+@click.option(
+    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds, compiling included."
+)
+@click.option(
+    "--effort",
+    default="quick",
+    show_default=True,
+    type=click.Choice(["quick", "full"]),
+    help="How many trials a problem deserves.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+@click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
+@click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
+@click.option(
+    "--storage", default="", metavar="URL",
+    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder.",
+)  # fmt: skip
+@click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_mistakes_are_messages
+def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, effort: str, seed: int, sampler: str,
+         exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
+    """Find the fastest exact kernel for each problem on each device.
+
+    Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
+    """
+    from elsa_tune.device import detect
+    from elsa_tune.shell import report
+    from elsa_tune.tuning import tune as tuning
+    from elsa_tune.tuning import workload as workloads
+
+    console = report.console(stderr=as_json)
+    if offline:
+        _rank(console, device, workload, problems, budget, seed, as_json)
+    for here in detect(device):
+        count = len(problems) or len(workloads.load(workload, here))
+        kinds = f"{here.memory >> 30} GiB" if here.kind != "cpu" else ", ".join(here.isas)
+        console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
+    console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
+    try:
+        with report.LiveProgress(console) as watch:
+            result = tuning.tune(
+                problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
+                sampler=sampler, exhaustive=exhaustive, storage=storage, watch=watch,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
+        sys.exit(EXIT_INTERRUPTED)
+    if as_json:
+        click.echo(report.report_json(result))
+    else:
+        report.print_report(console, result)
+    sys.exit(0 if result.complete else EXIT_INCOMPLETE)
+
+
+def _rank(
+    console: Any, device: str, workload: str, problems: tuple[str, ...], budget: float, seed: int, as_json: bool
+) -> NoReturn:
+    """Rank for a target that is not here, print the shortlists, and exit: 0 if every problem has candidates."""
+    from elsa_tune.shell import report
+    from elsa_tune.tuning import offline
+
+    console.print(f"ranking for {device} for up to {budget:.0f} s; nothing is measured", highlight=False)
+    with console.status("compiling") as status:
+        found = offline.rank(
+            device, problems or None, workload=workload, budget=budget, seed=seed, watch=status.update
+        )  # fmt: skip
+    if as_json:
+        click.echo(report.rankings_json(found))
+    else:
+        report.print_rankings(console, found, offline.target(device))
+    sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
+
+
+@main.command()
+@click.option("--device", default=None, help="Only this device.")
+@click.option("--family", default=None, help="Only this family, like fp32.d64.causal.")
+@click.option("--problem", default=None, help="Only this problem.")
+@click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
+@_mistakes_are_messages
+def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
+    """List the recorded winners of every layer."""
+    from elsa_tune.remember.layers import layers
+    from elsa_tune.shell import report
+
+    wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
+    found = [m for layer in layers() for m in layer.winners(**wanted)]
+    if as_json:
+        click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
+    elif found:
+        report.print_winners(report.console(), found)
+    else:
+        click.echo("no winner is recorded; run elsa-tune")
+
+
+@main.command()
+@click.argument("variant")
+@click.argument("problem", default="fp32.d64")
+@_mistakes_are_messages
+def show(variant: str, problem: str) -> None:
+    """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run."""
+    from elsa_tune import space
+    from elsa_tune.generate import backends
+    from elsa_tune.problem import Problem
+
+    chosen, wanted = space.parse(variant), Problem.parse(problem)
+    backend = backends.get(chosen.backend)
+    source = backend.source(chosen, wanted)
+    if source is None:
+        click.echo(f"{chosen} is torch's own kernel; nothing is generated")
+        return
+    click.echo(source.text)
+    if command := backend.command(chosen):
+        click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")
+
+
+@main.command()
+@click.argument("problem")
+@click.option("--device", default="auto", show_default=True)
+@_mistakes_are_messages
+def explain(problem: str, device: str) -> None:
+    """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
+    from elsa_tune.device import detect
+    from elsa_tune.dispatch import attention as dispatch
+    from elsa_tune.generate import backends
+    from elsa_tune.problem import Problem
+    from elsa_tune.remember.layers import layers
+    from elsa_tune.shell import report
+    from elsa_tune.space import Space
+    from elsa_tune.tuning import search
+
+    wanted = Problem.parse(problem)
+    for here in detect(device):
+        own = next((layer.database for layer in layers() if layer.name == "own"), None)
+        tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
+        spaces = [Space.load(name) for name in backends.names() if backends.get(name).generated]
+        mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
+        report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
+
+
+@main.command()
+@click.option("--device", required=True, help="A target: sm_62, cortex_a72, opencl, or a device's full spelling.")
+@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
+@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@click.option("-o", "--output", default="kit", show_default=True, type=click.Path(path_type=Path), help="The folder.")
+@_mistakes_are_messages
+def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> None:
+    """Write a folder that tunes where nothing is installed: kernels, a runner, a Makefile."""
+    from elsa_tune.ship import kit as kits
+
+    headers = kits.make(device, output, problems or None, workload)
+    click.echo(f"{output}: {len(headers)} kernels for {device}; take it there and type make run")
+
+
+@main.command()
+@click.argument("problem")
+@click.option(
+    "--device", default="auto", show_default=True, help="A device that is here, a target, or a full spelling."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The header; by default named for the family.")
+@_mistakes_are_messages
+def export(problem: str, device: str, output: Path | None) -> None:
+    """Write the best known kernel for PROBLEM on a device as one header with a plain C interface."""
+    from elsa_tune.problem import Problem
+    from elsa_tune.ship import export as exports
+
+    made = exports.export(Problem.parse(problem), device)
+    path = output or Path(f"{made.name}.h")
+    path.write_text(made.text)
+    click.echo(f"{path}: {made.variant} as {made.name}()")
+
+
+main.add_command(cli_db.db)
+
+
+@main.command()
+@click.option("--storage", required=True, metavar="URL", help="What the fleet shares, as for tune.")
+@_mistakes_are_messages
+def fleet(storage: str) -> None:
+    """Say who tunes together: worker, device, trials, trials a minute, last sign of life."""
+    from elsa_tune.shell import report
+    from elsa_tune.tuning import fleet as fleets
+
+    report.print_members(report.console(), fleets.members(storage))
+
+
+@main.command("compile")
+@click.option("--for", "device", required=True, metavar="TARGET", help="sm_90, gfx942: a device that need not be here.")
+@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
+@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
+@click.option("-o", "--output", default="ready", show_default=True, type=click.Path(path_type=Path), help="The folder.")
+@_mistakes_are_messages
+def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:
+    """Build the most promising kernels for a device that is not here, and a manifest of what is ready to be timed there."""
+    from elsa_tune.shell import report
+    from elsa_tune.tuning import offline
+
+    console = report.console()
+    with console.status("compiling") as status:
+        found = offline.rank(device, problems or None, workload=workload, budget=budget, watch=status.update)
+    count = offline.hand_over(found, device, output)
+    click.echo(f"{output}: {count} kernels for {device}. There: ELSA_TUNE_KERNELS={output / 'kernels'}, and")
+    click.echo(f"elsa-tune db import {output / offline.MANIFEST}; elsa-tune then times these first")
+    sys.exit(0 if count else EXIT_INCOMPLETE)
+
+
+@main.command()
+@_mistakes_are_messages
+def doctor() -> None:
+    """Devices, compilers, instruction sets, OpenMP, databases, versions; each lack with its remedy."""
+    from elsa_tune.shell import doctor as examination
+    from elsa_tune.shell import report
+
+    report.print_findings(report.console(), examination.examine())
+
+
+if __name__ == "__main__":
+    main()

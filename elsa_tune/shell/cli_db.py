@@ -1,0 +1,192 @@
+"""The command line's part for databases: `elsa-tune db ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from elsa_tune.errors import ElsaTuneError
+
+if TYPE_CHECKING:
+    from elsa_tune.remember.exchange import Imported
+
+EXIT_INCOMPLETE, EXIT_MISTAKE = 1, 2
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors raised on purpose are one line on stderr, not a traceback."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
+        try:
+            return command(*arguments, **options)
+        except ElsaTuneError as error:
+            click.echo(f"elsa-tune: {error}", err=True)
+            sys.exit(EXIT_MISTAKE)
+
+    return wrapped
+
+
+@click.group()
+def db() -> None:
+    """The database of measurements: take it elsewhere, bring others' here, keep it whole."""
+
+
+@db.command("export")
+@click.option("--device", default=None, help="Only this device.")
+@click.option("--problem", default=None, help="Only this problem.")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this OpenSSH key: FILE.sig.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz; by default printed."
+)
+@mistakes_are_messages
+def export_file(device: str | None, problem: str | None, key: Path | None, output: Path | None) -> None:
+    """Write measurements as sorted JSON lines: equal content is equal bytes."""
+    from elsa_tune import places
+    from elsa_tune.device import Device
+    from elsa_tune.problem import Problem
+    from elsa_tune.remember import exchange, layers
+    from elsa_tune.remember.winners import Database
+
+    wanted = {"device": str(Device.parse(device))} if device else {}
+    wanted |= {"problem": str(Problem.parse(problem))} if problem else {}
+    with Database.for_reading(places.database()) as database:
+        found = database.measurements(None, **wanted) if wanted else list(database)
+    if wanted and not found:
+        raise ElsaTuneError(
+            f"nothing was measured here of {', '.join(wanted.values())}; elsa-tune db export prints everything"
+        )
+    if output is None:
+        for line in layers.sorted_lines(found):
+            click.echo(line)
+        return
+    click.echo(f"{output}: {exchange.write(found, output)} measurements")
+    if key is not None:
+        click.echo(f"{exchange.sign(output, key)}: signed")
+
+
+@db.command("import")
+@click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
+@mistakes_are_messages
+def import_files(sources: tuple[str, ...]) -> None:
+    """Take measurements of others, as candidates. What is not sound is counted and left out."""
+    from elsa_tune.remember import exchange
+    from elsa_tune.remember.winners import Database
+
+    complete = True
+    with Database.for_writing() as database:
+        for source in sources:
+            found = exchange.import_from(source, database)
+            click.echo(f"{source}: {found.sound} measurements, {found.new} of them new")
+            complete &= _say_what_was_refused(found) and found.sound > 0
+    sys.exit(0 if complete else EXIT_INCOMPLETE)
+
+
+def _say_what_was_refused(found: Imported) -> bool:
+    for reason, count in sorted(found.refused.items()):
+        click.echo(f"left out {count}: {reason}", err=True)
+    return not found.refused
+
+
+@db.command()
+@click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz.")
+@mistakes_are_messages
+def merge(sources: tuple[str, ...], output: Path) -> None:
+    """Write what any of the sources holds, each measurement once; their order changes nothing."""
+    from elsa_tune.remember import exchange
+
+    found = exchange.merge(sources, output)
+    click.echo(f"{output}: {found.new} measurements, of {found.sound} read")
+    sys.exit(0 if _say_what_was_refused(found) else EXIT_INCOMPLETE)
+
+
+@db.command()
+@click.argument("first")
+@click.argument("second")
+@mistakes_are_messages
+def diff(first: str, second: str) -> None:
+    """Compare two files: what only one of them holds, and where they name other winners. Exit 1 if they differ."""
+    from elsa_tune.remember import exchange
+    from elsa_tune.shell import report
+
+    found = exchange.diff(first, second)
+    report.print_difference(report.console(), found)
+    sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
+
+
+@db.command()
+@mistakes_are_messages
+def verify() -> None:
+    """Compare every measurement with its digest. What is damaged is set aside, and reported."""
+    from elsa_tune.remember import winners
+
+    health = winners.verify()
+    click.echo(f"{health.sound} measurements are what was recorded")
+    for path in health.aside:
+        click.echo(f"set aside: {path}")
+    if health.damaged or not health.whole:
+        count = health.damaged or "some"
+        click.echo(f"{count} were not, and are left out; the file as it was is set aside", err=True)
+        sys.exit(EXIT_INCOMPLETE)
+
+
+@db.command()
+@click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
+@click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
+@mistakes_are_messages
+def race(device: str, budget: float) -> None:
+    """Time what was imported for this device, or is disputed, against this machine's own best."""
+    from elsa_tune.shell import report
+    from elsa_tune.tuning import tune as tuning
+
+    console = report.console()
+    with report.LiveProgress(console) as watch:
+        found = tuning.race(device, budget=budget, watch=watch)
+    if found.outcomes:
+        report.print_report(console, found)
+    else:
+        click.echo("nothing imported is left to race")
+
+
+@db.command()
+@mistakes_are_messages
+def gc() -> None:
+    """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
+    from elsa_tune.remember import upkeep
+
+    found = upkeep.collect()
+    click.echo(
+        f"{found.kernels} kernels removed; the database takes {found.after >> 10} KiB, before {found.before >> 10}"
+    )
+
+
+@db.command()
+@mistakes_are_messages
+def info() -> None:
+    """Say what each layer holds. The team's databases that have changed are read again first."""
+    from elsa_tune.remember import layers, upkeep
+
+    for trouble in layers.refresh_all():
+        click.echo(f"elsa-tune: {trouble}", err=True)
+    for line in upkeep.inventory():
+        click.echo(line)
+
+
+@db.command()
+@mistakes_are_messages
+def doctor() -> None:
+    """What is wrong with databases and the kernel cache here, each lack with its remedy."""
+    from elsa_tune.device import host_cpu
+    from elsa_tune.shell import doctor as examination
+    from elsa_tune.shell import report
+
+    report.print_findings(report.console(), examination.examine_databases(host_cpu()))

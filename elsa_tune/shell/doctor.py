@@ -1,0 +1,244 @@
+"""What this machine has and lacks, each lack with its remedy."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from elsa_tune import device, places
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.dispatch import handovers
+from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
+from elsa_tune.generate import backends, cpp, triton
+from elsa_tune.generate import kernel_cache as _kernel_cache
+from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cuda import rtc as _rtc
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.remember import layers
+from elsa_tune.space import Space
+from elsa_tune.tuning import measure
+
+PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact; ``remedy`` says what to do where something is lacking."""
+
+    topic: str
+    good: bool
+    state: str
+    remedy: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Devices, compilers, instruction sets, the OpenMP runtime, a launch of each language on each GPU, database layers, the
+    kernel cache, calls that torch answered in a kernel's place, versions."""
+    here = host_cpu()
+    yield _device(here)
+    yield _isa(here)
+    yield _compilers()
+    yield _openmp()
+    yield from _gpus()
+    yield _triton()
+    yield _gpu_compilers()
+    yield from _opencl()
+    yield from _launches()
+    yield from examine_databases(here)
+    yield _handovers()
+    yield Finding(
+        "versions",
+        True,
+        ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
+    )
+
+
+def examine_databases(here: Device) -> Iterator[Finding]:
+    """Database layers and the kernel cache."""
+    yield from _layers(here)
+    yield _kernels()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed as a package)"
+
+
+def _device(here: Device) -> Finding:
+    caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in enumerate(here.caches, 1))
+    state = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
+    return Finding("device", True, state)
+
+
+def _isa(here: Device) -> Finding:
+    if here.isas == ("portable",):
+        return Finding(
+            "instruction set", False, f"archspec does not know vectors of {here.arch}", "kernels use portable code"
+        )
+    return Finding("instruction set", True, ", ".join(here.isas))
+
+
+def _compilers() -> Finding:
+    try:
+        found = _compiler.find()
+    except CompilerMissing as error:
+        return Finding("C++ compiler", False, "none; torch's own SDPA serves", str(error))
+    return Finding("C++ compiler", True, f"{' '.join(found.command)}: {found.version}")
+
+
+def _openmp() -> Finding:
+    file, entry = cpp.openmp()
+    if not entry:
+        remedy = "install a torch built with OpenMP; until then kernels run on one thread"
+        return Finding("OpenMP runtime", False, "torch loaded none with GOMP_parallel", remedy)
+    return Finding("OpenMP runtime", True, f"{file}, {torch.get_num_threads()} threads, shared with torch")
+
+
+def _gpus() -> Iterator[Finding]:
+    """Every GPU that torch can use, or why there is none: a CPU-only torch, no GPU, a broken driver."""
+    try:
+        found = list(device.find_gpus())
+    except Exception as error:
+        yield Finding(
+            "GPU", False, f"{type(error).__name__}: {error}", "mend the driver; CPUs and torch serve until then"
+        )
+        return
+    for gpu in found:
+        state = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
+        yield Finding("GPU", True, state)
+    if not found:
+        yield Finding("GPU", True, "torch can use none here")
+
+
+def _triton() -> Finding:
+    try:
+        return Finding("Triton", True, triton.version())
+    except CompilerMissing as error:
+        return Finding("Triton", not device.gpus(), "not installed", str(error) if device.gpus() else "")
+
+
+def _gpu_compilers() -> Finding:
+    amd = any(gpu.kind == "hip" for gpu in device.gpus())
+    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
+    state = ", ".join(map(str, found))
+    return Finding(
+        "CUDA C and HIP compilers", bool(found) or not device.gpus(), state or "none", "" if found else _rtc.REMEDY
+    )
+
+
+def _opencl() -> Iterator[Finding]:
+    """Every OpenCL device, or why there is none."""
+    try:
+        found = list(device.find_opencl_devices())
+    except ImportError:
+        yield Finding(
+            "OpenCL", True, "pyopencl is not installed", "pip install 'elsa-tune[opencl]' to tune OpenCL devices"
+        )
+        return
+    except Exception as error:
+        yield Finding("OpenCL", True, f"none: {error}", "install a driver, or pocl-opencl-icd for the CPU")
+        return
+    for one in found:
+        yield Finding("OpenCL", True, f"{one} ({one.name})")
+    if not found:
+        yield Finding("OpenCL", True, "no device")
+
+
+TINY = Problem.parse("fp32.d32@b1.h2.q48.k48")
+"""What a launch is tried with."""
+
+
+def launch(backend: str, here: Device) -> float:
+    """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
+    return its error of max|v|. Raises whatever building or launching raises."""
+    space = Space.load(backend)
+    variant = next(v for v in map(space.parse, space.start) if space.refusal(v, TINY, here) is None)
+    kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
+    inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
+
+    def call() -> Tensor:
+        there = inputs.to(here.torch)
+        return kernel(there.query, there.key, there.value, there.scale).cpu()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(call).result()
+    query, key, value = (x.double() for x in (inputs.query, inputs.key, inputs.value))
+    expected = scaled_dot_product_attention(query, key, value, scale=inputs.scale)
+    return float((found - expected).abs().max() / inputs.value.abs().max())
+
+
+def _launches() -> Iterator[Finding]:
+    """For each GPU and each language that serves it: whether a kernel of ours can be started, in a process of its own."""
+    for gpu in device.gpus():
+        for name in backends.names():
+            if not backends.get(name).generated or backends.get(name).refusal(TINY, gpu):
+                continue
+            topic = f"launch, {name}"
+            try:
+                with measure.Worker(memory=0) as worker:
+                    error = worker.run(launch, name, gpu, timeout=120.0)
+            except measure.WorkerFailed as failure:
+                yield Finding(topic, False, f"{gpu}: {failure.reason}", "torch's SDPA serves what these kernels would")
+                continue
+            good = error < 1e-5
+            yield Finding(topic, good, f"{gpu}: error {error:.1e} of max|v|", "" if good else "report it, please")
+
+
+def _handovers() -> Finding:
+    """Calls in which a kernel of ours raised and torch answered, as processes of this user wrote them down."""
+    found = handovers.written()
+    if not found:
+        return Finding("hand-overs", True, "no kernel had to hand a call over to torch")
+    newest = found[-1]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(newest["at"])))
+    kinds = Counter(f"{entry['asked']}: {entry['reason']}" for entry in found)
+    often = ", ".join(f"{text} ({n})" for text, n in kinds.most_common(3))
+    return Finding(
+        "hand-overs",
+        False,
+        f"kernels raised and torch answered, in {len(found)} cases; most often {often}; last {when}",
+        f"answers were right, but not by the kernel that won; report it, then remove {handovers.file()}",
+    )
+
+
+def _layers(here: Device) -> Iterator[Finding]:
+    for layer in layers.layers():
+        if layer.database is None:
+            missing = not places.database().exists() and layer.name == "own"
+            remedy = (
+                "" if missing else "a corrupt file is set aside by the next elsa-tune; the next layer serves until then"
+            )
+            yield Finding(f"database, {layer.name}", False, f"{layer.place}: {layer.problem}", remedy)
+        else:
+            known = layers.known_winners(here, [layer])
+            exact = sum(w.rung == "exact" for w in known)
+            yield Finding(
+                f"database, {layer.name}",
+                True,
+                f"{layer.place}: {exact} winners for this device, {len(known) - exact} for its kin",
+            )
+
+
+def _kernels() -> Finding:
+    folder = places.kernels()
+    if not folder.is_dir():
+        return Finding("kernel cache", True, f"{folder}: empty")
+    try:
+        built = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        for name in built:
+            _kernel_cache.find(name, cpp.LIBRARY)
+    except KernelCacheUnsafe as error:
+        return Finding("kernel cache", False, str(error), f"remove {folder}; kernels are built again when needed")
+    return Finding("kernel cache", True, f"{folder}: {len(built)} kernels")

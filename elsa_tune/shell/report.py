@@ -1,0 +1,291 @@
+"""What people see: live progress, tables of winners, explanations, the doctor's findings. And the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from elsa_tune.dispatch.choose import Choice
+from elsa_tune.dispatch.exactness import as_exact, torchs_error
+from elsa_tune.measurement import Evidence, Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.remember.exchange import Difference
+from elsa_tune.shell.doctor import Finding
+from elsa_tune.tuning import whole_models
+from elsa_tune.tuning.fleet import Member
+from elsa_tune.tuning.offline import Ranking, Target, occupancy
+from elsa_tune.tuning.outcome import Outcome, Report
+from elsa_tune.tuning.task import Progress, Task
+
+_LINE_EVERY = 15.0
+
+
+def console(stderr: bool = False) -> Console:
+    """Where people read: as wide as their terminal, or wide enough for every table in a file."""
+    return Console(stderr=stderr, width=None if (sys.stderr if stderr else sys.stdout).isatty() else 120)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _ratio(found: Evidence) -> str:
+    if found.variant == found.measurement.incumbent:
+        return "1, torch's own"
+    return f"{found.ratio:.2f} [{found.ratio_low:.2f}, {found.ratio_high:.2f}]"
+
+
+class LiveProgress:
+    """A table that is redrawn while tuning; on a log file, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._last_line = 0.0
+
+    def __enter__(self) -> LiveProgress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        left = max(0.0, progress.budget - progress.elapsed)
+        if self._console.is_terminal:
+            line = Text(f"{progress.doing}    {left:.0f} s left")
+            self._live.update(Group(_families(progress.tasks), line))
+        elif time.monotonic() - self._last_line > _LINE_EVERY:
+            self._last_line = time.monotonic()
+            trials = sum(task.trials for task in progress.tasks)
+            self._console.print(f"{left:4.0f} s left, {trials} trials, {progress.doing}", highlight=False)
+
+
+def _families(tasks: Iterable[Task]) -> Table:
+    """Per family: best ratio of each problem so far, trials done, pruned, failed."""
+    table = _table("family", "ratio to SDPA, best so far", "trials", "pruned", "failed")
+    families: dict[str, list[Task]] = {}
+    for task in tasks:
+        families.setdefault(task.problem.family, []).append(task)
+    for family, members in sorted(families.items()):
+        counts = {s: sum(t.counts.get(s, 0) for t in members) for s in ("pruned", "wrong", "failed", "timeout")}
+        table.add_row(
+            family,
+            "  ".join(f"{task.best:.2f}" if task.latest else "-" for task in members),
+            f"{sum(t.trials for t in members)}/{sum(t.target for t in members)}",
+            str(counts["pruned"]),
+            str(counts["wrong"] + counts["failed"] + counts["timeout"]),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    return table
+
+
+def outcome_table(outcomes: Iterable[Outcome]) -> Table:
+    """The final table of a run: two lines a problem, the second its winner."""
+    table = _table("problem, winner", "ratio to SDPA [95 %]", "GFLOP/s", "of limit", "error")
+    for o in outcomes:
+        if o.winner is None:
+            table.add_row(f"{o.problem}\n  none", "-", "-", "-", "-")
+            continue
+        limit = "-" if o.limit is None else f"{100 * o.limit:.0f} %"
+        name = f"{o.problem}\n  {o.winner.variant}"
+        table.add_row(
+            name, _ratio(o.winner), _number(o.gflops, ".0f"), limit, _number(o.winner.measurement.error, ".1e")
+        )
+    return table
+
+
+def reproduce(outcome: Outcome) -> str:
+    """The command that tunes this problem again and prints its line."""
+    return f"elsa-tune --device {outcome.device} --problem {outcome.problem}"
+
+
+def print_report(console: Console, report: Report) -> None:
+    """The final table, what it means, and how to reproduce a line."""
+    console.print(outcome_table(report.outcomes), highlight=False)
+    console.print(
+        "ratio: median of torch's fastest kernel / winner, in turns in one run, with its interval; "
+        "of limit: share of the measured multiply-add peak or read bandwidth, whichever binds; error: relative to max|v|, "
+        "against float64.",
+        style="dim",
+        highlight=False,
+    )
+    if gains := whole_models.gains(report.outcomes):
+        table = _table("model", "attention", "whole model, at most")
+        for gain in gains:
+            table.add_row(gain.model.name, f"{gain.attention:.2f}", f"{gain.whole:.2f}")
+        console.print(table, highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    if report.outcomes:
+        console.print(f"Reproduce a line: {reproduce(report.outcomes[0])}", highlight=False, soft_wrap=True)
+    console.print(
+        "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention.", highlight=False
+    )
+
+
+def winner_json(found: Evidence) -> dict[str, Any]:
+    """A winner as JSON types: its newest final, with the ratio of all of its ``finals``."""
+    pooled = asdict(found)
+    return {**pooled.pop("measurement"), **pooled}
+
+
+def report_json(report: Report) -> str:
+    """A run's report for programs."""
+    lines = [
+        {
+            "problem": str(o.problem),
+            "device": str(o.device),
+            "winner": o.winner and winner_json(o.winner),
+            "gflops": o.gflops,
+            "share_of_limit": o.limit,
+            "reproduce": reproduce(o),
+        }
+        for o in report.outcomes
+    ]
+    gains = {g.model.name: {"attention": g.attention, "whole": g.whole} for g in whole_models.gains(report.outcomes)}
+    content = {
+        "complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines, "models": gains,
+    }  # fmt: skip
+    return json.dumps(content, indent=2)
+
+
+def print_rankings(console: Console, rankings: Iterable[Ranking], goal: Target) -> None:
+    """Shortlists for a device that is not here. The order is predicted; nothing was measured."""
+    for ranking in rankings:
+        best = ranking.best
+        table = _table("variant", "registers", "shared KiB", "blocks", "against the first")
+        for c in best:
+            r = c.built.resources
+            table.add_row(
+                str(c.variant), str(r["registers"]), f"{r['shared'] / 1024:.0f}",
+                str(occupancy(r, goal)), f"{best[0].predicted / c.predicted:.2f}",
+            )  # fmt: skip
+        console.print(
+            f"{ranking.problem} on {goal.device.arch}: {len(ranking.candidates)} compiled, {ranking.refused} refused",
+            table,
+            highlight=False,
+        )
+    console.print(
+        "Predicted from compiler reports, not measured. Recorded as candidates: elsa-tune tries them first on such a device.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def rankings_json(rankings: Iterable[Ranking]) -> str:
+    """The shortlists for programs; ``predicted_seconds`` orders them and is no measurement."""
+    lines = [
+        {
+            "problem": str(ranking.problem),
+            "compiled": len(ranking.candidates),
+            "refused": ranking.refused,
+            "candidates": [
+                {"variant": str(c.variant), "predicted_seconds": c.predicted, "resources": dict(c.built.resources)}
+                for c in ranking.best
+            ],
+        }
+        for ranking in rankings
+    ]
+    return json.dumps({"measured": False, "rankings": lines}, indent=2)
+
+
+def print_winners(console: Console, winners: Iterable[Evidence]) -> None:
+    """Recorded winners by device, two lines a problem."""
+    devices: dict[str, list[Evidence]] = {}
+    for m in winners:
+        devices.setdefault(m.device, []).append(m)
+    for device, rows in devices.items():
+        table = _table("problem, winner", "ratio to SDPA [95 %]", "finals", "error")
+        for m in rows:
+            name = f"{m.problem}\n  {m.variant}"
+            table.add_row(name, _ratio(m), str(m.finals), _number(m.measurement.error, ".1e"))
+        console.print(device, table, highlight=False)
+
+
+def print_explanation(
+    console: Console, problem: Problem, choice: Choice, tried: list[Measurement], importances: dict[str, float]
+) -> None:
+    """Which rung answered, what was tried, what was rejected and why, which axes mattered."""
+    server = "torch's SDPA" if choice.by_sdpa else str(choice.variant)
+    console.print(f"{problem} is served by {server} (rung: {choice.rung})", highlight=False, soft_wrap=True)
+    for step in choice.steps:
+        console.print(f"  {step}", highlight=False, soft_wrap=True)
+    counts: dict[str, int] = {}
+    for m in tried:
+        counts[m.status] = counts.get(m.status, 0) + 1
+    console.print(
+        "tried here: " + (", ".join(f"{n} {s}" for s, n in sorted(counts.items())) or "nothing"), highlight=False
+    )
+    latest = {m.variant: m for m in tried if m.status == "ok" and m.ratio}
+    for m in sorted(latest.values(), key=lambda m: -(m.ratio or 0))[:5]:
+        console.print(f"  {_number(m.ratio, '.2f')}  {m.variant} ({m.stage})", highlight=False, soft_wrap=True)
+    print_exactness(console, latest)
+    rejected = {m.variant: m for m in tried if m.status != "ok"}
+    if rejected:
+        console.print("rejected:", highlight=False)
+    for m in rejected.values():
+        console.print(f"  {m.status}: {m.variant}: {m.reason}", highlight=False, soft_wrap=True)
+    if importances:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in importances.items() if share >= 0.01)
+        console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
+    else:
+        console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
+
+
+def print_exactness(console: Console, latest: Mapping[str, Measurement]) -> None:
+    """The fastest variant that errs no more than torch: what exactness costs."""
+    error, exact = torchs_error(latest.values()), as_exact(latest.values(), 1.0)
+    if error is not None:
+        words = (
+            f"{exact[0].variant} ({_number(exact[0].ratio, '.2f')}, {exact[0].error:.1e})" if exact else "none measured"
+        )
+        console.print(f"fastest at or below torch's error of {error:.1e}: {words}", highlight=False, soft_wrap=True)
+
+
+def print_members(console: Console, members: Iterable[Member]) -> None:
+    """Who tunes together."""
+    table = Table("worker", "device", "trials", "a minute", "last seen", box=None)
+    for m in members:
+        table.add_row(m.worker, m.device, str(m.trials), f"{m.rate:.1f}", f"{m.ago:.0f} s ago")
+    console.print(table)
+
+
+def print_difference(console: Console, difference: Difference) -> None:
+    """What two files of measurements do not share, and where they name other winners."""
+    console.print(
+        f"{difference.shared} measurements in both, {len(difference.only_first)} only in the first, "
+        f"{len(difference.only_second)} only in the second",
+        highlight=False,
+    )
+    table = Table("device", "problem", "first's winner", "second's winner", box=None)
+    for (device, problem), pair in difference.winners.items():
+        table.add_row(device, problem, *(f"{m.variant} {m.ratio or 1:.2f}" if m else "none" for m in pair))
+    if difference.winners:
+        console.print(table)
+
+
+def print_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """The doctor's findings: good ones, and lacks with their remedy."""
+    for f in findings:
+        mark = "[green]ok[/]  " if f.good else "[red]lack[/]"
+        console.print(f"{mark} {f.topic}:", Text(f.state), highlight=False, soft_wrap=True)
+        if f.remedy:
+            console.print(Text(f"       {f.remedy}"), soft_wrap=True)

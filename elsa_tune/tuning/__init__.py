@@ -1,0 +1,1 @@
+"""Tuning: problems and a device in, measured winners out."""

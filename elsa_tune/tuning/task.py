@@ -1,0 +1,96 @@
+"""What a run knows of each problem it tunes, and how hard it looks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from elsa_tune.errors import BadVariant
+from elsa_tune.measurement import Evidence, Measurement
+from elsa_tune.problem import Problem
+from elsa_tune.space import parse
+from elsa_tune.tuning.measure import Contender
+from elsa_tune.tuning.search import Search
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard to look: trials a problem gets, at most and at least; the seconds they may take; rounds of a final."""
+
+    trials: int
+    fewest: int
+    seconds: float
+    final_rounds: int
+
+
+EFFORTS = {"quick": Effort(12, 4, 60.0, 25), "full": Effort(150, 20, 600.0, 60)}
+
+
+@dataclass
+class Task:
+    """One problem being tuned on one device: what is known of it."""
+
+    problem: Problem
+    searches: list[Search]
+    incumbent: Contender | None = None
+    seconds: float = 0.0  # of one incumbent call
+    trials: int = 0
+    target: int = 0
+    finals: int = 0  # that nobody disturbed
+    busy: bool = False  # whether its last final was disturbed
+    counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
+    latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement
+    pooled: dict[str, float] = field(default_factory=dict)  # variant -> what its finals together say, where it has some
+
+    @property
+    def best(self) -> float:
+        """The best ratio to the incumbent so far; 1 is the incumbent's own."""
+        return max(map(self.ratio, self.latest), default=1.0)
+
+    def ratio(self, spelling: str) -> float:
+        """What is known of a variant that was timed: its finals together, or its last trial."""
+        return self.pooled.get(spelling) or self.latest[spelling].ratio or 0.0
+
+    def ranked(self) -> list[str]:
+        """Variants that were timed, the best first, without torch's own."""
+        return sorted((v for v in self.latest if not v.startswith("sdpa.")), key=self.ratio, reverse=True)
+
+    @property
+    def settled(self) -> bool:
+        """Enough tried, and the finalists raced while nobody disturbed them."""
+        return self.incumbent is not None and self.trials >= self.target and (self.finals > 0 or not self.searches)
+
+    def pool(self, found: list[Evidence]) -> None:
+        """Take what finals say together into account."""
+        self.pooled = {pool.variant: pool.ratio for pool in found}
+
+    def note(self, m: Measurement) -> None:
+        """Take a measurement into account."""
+        if m.incumbent and not m.incumbent.startswith("sdpa."):
+            return  # timed by a kit beside a plain kernel: a hint of what to try, no ratio to compare with
+        self.counts[m.status] = self.counts.get(m.status, 0) + 1
+        if m.no_verdict:
+            return
+        if m.status == "ok":
+            self.latest[m.variant] = m
+        if m.variant.startswith("sdpa."):
+            return
+        self.trials += m.stage == "trial"
+        self.finals += m.stage == "final" and not m.disturbed
+        if m.stage == "final":
+            self.busy = m.disturbed
+        for search in self.searches:
+            with suppress(BadVariant):  # recorded by a version whose space had other values
+                variant = parse(m.variant)
+                if variant.backend == search.backend:
+                    search.tell(variant, m.ratio if m.status == "ok" else None)
+
+
+@dataclass
+class Progress:
+    """What ``watch`` sees after every step."""
+
+    tasks: list[Task]
+    doing: str
+    elapsed: float
+    budget: float
