@@ -129,8 +129,6 @@ def packed_heads_are_read_again(
         return None
     if splits > 1:
         return "splits of a head are taken by several threads, each of which would pack its own"
-    if masks.get(problem.mask).cuts_front:
-        return f"with {problem.mask}, tiles begin at different leaves of a head"
     rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
     return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
 
