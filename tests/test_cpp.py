@@ -59,7 +59,7 @@ SAMPLED = [
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32.d4", "fp32.d256@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp32.d48.v72@b1.h2.q64.k64"),
     ("cpp.blelloch.{isa}.q1.k4.v4.n16.w4.head.p8", "fp32.d64.causal@b1.h6.kv2.q64.k64"),
-    ("cpp.serial.{isa}.q2.k4.v4.n16.head", "fp32.d40.v24.causal+window@b1.h4.kv2.q64.k64"),
+    ("cpp.serial.{isa}.q2.k4.v4.n16.head", "fp32.d40.v24.causal+window@b1.h4.kv2.q64.k64.left9.right0"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32", "fp32.d64@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.c{lanes}.q4.k1.v4.n32", "fp32.d64@b1.h4.kv1.q1.k64"),
     ("cpp.blelloch.{isa}.c2.q2.k4.v4.n32.s4", "fp32.d256@b1.h4.kv2.q2.k64"),
