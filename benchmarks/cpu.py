@@ -29,13 +29,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.generate import cpp
 from elsa_tune.order import CONTIGUOUS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.tuning import measure, workload
+from elsa_tune.tuning import measure
 
 ROUNDS = 15
 SECONDS_A_PROBLEM = 8.0

@@ -19,7 +19,7 @@ from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import device, places
+from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, FolderTaken
@@ -31,7 +31,7 @@ from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
-from elsa_tune.tuning import clock, gauge, measure, offline, outcome, workload
+from elsa_tune.tuning import clock, gauge, measure, offline, outcome
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning.measure import Raced, Worker, WorkerFailed
 from elsa_tune.variant import Variant

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elsa_tune import space
+from elsa_tune import space, workload
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
@@ -22,7 +22,6 @@ from elsa_tune.parts import mask as masks
 from elsa_tune.problem import DIRECTIONS, PRECISIONS, Problem
 from elsa_tune.prove import reference
 from elsa_tune.space import Space
-from elsa_tune.tuning import workload
 
 AVX512 = Device("cpu", "amd_f26m2", "zen5", 2)
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)

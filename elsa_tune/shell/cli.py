@@ -63,10 +63,10 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
     """
+    from elsa_tune import workload as workloads
     from elsa_tune.device import detect
     from elsa_tune.shell import report
     from elsa_tune.tuning import tune as tuning
-    from elsa_tune.tuning import workload as workloads
 
     console = report.console(stderr=as_json)
     if offline:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import elsa_tune
+from elsa_tune import workload as workloads
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing, FolderTaken, KernelMissing
 from elsa_tune.generate import backends, cpp, cuda
@@ -14,7 +15,6 @@ from elsa_tune.generate.render import write
 from elsa_tune.problem import Problem
 from elsa_tune.ship import archs, export
 from elsa_tune.ship.export import LANGUAGES, Header
-from elsa_tune.tuning import workload as workloads
 from elsa_tune.variant import Variant
 
 SHORTLIST = 5

@@ -15,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from elsa_tune import places
+from elsa_tune import workload as workloads
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
 from elsa_tune.generate import backends
@@ -27,7 +28,6 @@ from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import write_lines
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, read_toml
-from elsa_tune.tuning import workload as workloads
 from elsa_tune.tuning.measure import Worker, WorkerFailed, build
 from elsa_tune.tuning.search import Search
 from elsa_tune.tuning.trial import BUILD_SECONDS

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
+from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
 from elsa_tune.generate import backends
@@ -20,7 +21,6 @@ from elsa_tune.remember.layers import known_winners, layers, refresh_all
 from elsa_tune.remember.winners import Database, listeners
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import drift
-from elsa_tune.tuning import workload as workloads
 from elsa_tune.tuning.fleet import Fleet
 from elsa_tune.tuning.measure import Contender, Worker, WorkerFailed
 from elsa_tune.tuning.outcome import Outcome, Report, least_seconds, outcome
