@@ -206,6 +206,16 @@ def find_gpus() -> Iterator[Device]:
         )
 
 
+def tf32_allowed() -> bool:
+    """Whether torch's own setting lets float32 matrix products on a GPU use TF32. Read, never written."""
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to say where its older and newer settings were mixed
+        return False
+
+
 @cache
 def opencl_devices() -> tuple[Device, ...]:
     """The OpenCL devices here, equal ones once; none where pyopencl, a platform or a driver is missing or broken."""

@@ -18,6 +18,7 @@ from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, Wr
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.parts import exp2
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
@@ -101,7 +102,7 @@ def test_every_pattern_of_a_narrow_element_is_widened_and_narrowed(dtype: str) -
     problem = Problem.parse(f"{dtype}.d64@b1.h1024.q1.k1")
     kernel, values = (
         kernel_of(here("cpp.serial.{isa}.q1.k4.v4.n16.packed"), problem),
-        _every_pattern(reference.torch_dtype(problem)),
+        _every_pattern(torch_dtype(problem)),
     )
     query = torch.zeros_like(values)
     assert torch.equal(kernel(query, query, values).nan_to_num(7.0), values.nan_to_num(7.0))

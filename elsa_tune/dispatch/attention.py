@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.device import Device, detect, of_tensor
+from elsa_tune.device import Device, detect, of_tensor, tf32_allowed
 from elsa_tune.dispatch import exactness, handovers
 from elsa_tune.dispatch.choose import Choice, choose, choose_as_exact
 from elsa_tune.dispatch.gradients import differentiable
@@ -35,7 +35,6 @@ from elsa_tune.problem import Problem
 from elsa_tune.prove import check
 from elsa_tune.remember import layers, winners
 from elsa_tune.space import Space
-from elsa_tune.tuning.clock import tf32_allowed
 from elsa_tune.variant import Variant
 
 _MOST_SHAPES = 4096

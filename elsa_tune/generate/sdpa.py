@@ -19,10 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.block_masks import block_mask
+from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import logsumexp
 from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from elsa_tune.device import Device
+from elsa_tune.device import Device, tf32_allowed
 from elsa_tune.tuning.gauge import Gauge, Reading
 
 Call = Callable[[], object]
@@ -157,16 +157,6 @@ def _loaded(work: Callable[[], object], during: Call = lambda: None) -> float:
     while time.monotonic() < end or len(found) < 4:
         found.append(_between_events(lambda: _repeat(work, many), during) / many)
     return min(found[len(found) // 2 :])
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's own setting lets float32 matrix products on a GPU use TF32. Read, never written."""
-    import torch
-
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch refuses to say where its older and newer settings were mixed
-        return False
 
 
 def gpu_peak(device: Device) -> dict[str, float]:
