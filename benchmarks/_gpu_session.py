@@ -25,7 +25,7 @@ from _gpu_lists import SHORT, candidates, checks
 from _gpu_log import Log
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate import backends, sdpa
+from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
@@ -152,7 +152,7 @@ class Session:
         start, before = time.monotonic(), self.worker.rounded()
         cold = {
             v: why
-            for v in Space.load("sdpa").variants(problem, self.device)
+            for v in lawful.variants(Space.load("sdpa"), problem, self.device)
             if (why := self.unbuilt.get(slow_start(problem, v)))
         }
         self.trials.thorough = not cold

@@ -23,7 +23,7 @@ from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, FolderTaken
-from elsa_tune.generate import backends, triton
+from elsa_tune.generate import backends, lawful, triton
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -111,7 +111,7 @@ def test_workloads_by_device() -> None:
 
 def test_torchs_kernels_on_a_gpu() -> None:
     def names(problem: str) -> list[str]:
-        return [str(v)[5:] for v in Space.load("sdpa").variants(Problem.parse(problem), H200)]
+        return [str(v)[5:] for v in lawful.variants(Space.load("sdpa"), Problem.parse(problem), H200)]
 
     assert names("fp16.d64@b1.h8.q512.k512") == ["flash", "efficient", "cudnn", "flex", "math"]
     assert names("fp32.d64@b1.h8.q512.k512") == ["efficient", "flex", "math"]

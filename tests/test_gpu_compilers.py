@@ -14,7 +14,7 @@ from launched import launched
 
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import gpu_report as _gpu_report
-from elsa_tune.generate import triton
+from elsa_tune.generate import lawful, triton
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.tuning import measure, offline
@@ -75,13 +75,13 @@ RECORDED = Path(__file__).parent / "recorded" / "gpu_resources.json"
 )
 def test_laws_say_why(variant: str, problem: str, target: str, reason: str) -> None:
     posed = Problem.parse(f"{problem}@b1.h8.q4096.k4096")
-    refused = SPACE.refusal(SPACE.parse(variant), posed, offline.target(target).device)
+    refused = lawful.refusal(SPACE.parse(variant), posed, offline.target(target).device)
     assert refused is not None and reason in refused
 
 
 def test_few_rows_and_keys_and_much_scratch_are_refused() -> None:
     def refusal(variant: str, problem: str) -> str:
-        return SPACE.refusal(SPACE.parse(variant), Problem.parse(problem), H200) or ""
+        return lawful.refusal(SPACE.parse(variant), Problem.parse(problem), H200) or ""
 
     assert "empty" in refusal("triton.serial.half.m64.n32.warps4.stages2", "fp16.d64@b1.h8.q1.k4096")
     many = "triton.blelloch.half.m16.n64.warps4.stages2.s32.two_kernels"
@@ -121,7 +121,7 @@ def test_every_target_compiles_and_no_default_spills(target: str, builders: Work
 
     def first(problem: Problem) -> Variant | None:
         """The default for a target: the first of the space's starting variants that compiles without a spill and fits."""
-        for variant in (v for v in map(SPACE.parse, SPACE.start) if SPACE.refusal(v, problem, goal.device) is None):
+        for variant in lawful.starts(SPACE, problem, goal.device):
             built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
             assert built.resources["registers"] > 0 and built.resources["loop_all"] > 0
             if problem.precision == "strict" and not built.flaw:
@@ -142,7 +142,7 @@ def test_a_sampled_space_compiles(builders: Worker) -> None:
     def compiled(target: str) -> tuple[str, int]:
         goal, rng = offline.target(target), random.Random(target)
         problem = Problem.parse(rng.choice(PROBLEMS))
-        variant = next(SPACE.variants(problem, goal.device, rng=rng))
+        variant = next(lawful.variants(SPACE, problem, goal.device, rng=rng))
         built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
         return f"{variant} for {problem} on {target}", built.resources["registers"]
 
@@ -187,7 +187,7 @@ def test_which_tiles_repeat_products(builders: Worker) -> None:
                 issued, needed = found * warps // 4, m // 64 * (64 // 16 + n // 16)
             else:  # mma: a warp takes 16 rows, 8 columns, 16 terms
                 issued, needed = found * warps, 2 * m * n * 64 // (16 * 8 * 16)
-            refused = SPACE.refusal(variant, problem, goal) or ""
+            refused = lawful.refusal(variant, problem, goal) or ""
             assert (issued > needed) == ("rows_are_computed_once" in refused), (variant, target, issued, needed)
 
 

@@ -24,7 +24,7 @@ from elsa_tune.dispatch import exactness, handovers
 from elsa_tune.dispatch.choose import Choice, choose, choose_as_exact
 from elsa_tune.dispatch.gradients import differentiable
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
 from elsa_tune.generate.render import Source
@@ -498,7 +498,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     chosen = _shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
-        variant = chosen.variant or next(Space.load("sdpa").variants(wanted, here))
+        variant = chosen.variant or next(lawful.variants(Space.load("sdpa"), wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:
         assert chosen.variant is not None

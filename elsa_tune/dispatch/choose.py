@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.errors import BadVariant
+from elsa_tune.generate import lawful
 from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import Layer
-from elsa_tune.space import Space, parse
+from elsa_tune.space import parse
 from elsa_tune.variant import Variant
 
 LARGE_ADVANTAGE = 1.3
@@ -139,4 +140,4 @@ def _refusal(winner: Winner, problem: Problem, device: Device) -> str:
         variant = parse(winner.variant)
     except BadVariant as error:
         return str(error)
-    return Space.load(variant.backend).refusal(variant, problem, device) or ""
+    return lawful.refusal(variant, problem, device) or ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from elsa_tune.generate.render import Source
-    from elsa_tune.space import Law
 
+
+Law = Callable[..., str | None]
+"""A named rule: takes axis values by name (and ``problem``, ``device`` if it asks); returns a reason to refuse, or None."""
 
 Operands = tuple[int, ...]
 """What a family takes beside its tensors: the integers of its mask, in its order."""

@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device
-from elsa_tune.generate.backends import Built, Call, Kernel, Operands
+from elsa_tune.generate.backends import Built, Call, Kernel, Law, Operands
 from elsa_tune.generate.block_masks import block_mask
 from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
@@ -27,7 +27,6 @@ from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:
     from elsa_tune.generate.render import Source
-    from elsa_tune.space import Law
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
+from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
-from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
 WORSE_THAN_BEST = 3.0
@@ -188,8 +188,8 @@ def _check_gradients(
 
 def longest(variant: Variant, problem: Problem, device: Device) -> int:
     """Keys of the long cases for a variant: as many as laws let it serve."""
-    space, keys = Space.load(variant.backend), reference.LONG
-    while keys > reference.LONG // 16 and space.refusal(variant, problem.reshaped(kv_len=keys), device):
+    keys = reference.LONG
+    while keys > reference.LONG // 16 and lawful.refusal(variant, problem.reshaped(kv_len=keys), device):
         keys //= 2
     return keys
 

@@ -18,7 +18,7 @@ from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import handovers
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
-from elsa_tune.generate import backends, cpp, triton
+from elsa_tune.generate import backends, cpp, lawful, triton
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cuda import rtc as _rtc
@@ -163,8 +163,7 @@ TINY = Problem.parse("fp32.d32@b1.h2.q48.k48")
 def launch(backend: str, here: Device) -> float:
     """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
     return its error of max|v|. Raises whatever building or launching raises."""
-    space = Space.load(backend)
-    variant = next(v for v in map(space.parse, space.start) if space.refusal(v, TINY, here) is None)
+    variant = lawful.starts(Space.load(backend), TINY, here)[0]
     kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
     inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ from elsa_tune import places
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built
 from elsa_tune.generate.cuda import wavefronts as _wavefronts
 from elsa_tune.generate.cuda.laws import Tiling
@@ -252,14 +252,14 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
             continue
         space = Space.load(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)
-        starts = [v for v in map(space.parse, space.start) if space.refusal(v, problem, device) is None]
+        starts = lawful.starts(space, problem, device)
         try:
             for variant in starts[:1]:
                 name(variant)  # needs the compiler's version
         except CompilerMissing as error:
             missing = error
             continue
-        search = Search(space, partial(space.variants, problem, device), name, seed=seed)
+        search = Search(space, partial(lawful.variants, space, problem, device), name, seed=seed)
         search.enqueue(starts)
         found.append(search)
     if missing and not found:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.generate import backends, sdpa
+from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.problem import Problem
@@ -158,7 +158,7 @@ class Trials:
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = Space.load("sdpa").variants(problem, self.device)
+        every = lawful.variants(Space.load("sdpa"), problem, self.device)
         return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:

@@ -14,7 +14,7 @@ from functools import partial
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers, refresh_all
@@ -152,15 +152,14 @@ def _searches(
             continue
         search = Search(
             space,
-            partial(space.variants, problem, device),
+            partial(lawful.variants, space, problem, device),
             partial(_digest, name, problem, device),
             sampler,
             seed,
             exhaustive,
             partial(fleet.join, problem) if fleet else None,
         )
-        starts = [space.parse(text) for text in space.start]
-        search.enqueue(v for v in starts if space.refusal(v, problem, device) is None)
+        search.enqueue(lawful.starts(space, problem, device))
         found.append(search)
     return found
 
@@ -310,7 +309,7 @@ class _Run:
 
     def is_lawful(self, variant: Variant, problem: Problem) -> bool:
         """Whether the laws allow a variant here."""
-        return Space.load(variant.backend).refusal(variant, problem, self.device) is None
+        return lawful.refusal(variant, problem, self.device) is None
 
     def refine(self) -> None:
         """Everything is known: race the least certain winners again for a few seconds."""
@@ -363,9 +362,8 @@ class _Run:
             variant = parse(spelling)
         except BadVariant:
             return
-        space = Space.load(variant.backend)
         for search in task.searches:
-            if variant.backend == search.backend and not space.refusal(variant, task.problem, self.device):
+            if variant.backend == search.backend and not lawful.refusal(variant, task.problem, self.device):
                 search.enqueue([variant])
 
     def find_incumbent(self, task: Task) -> None:
