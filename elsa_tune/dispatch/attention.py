@@ -21,8 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device, detect, of_tensor, tf32_allowed
 from elsa_tune.dispatch import exactness, handovers
-from elsa_tune.dispatch.choose import Choice, choose, choose_as_exact
-from elsa_tune.dispatch.gradients import differentiable
+from elsa_tune.dispatch.autograd import differentiable
+from elsa_tune.dispatch.ladder import Choice, choose, choose_as_exact
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate import kernel_cache as _kernel_cache
@@ -455,7 +455,7 @@ def explain(problem: Problem, device: Device) -> Choice:
 class LoadedKernel:
     """A kernel chosen for a problem: call it, and ask what it is.
 
-    ``rung`` is how it was chosen (see elsa_tune.dispatch.choose), ``error`` the measured error relative to max|v| (None if
+    ``rung`` is how it was chosen (see elsa_tune.dispatch.ladder), ``error`` the measured error relative to max|v| (None if
     it was measured for another shape or device), ``ratio`` its measured advantage over torch's SDPA.
     """
 

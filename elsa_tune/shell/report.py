@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from elsa_tune.dispatch.choose import Choice
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
+from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember.exchange import Difference
