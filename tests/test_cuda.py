@@ -15,10 +15,10 @@ import torch
 from contracts import kernels
 from emulated import launched
 
+import elsa_tune
 from elsa_tune import device as devices
 from elsa_tune import space
 from elsa_tune.device import Device
-from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.generate import backends, cuda, lawful
 from elsa_tune.generate import counters as _counters
@@ -440,7 +440,7 @@ def test_tuning_and_loading_an_opencl_device(opencl_cpu: Device, home: Path) -> 
     problem = Problem.parse("fp32.d32@b1.h2.q64.k64")
     report = tuning.tune([problem], device="opencl", budget=15)
     assert report.complete and report.outcomes[0].device == opencl_cpu
-    chosen = dispatch.load(problem, device="opencl")
+    chosen = elsa_tune.load(problem, device="opencl")
     q, k, v = (torch.randn(1, 2, 64, 32) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.allclose(chosen(q, k, v), expected, atol=2e-6)

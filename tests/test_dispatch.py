@@ -358,7 +358,7 @@ def test_a_growing_cache_does_not_grow_the_table() -> None:
     q, k, v = tensors(q_len=1, kv_len=4300)
     for n in range(1, 4300):
         elsa_tune.attention(q, k[:, :, :n], v[:, :, :n])
-    assert len(dispatch._serving) <= dispatch._MOST_SHAPES
+    assert len(dispatch._serving) <= dispatch.MOST_SHAPES
 
 
 # Choosing.

@@ -31,6 +31,7 @@ from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check
 from elsa_tune.remember import exchange, layers
 from elsa_tune.remember import settings as configuration
 from elsa_tune.remember.winners import Database
@@ -420,8 +421,8 @@ def test_an_imported_winner_is_checked_once_and_remembered(home: Path, monkeypat
         database.add([won(digest="0123456789abcdef0123")])
     dispatch.refresh()
     checks: list[str] = []
-    check_family = dispatch.check.check_family
-    monkeypatch.setattr(dispatch.check, "check_family", lambda *a, **k: checks.append("") or check_family(*a, **k))
+    check_family = check.check_family
+    monkeypatch.setattr(check, "check_family", lambda *a, **k: checks.append("") or check_family(*a, **k))
     loaded = elsa_tune.load(SMALL)
     assert str(loaded.variant) == variant_here() and len(checks) == 1
     dispatch.refresh()

@@ -20,6 +20,7 @@ from elsa_tune.dispatch import handovers
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
 from elsa_tune.generate import backends, cpp, lawful, triton
 from elsa_tune.generate import kernel_cache as _kernel_cache
+from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.problem import Problem
@@ -165,11 +166,12 @@ def launch(backend: str, here: Device) -> float:
     return its error of max|v|. Raises whatever building or launching raises."""
     variant = lawful.starts(Space.load(backend), TINY, here)[0]
     kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
+    assert isinstance(kernel, Kernel)
     inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
 
     def call() -> Tensor:
         there = inputs.to(here.torch)
-        return kernel(there.query, there.key, there.value, there.scale).cpu()  # type: ignore[no-any-return]
+        return kernel(there.query, there.key, there.value, there.scale).cpu()
 
     with ThreadPoolExecutor(1) as thread:
         found = thread.submit(call).result()

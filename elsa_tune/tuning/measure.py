@@ -27,7 +27,7 @@ import numpy as np
 
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import backends
-from elsa_tune.generate.backends import Built
+from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.tuning import clock, gauge, quiet
@@ -56,7 +56,7 @@ class Contender:
     built: Built
     device: Device
 
-    def load(self, problem: Problem) -> Any:
+    def load(self, problem: Problem) -> Kernel | Gradients:
         """Its kernel, or gradients, in this process."""
         return backends.get(self.variant.backend).load(self.built, self.variant, problem)
 
@@ -299,9 +299,10 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
     bench = _bench(problem, candidate.device)
 
     def error_of(contender: Contender) -> tuple[reference.Error, str]:
-        if problem.direction == "backward":
-            return check.gradient_error(contender.load(problem), problem, bench.inputs[0]), ""
-        out, stray = check.run(contender.load(problem), bench.inputs[0])
+        kernel = contender.load(problem)
+        if not isinstance(kernel, Kernel):
+            return check.gradient_error(kernel, problem, bench.inputs[0]), ""
+        out, stray = check.run(kernel, bench.inputs[0])
         return reference.measure_error(problem, bench.inputs[0], bench.rows, out, bench.truth), stray
 
     name, (error, stray) = str(incumbent.variant), error_of(candidate)
