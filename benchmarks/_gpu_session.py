@@ -34,9 +34,10 @@ from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import offline
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Contender, WorkerFailed
-from elsa_tune.tuning.outcome import least_seconds
+from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.limits import least_seconds
 from elsa_tune.tuning.trial import BUILD_SECONDS, Trials
+from elsa_tune.tuning.worker import WorkerFailed
 from elsa_tune.variant import Variant
 
 ROUNDS, RACE_SECONDS = 12, 1.5

@@ -36,7 +36,7 @@ from elsa_tune.generate import cpp
 from elsa_tune.order import CONTIGUOUS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.tuning import measure
+from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_PROBLEM = 8.0
@@ -264,7 +264,7 @@ def line(problem: Problem, run: dict[str, Any]) -> dict[str, Any]:
     loaded = elsa_tune.load(problem)
     peers = {}
     for name, samples in run["samples"].items():
-        found = measure.ratio(samples, ours)
+        found = race.ratio(samples, ours)
         middle = statistics.median(samples)
         peers[name] = {
             "ratio": found.median, "low": found.low, "high": found.high, "gflops": problem.flops / middle / 1e9,

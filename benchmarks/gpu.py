@@ -28,7 +28,7 @@ from _gpu_session import CLOSING, Session, write
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.remember.winners import Database
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Worker
+from elsa_tune.tuning.worker import Worker
 
 SANITIZER = 0.13
 """Share of the time that compute-sanitizer is left."""

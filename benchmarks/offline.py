@@ -23,7 +23,8 @@ from elsa_tune.device import host_cpu
 from elsa_tune.generate import lawful, triton
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import offline
-from elsa_tune.tuning.measure import Worker, WorkerFailed, build
+from elsa_tune.tuning.contender import build
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = {"m": (16, 32, 64, 128), "n": (32, 64, 128), "warps": (2, 4, 8), "stages": (1, 2, 3)}

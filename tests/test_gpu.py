@@ -31,9 +31,12 @@ from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
-from elsa_tune.tuning import clock, gauge, measure, offline, outcome
+from elsa_tune.tuning import contender as contenders
+from elsa_tune.tuning import limits, offline, race, telemetry, timing
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Raced, Worker, WorkerFailed
+from elsa_tune.tuning import worker as workers
+from elsa_tune.tuning.race import Raced
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
@@ -217,9 +220,9 @@ def _wrong() -> None:
 
 def test_a_cpu_timer_takes_calls_in_turn() -> None:
     seen: list[int] = []
-    timer = clock.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
+    timer = timing.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
     assert timer(4) > 0 and seen == [1, 2, 0, 1]
-    assert clock.gpu_state(H200) == {}, "no telemetry is no error"
+    assert limits.under_load(H200) == {}, "no telemetry is no error"
 
 
 def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +242,7 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
         CUDAGraph=object, Stream=lambda: side, current_stream=lambda: here, stream=lambda stream: nullcontext(),
         graph=lambda graph: Ending(), set_stream=streams.append,
     )  # fmt: skip
-    monkeypatch.setattr(clock, "_cuda", lambda: fake)
+    monkeypatch.setattr(timing, "_cuda", lambda: fake)
     made: list[int] = []
 
     def call() -> None:
@@ -248,8 +251,8 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
             raise ValueError("no capturing")
 
     with pytest.raises(RuntimeError, match="previous error") as told:
-        clock.timer([call, call], H200, "graph")
-    assert streams == ["capturing", here] and "no capturing" in measure._told(told.value)
+        timing.timer([call, call], H200, "graph")
+    assert streams == ["capturing", here] and "no capturing" in race._whole_story(told.value)
 
 
 class Clocked:
@@ -294,8 +297,8 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
     """The real race on a GPU that is not here: one contender cannot be captured, one cannot be launched; the others are
     timed, and the GPU is read meanwhile."""
     cuda, goal = Clocked(), replace(H200, caches=(1 << 16,), memory=1 << 30)
-    monkeypatch.setattr(clock, "_cuda", lambda: cuda)
-    monkeypatch.setattr(gauge, "_instrument", lambda goal: (lambda: {"sm_mhz": 1755.0}, 0.0))
+    monkeypatch.setattr(timing, "_cuda", lambda: cuda)
+    monkeypatch.setattr(telemetry, "_instrument", lambda goal: (lambda: {"sm_mhz": 1755.0}, 0.0))
     monkeypatch.setattr(Device, "torch", property(lambda self: "cpu"))
     problem = Problem.parse(f"fp32.d16@b1.h2.q64.k64{'.graph' if launch == 'graph' else ''}")
 
@@ -311,7 +314,7 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
         raise RuntimeError("invalid argument")
 
     plain = [contender(f"plain {i}", scaled_dot_product_attention) for i in range(2)]
-    raced = measure.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
+    raced = race.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
     assert set(raced.failed) == ({1, 2} if launch == "graph" else {2}) and "invalid argument" in raced.failed[2]
     assert raced.samples[0] and raced.samples[3] and raced.samples[2] == () and raced.reading["sm_mhz"] == 1755.0
 
@@ -320,24 +323,24 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
 
     cuda.synchronize = lost
     with pytest.raises(RuntimeError, match=r"b: RuntimeError: invalid argument; after that, CUDA error: an illegal"):
-        measure.race(problem, [contender("b", broken), plain[0]], 4, 5.0)
+        race.race(problem, [contender("b", broken), plain[0]], 4, 5.0)
 
 
 def test_a_gpu_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = iter([{"sm_mhz": 1980.0, "watts": 300.0, "throttled": 4.0}, {"sm_mhz": 1200.0, "throttled": 64.0}, {"sm_mhz": 1700.0}])  # fmt: skip
-    monkeypatch.setattr(gauge, "_instrument", lambda goal: (lambda: next(said), 0.0))
-    reading = gauge.Gauge(H200)
+    monkeypatch.setattr(telemetry, "_instrument", lambda goal: (lambda: next(said), 0.0))
+    reading = telemetry.Gauge(H200)
     for _ in range(3):
         reading.read()
     assert reading.summary() == {"sm_mhz": 1700.0, "sm_mhz_low": 1200.0, "watts": 300.0, "throttled": 68.0}
     monkeypatch.undo()
-    silent = gauge.Gauge(H200)
+    silent = telemetry.Gauge(H200)
     silent.read()
     assert silent.summary() == {}, "no telemetry is no error"
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho '1755, 2619, 655.10, [N/A], 0x0000000000000044'\n")
     program.chmod(0o755)
-    asked = gauge._ask(str(program), "uuid")
+    asked = telemetry._ask(str(program), "uuid")
     assert asked == {"sm_mhz": 1755.0, "memory_mhz": 2619.0, "watts": 655.1, "throttled": 68.0}
 
 
@@ -345,12 +348,12 @@ def test_limits_by_class() -> None:
     peaks = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
     shape = "@b1.h16.q4096.k4096"
     limits = {
-        c: outcome.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
+        c: limits.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
     }
     assert limits["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
     assert limits["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
     assert limits["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
-    assert outcome.least_seconds(Problem.parse("fp16.d64"), {}) is None
+    assert limits.least_seconds(Problem.parse("fp16.d64"), {}) is None
 
 
 # Tuning and dispatch on a GPU that is not here.
@@ -414,7 +417,7 @@ class Rehearsed:
     def do_peak(self, goal: Device) -> dict[str, float]:
         return {"fp32": 5e4, "tf32": 4e5, "fp16": 1e6, "bf16": 8e5, "gbytes": 4e3}
 
-    def do_state(self, goal: Device) -> dict[str, float]:
+    def do_under_load(self, goal: Device) -> dict[str, float]:
         return {"sm_mhz": 1980.0, "celsius": 40.0}
 
 
@@ -476,7 +479,7 @@ def test_a_backend_that_was_never_tried_starts_in_the_final() -> None:
 
 
 def test_the_doctor_starts_a_kernel_on_a_fresh_thread(here: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "build", lambda variant, problem, goal: triton.build(variant, problem, goal))
+    monkeypatch.setattr(contenders, "build", lambda variant, problem, goal: triton.build(variant, problem, goal))
     threads: list[bool] = []
     call = triton.TritonKernel.__call__
 
@@ -495,7 +498,7 @@ def test_the_doctor_says_which_launches_fail(monkeypatch: pytest.MonkeyPatch) ->
                 raise WorkerFailed("failed", "CUDA error: invalid device context")
             return 2e-7
 
-    monkeypatch.setattr(measure, "Worker", Doctored)
+    monkeypatch.setattr(workers, "Worker", Doctored)
     monkeypatch.setattr(device, "gpus", lambda: (H200,))
     found = {f.topic: f for f in doctor._launches()}
     assert set(found) == {"launch, cuda", "launch, triton"} and found["launch, triton"].good

@@ -30,7 +30,7 @@ OWNERS = {
     "sqlite3": "winners.py",
     "pydantic": "exchange.py",
     "fsspec": "exchange.py",
-    "pebble": "measure.py",
+    "pebble": "worker.py",
     "rich": "report.py",
     "archspec": "device.py",
     "cuda": "runtimes.py",
@@ -140,7 +140,7 @@ def test_dispatch_never_tunes() -> None:
         path = ROOT / f"{name.replace('.', '/')}.py"
         if path.is_file():
             pending += [n for n in imported(path) if n.startswith("elsa_tune.") and n not in reach]
-    tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "measure")}
+    tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "worker", "race")}
     assert "elsa_tune.remember.winners" in reach
     assert not reach & {*tuning, "elsa_tune.shell.report", "elsa_tune.shell.cli"}
 

@@ -23,8 +23,8 @@ from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli
 from elsa_tune.ship import archs, export, kit
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Worker
 from elsa_tune.tuning.trial import Trials
+from elsa_tune.tuning.worker import Worker
 
 ARM = pytest.mark.skipif(
     shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,

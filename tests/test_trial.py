@@ -15,12 +15,15 @@ from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
-from elsa_tune.tuning import quiet
+from elsa_tune.tuning import noise
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
-from elsa_tune.tuning.quiet import Heard
+from elsa_tune.tuning.contender import check_family, check_shape
+from elsa_tune.tuning.limits import peak, under_load
+from elsa_tune.tuning.noise import Heard
+from elsa_tune.tuning.race import Raced, race
 from elsa_tune.tuning.task import EFFORTS, Task
 from elsa_tune.tuning.trial import OutOfTime, Trials
+from elsa_tune.tuning.worker import WorkerFailed
 
 PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
 HERE = host_cpu()
@@ -50,7 +53,7 @@ def database(home: Path) -> Iterator[Database]:
 
 def said(monkeypatch: pytest.MonkeyPatch, wanted: float) -> None:
     """What is heard of others."""
-    monkeypatch.setattr(quiet.Listener, "heard", lambda self: Heard(1.0, 0.0, wanted, 0.0))
+    monkeypatch.setattr(noise.Listener, "heard", lambda self: Heard(1.0, 0.0, wanted, 0.0))
 
 
 @pytest.mark.parametrize(("wanted", "verdict"), [(0.0, True), (1.0, False)])
@@ -84,7 +87,7 @@ def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
 
     class Refusing(Hanging):
         def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
-            if job in (peak, state):
+            if job in (peak, under_load):
                 return {}
             raced = super().run(job, *arguments, timeout=timeout)
             if job is race:

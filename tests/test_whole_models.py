@@ -8,8 +8,8 @@ from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import whole_models
-from elsa_tune.tuning.outcome import Outcome
+from elsa_tune.shell import whole_models
+from elsa_tune.tuning.report import Outcome
 
 PEAKS = {"peak_gflops": 200.0, "peak_gbytes": 20.0}
 

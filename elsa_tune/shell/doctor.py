@@ -27,7 +27,8 @@ from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
 from elsa_tune.space import Space
-from elsa_tune.tuning import measure
+from elsa_tune.tuning import contender as contenders
+from elsa_tune.tuning import worker as workers
 
 PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
@@ -165,7 +166,7 @@ def launch(backend: str, here: Device) -> float:
     """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
     return its error of max|v|. Raises whatever building or launching raises."""
     variant = lawful.starts(Space.load(backend), TINY, here)[0]
-    kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
+    kernel = backends.get(backend).load(contenders.build(variant, TINY, here), variant, TINY)
     assert isinstance(kernel, Kernel)
     inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
 
@@ -188,9 +189,9 @@ def _launches() -> Iterator[Finding]:
                 continue
             topic = f"launch, {name}"
             try:
-                with measure.Worker(memory=0) as worker:
+                with workers.Worker(memory=0) as worker:
                     error = worker.run(launch, name, gpu, timeout=120.0)
-            except measure.WorkerFailed as failure:
+            except workers.WorkerFailed as failure:
                 yield Finding(topic, False, f"{gpu}: {failure.reason}", "torch's SDPA serves what these kernels would")
                 continue
             good = error < 1e-5

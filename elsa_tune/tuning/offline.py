@@ -28,9 +28,10 @@ from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import write_lines
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, read_toml
-from elsa_tune.tuning.measure import Worker, WorkerFailed, build
+from elsa_tune.tuning.contender import build
 from elsa_tune.tuning.search import Search
 from elsa_tune.tuning.trial import BUILD_SECONDS
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 MANIFEST = "manifest.jsonl"

@@ -9,7 +9,7 @@ from elsa_tune.errors import BadVariant
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
-from elsa_tune.tuning.measure import Contender
+from elsa_tune.tuning.contender import Contender
 from elsa_tune.tuning.search import Search
 
 

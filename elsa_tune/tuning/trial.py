@@ -23,22 +23,12 @@ from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space
-from elsa_tune.tuning import drift, quiet
-from elsa_tune.tuning.gauge import Reading
-from elsa_tune.tuning.measure import (
-    Contender,
-    GivenUp,
-    Raced,
-    Worker,
-    WorkerFailed,
-    build,
-    check_family,
-    check_shape,
-    peak,
-    race,
-    ratio,
-    state,
-)
+from elsa_tune.tuning import drift, noise
+from elsa_tune.tuning.contender import Contender, build, check_family, check_shape
+from elsa_tune.tuning.limits import peak, under_load
+from elsa_tune.tuning.race import Raced, race, ratio
+from elsa_tune.tuning.telemetry import Reading
+from elsa_tune.tuning.worker import GivenUp, Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 T = TypeVar("T")
@@ -198,7 +188,7 @@ class Trials:
         """Check candidates, then time them in one race with few samples, fewer for one far below the ``best`` ratio known."""
         usable = [c for c in candidates if self.usable(problem, incumbent, seconds, c)]
         limit = PATIENCE + (TRIAL_SECONDS + 20 * seconds) * (1 + len(usable))
-        with quiet.Listener() as listener:
+        with noise.Listener() as listener:
             try:
                 rounds = (TRIAL_ROUNDS, TRIAL_SECONDS * len(usable), best)
                 raced = self._race(limit, problem, [incumbent, *usable], *rounds) if usable else None
@@ -217,7 +207,7 @@ class Trials:
         key = (str(problem), candidate.built.digest)
         if key in self._shapes:
             return not self._shapes[key].reason
-        with quiet.Listener() as listener:
+        with noise.Listener() as listener:
             try:
                 verdict = self._family(problem, candidate)
                 if not verdict.reason:
@@ -249,7 +239,7 @@ class Trials:
         try:
             peaks = self._job(60.0, peak, self.device)
             self.limits = {f"peak_{name}": value for name, value in peaks.items()}
-            self.limits |= self._job(60.0, state, self.device)
+            self.limits |= self._job(60.0, under_load, self.device)
         except WorkerFailed:
             self.limits = {}
         self._limits_until = time.monotonic() + LIMITS_LAST
@@ -285,7 +275,7 @@ class Trials:
             incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)], reading=raced.reading,
         )  # fmt: skip
 
-    def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: quiet.Heard) -> None:
+    def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: noise.Heard) -> None:
         """A failure is a verdict; a time-out on a busy machine is none: it is to be tried again."""
         no_verdict = error.status == "timeout" and heard.busy
         if no_verdict:

@@ -21,12 +21,14 @@ from elsa_tune.remember.layers import known_winners, layers, refresh_all
 from elsa_tune.remember.winners import Database, listeners
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import drift
+from elsa_tune.tuning.contender import Contender
 from elsa_tune.tuning.fleet import Fleet
-from elsa_tune.tuning.measure import Contender, Worker, WorkerFailed
-from elsa_tune.tuning.outcome import Outcome, Report, least_seconds, outcome
+from elsa_tune.tuning.limits import least_seconds
+from elsa_tune.tuning.report import Outcome, Report
 from elsa_tune.tuning.search import Search
 from elsa_tune.tuning.task import EFFORTS, Effort, Progress, Task
 from elsa_tune.tuning.trial import OutOfTime, Trials
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 BUDGET = 180.0
@@ -94,7 +96,7 @@ def tune(
                 look = partial(_searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
                 tasks = [Task(p, look(p, fleet=fleet)) for p in wanted]
                 stack.enter_context(_running(database, here, effort, share, watch, notes, tasks)).tune()
-            outcomes += [outcome(database, p, here) for p in wanted]
+            outcomes += [Outcome.of(database, p, here) for p in wanted]
     for changed in listeners:
         changed()
     return Report(outcomes, time.monotonic() - start, notes)
@@ -115,7 +117,7 @@ def race(
             left = budget - (time.monotonic() - start)
             with _running(database, here, "quick", left, watch, notes, tasks) as run:
                 run.race(contested)
-            outcomes += [outcome(database, task.problem, here) for task in tasks]
+            outcomes += [Outcome.of(database, task.problem, here) for task in tasks]
     for changed in listeners:
         changed()
     return Report(outcomes, time.monotonic() - start, notes)
