@@ -32,10 +32,13 @@ from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import contender as contenders
-from elsa_tune.tuning import limits, offline, race, telemetry, timing
+from elsa_tune.tuning import final, limits, offline, race, recall, telemetry, timing, turn
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning import worker as workers
 from elsa_tune.tuning.race import Raced
+from elsa_tune.tuning.run import Run
+from elsa_tune.tuning.search import searches
+from elsa_tune.tuning.task import Task
 from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
@@ -133,12 +136,12 @@ def test_offline_ranking_is_recorded_as_candidates_and_tried_first(home: Path) -
         assert [m.variant for m in rows] == [str(c.variant) for c in ranking.best]
         assert all(m.seconds is None and m.ratio is None and "not measured" in m.reason for m in rows)
         assert database.winners() == []
-    task = tuning.Task(Problem.parse(problem), tuning._searches(Problem.parse(problem), H200, [], "local", 0, False))
-    run = tuning._Run(
-        SimpleNamespace(database=Database.for_writing(), device=H200, recorded=None), tuning.EFFORTS["quick"], 0.0, 1.0,
+    task = Task(Problem.parse(problem), searches(Problem.parse(problem), H200, [], "local", 0, False))
+    run = Run(
+        SimpleNamespace(database=Database.for_writing(), device=H200), tuning.EFFORTS["quick"], 0.0, 1.0,
         lambda progress: None, [], [task],
     )  # fmt: skip
-    run.recall(task)
+    recall.recall(run, task)
     asked = [str(v) for search in task.searches for v in search.ask(40)]
     assert {m.variant for m in rows} <= set(asked)
     with pytest.raises(BadDevice, match="use one of sm_52"):
@@ -347,12 +350,12 @@ def test_a_gpu_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_limits_by_class() -> None:
     peaks = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
     shape = "@b1.h16.q4096.k4096"
-    limits = {
+    least = {
         c: limits.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
     }
-    assert limits["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
-    assert limits["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
-    assert limits["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
+    assert least["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
+    assert least["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
+    assert least["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
     assert limits.least_seconds(Problem.parse("fp16.d64"), {}) is None
 
 
@@ -444,21 +447,21 @@ def test_tuning_a_gpu_from_end_to_end(home: Path, monkeypatch: pytest.MonkeyPatc
     assert len(set(Rehearsed.built)) <= len([m for m in rows if not m.variant.startswith("sdpa.")])
 
 
-def a_run(problem: str) -> tuple[tuning._Run, tuning.Task]:
+def a_run(problem: str) -> tuple[Run, Task]:
     """A run of one problem on the GPU that is not here, before its first turn."""
     posed = Problem.parse(problem)
-    task = tuning.Task(posed, tuning._searches(posed, H200, []))
+    task = Task(posed, searches(posed, H200, []))
     task.target = 24
-    trials = SimpleNamespace(database=None, device=H200, recorded=None)
-    return tuning._Run(trials, tuning.EFFORTS["quick"], 0.0, 1.0, lambda progress: None, [], [task]), task
+    trials = SimpleNamespace(database=None, device=H200)
+    return Run(trials, tuning.EFFORTS["quick"], 0.0, 1.0, lambda progress: None, [], [task]), task
 
 
 def test_every_turn_asks_every_backend_for_a_few() -> None:
     run, task = a_run("fp32.strict.d64@b1.h16.q1024.k1024")
-    asked = run.ask(task)
+    asked = turn.ask(run, task)
     assert [v.backend for v in asked] == ["cuda"] * 4 + ["triton"] * 4
     task.trials = 20
-    assert len(run.ask(task)) == 4, "as many as are missing"
+    assert len(turn.ask(run, task)) == 4, "as many as are missing"
 
 
 def test_a_backend_that_was_never_tried_starts_in_the_final() -> None:
@@ -467,15 +470,15 @@ def test_a_backend_that_was_never_tried_starts_in_the_final() -> None:
     starts = {
         name: [search.ask(1)[0] for search in task.searches if search.backend == name] for name in ("cuda", "triton")
     }
-    finalists = list(run.finalists(task))
+    finalists = list(final.finalists(run, task))
     assert [v.backend for v in finalists] == ["cuda"] * 2 + ["triton"] * 2
     assert not {*starts["cuda"], *starts["triton"]} & {*finalists}
     facts = {"device": str(H200), "problem": str(task.problem), "variant": str(starts["cuda"][0])}
     task.note(Measurement(**facts, status="ok", ratio=1.5, incumbent="sdpa.math"))
-    assert [v.backend for v in run.finalists(task)] == ["cuda", "triton", "triton"]
+    assert [v.backend for v in final.finalists(run, task)] == ["cuda", "triton", "triton"]
     facts["variant"] = str(starts["triton"][0])
     task.note(Measurement(**facts, status="wrong", reason="planted"))
-    assert list(run.finalists(task)) == starts["cuda"], "one that was tried and failed is not asked again"
+    assert list(final.finalists(run, task)) == starts["cuda"], "one that was tried and failed is not asked again"
 
 
 def test_the_doctor_starts_a_kernel_on_a_fresh_thread(here: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from elsa_tune.prove.check import Verdict
 from elsa_tune.space import parse
 from elsa_tune.tuning import contender as contenders
 from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.effort import Effort
 from elsa_tune.tuning.race import Raced
 from elsa_tune.tuning.worker import WorkerFailed
 from elsa_tune.variant import Variant
@@ -48,7 +49,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(tuning, "detect", lambda text: [H200])
     monkeypatch.setattr(_gpu_session, "check_command", lambda device, seconds: "40 checks, 0 bad")
     monkeypatch.setattr(_gpu_check, "sanitizer", lambda: None)
-    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=60.0, final_rounds=5))
+    monkeypatch.setitem(tuning.EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=60.0, final_rounds=5))
     Planted.faults, Planted.renewed = {}, 0
     yield gpu
 
