@@ -17,8 +17,8 @@ from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.tuning import contender as contenders
 from elsa_tune.tuning import timing
-from elsa_tune.tuning.bench import bench
 from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.workbench import workbench
 from elsa_tune.variant import Variant
 
 CALLS = 100
@@ -104,7 +104,7 @@ def launch_costs(problem: Problem, several: Sequence[Contender]) -> dict[str, fl
 
 
 def _launch_cost(problem: Problem, contender: Contender) -> float:
-    tensors = bench(problem, contender.device).inputs[0].tensors
+    tensors = workbench(problem, contender.device).inputs[0].tensors
     wait = torch.cuda.synchronize if contender.device.is_gpu else lambda: None
     kernel, rows = contender.load(problem), list[float]()
     call = kernel.bind(*tensors) if problem.direction == "forward" else kernel

@@ -68,7 +68,7 @@ CAUSAL = (
 )
 DECODE = ("fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d128@b1.h32.kv8.q1.k32768")
 LONGEST = ("fp32.d64@b1.h1.q16384.k16384", "fp32.d64.causal@b1.h1.q16384.k16384")
-DEFAULT = tuple(map(str, workload.load("default", host_cpu())))
+DEFAULT = tuple(map(str, workload.read("default", host_cpu())))
 ORDERED = tuple(p for p in DEFAULT if Problem.parse(p).order != CONTIGUOUS)
 
 GAIN = next((gain for model, gain in (("amd_f26", 2.2), ("amd_f25", 1.4)) if host_cpu().model.startswith(model)), 1.3)

@@ -621,7 +621,7 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     handovers.counts.clear()
     assert any("in 1 process:" in step for step in dispatch.explain(problem, HERE).steps), "another process's"
     found = doctor._handovers()
-    assert not found.good and "invalid device context" in found.state and str(handovers.file()) in found.remedy
+    assert not found.good and "invalid device context" in found.detail and str(handovers.file()) in found.remedy
     handovers.file().unlink()
     assert doctor._handovers().good
     for number in range(2 * handovers.MOST):

@@ -94,7 +94,7 @@ def test_a_broken_driver_is_one_line_and_never_an_exception(fresh: None, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     assert device.gpus() == () and device.detect("auto") == [host_cpu()]
     lines = [f for f in doctor.examine() if f.topic == "GPU"]
-    assert len(lines) == 1 and not lines[0].good and "insufficient" in lines[0].state and lines[0].remedy
+    assert len(lines) == 1 and not lines[0].good and "insufficient" in lines[0].detail and lines[0].remedy
     q, k, v = tensors()
     assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v))
     with pytest.raises(BadDevice, match="not on this machine"):
@@ -110,9 +110,9 @@ def test_a_graph_is_another_problem() -> None:
 
 
 def test_workloads_by_device() -> None:
-    assert workload.load("default", H200) == workload.load("gpu", H200)
-    assert workload.load("default", host_cpu()) != workload.load("gpu", host_cpu())
-    assert {p.precision for p in workload.load("gpu", H200)} >= {"fp32", "strict", "fp16", "bf16"}
+    assert workload.read("default", H200) == workload.read("gpu", H200)
+    assert workload.read("default", host_cpu()) != workload.read("gpu", host_cpu())
+    assert {p.precision for p in workload.read("gpu", H200)} >= {"fp32", "strict", "fp16", "bf16"}
 
 
 def test_torchs_kernels_on_a_gpu() -> None:
@@ -225,7 +225,7 @@ def test_a_cpu_timer_takes_calls_in_turn() -> None:
     seen: list[int] = []
     timer = timing.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
     assert timer(4) > 0 and seen == [1, 2, 0, 1]
-    assert limits.under_load(H200) == {}, "no telemetry is no error"
+    assert limits.clocks(H200) == {}, "no telemetry is no error"
 
 
 def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +420,7 @@ class Rehearsed:
     def do_peak(self, goal: Device) -> dict[str, float]:
         return {"fp32": 5e4, "tf32": 4e5, "fp16": 1e6, "bf16": 8e5, "gbytes": 4e3}
 
-    def do_under_load(self, goal: Device) -> dict[str, float]:
+    def do_clocks(self, goal: Device) -> dict[str, float]:
         return {"sm_mhz": 1980.0, "celsius": 40.0}
 
 
@@ -505,7 +505,7 @@ def test_the_doctor_says_which_launches_fail(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(device, "gpus", lambda: (H200,))
     found = {f.topic: f for f in doctor._launches()}
     assert set(found) == {"launch, cuda", "launch, triton"} and found["launch, triton"].good
-    assert "invalid device context" in found["launch, cuda"].state and not found["launch, cuda"].good
+    assert "invalid device context" in found["launch, cuda"].detail and not found["launch, cuda"].good
 
 
 @pytest.fixture

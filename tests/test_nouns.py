@@ -212,7 +212,7 @@ def test_cuda_axes_and_templates_agree_both_ways() -> None:
 
 def test_workloads() -> None:
     assert "default" in workload.names()
-    found = workload.load("default", host_cpu())
+    found = workload.read("default", host_cpu())
     assert {p.head_dim for p in found} == {64, 80, 128} and {128, 197, 512, 577, 2305} <= {p.q_len for p in found}
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
     assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 20
@@ -223,12 +223,12 @@ def test_bad_workload(content: str, tmp_path: object) -> None:
     path = tmp_path / "w.toml"  # type: ignore[operator]
     path.write_text(content)
     with pytest.raises(BadWorkload):
-        workload.load(str(path), host_cpu())
+        workload.read(str(path), host_cpu())
 
 
 def test_missing_workload() -> None:
     with pytest.raises(BadWorkload, match="default"):
-        workload.load("no-such-workload", host_cpu())
+        workload.read("no-such-workload", host_cpu())
 
 
 @pytest.mark.parametrize(

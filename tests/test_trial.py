@@ -18,7 +18,7 @@ from elsa_tune.remember.winners import Database
 from elsa_tune.tuning import noise, recall
 from elsa_tune.tuning.contender import check_family, check_shape
 from elsa_tune.tuning.effort import EFFORTS
-from elsa_tune.tuning.limits import peak, under_load
+from elsa_tune.tuning.limits import clocks, peak
 from elsa_tune.tuning.noise import Heard
 from elsa_tune.tuning.race import Raced, race
 from elsa_tune.tuning.run import Run
@@ -90,7 +90,7 @@ def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
 
     class Refusing(Hanging):
         def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
-            if job in (peak, under_load):
+            if job in (peak, clocks):
                 return {}
             raced = super().run(job, *arguments, timeout=timeout)
             if job is race:

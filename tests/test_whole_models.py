@@ -23,7 +23,7 @@ def won(problem: Problem, seconds: float, ratio: float, **peaks: float) -> Outco
 
 
 def test_every_model_poses_a_problem_of_the_default_workload() -> None:
-    assert {m.problem for m in whole_models.models()} <= set(workload.load("default", host_cpu()))
+    assert {m.problem for m in whole_models.models()} <= set(workload.read("default", host_cpu()))
 
 
 @pytest.mark.parametrize("model", whole_models.models(), ids=lambda m: m.name)

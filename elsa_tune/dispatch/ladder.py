@@ -21,7 +21,7 @@ LARGE_ADVANTAGE = 1.3
 """A relaxed answer serves only if it was measured at least this many times as fast as SDPA."""
 
 NEAR = 3.0
-"""Octaves, summed over tasks, query rows and keys, within which a shape is a neighbour."""
+"""Octaves, summed over (batch, KV head) pairs, query rows and keys, within which a shape is a neighbour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Choice:
 
 
 def distance(a: Problem, b: Problem) -> float:
-    """Octaves between two shapes: of independent tasks, of query rows that share keys, of keys; half of one for each operand
+    """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half of one for each operand
     in another memory order, one for the launch."""
     pairs = (
         (a.batch * a.kv_heads, b.batch * b.kv_heads),

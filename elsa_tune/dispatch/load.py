@@ -71,7 +71,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
         assert chosen.variant is not None
         variant = chosen.variant
         try:
-            kernel = shelf.build(chosen.problem, here, chosen)
+            kernel = shelf.obtain(chosen.problem, here, chosen)
         except ElsaTuneError as error:
             raise KernelMissing(f"{variant} cannot be built for {wanted}: {error}") from error
     if not isinstance(kernel, Kernel):

@@ -129,7 +129,7 @@ class Shelf:
             if name in self._hopeless:  # another shape asked for it meanwhile, in vain
                 return
             try:
-                ready(self.build(problem, device, chosen))
+                ready(self.obtain(problem, device, chosen))
             except Exception:
                 self._hopeless.add(name)
                 raise
@@ -142,7 +142,7 @@ class Shelf:
                 self._later(attempt)
         return loaded
 
-    def build(self, problem: Problem, device: Device, chosen: Choice) -> Kernel | Gradients:
+    def obtain(self, problem: Problem, device: Device, chosen: Choice) -> Kernel | Gradients:
         """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""
         assert chosen.variant is not None
         with lock:

@@ -72,7 +72,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
-        count = len(problems) or len(workloads.load(workload, here))
+        count = len(problems) or len(workloads.read(workload, here))
         kinds = f"{here.memory >> 30} GiB" if here.kind != "cpu" else ", ".join(here.isas)
         console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)

@@ -39,7 +39,7 @@ class Finding:
 
     topic: str
     good: bool
-    state: str
+    detail: str
     remedy: str = ""
 
 
@@ -80,8 +80,8 @@ def _version(package: str) -> str:
 
 def _device(here: Device) -> Finding:
     caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in enumerate(here.caches, 1))
-    state = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
-    return Finding("device", True, state)
+    detail = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
+    return Finding("device", True, detail)
 
 
 def _isa(here: Device) -> Finding:
@@ -118,8 +118,8 @@ def _gpus() -> Iterator[Finding]:
         )
         return
     for gpu in found:
-        state = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
-        yield Finding("GPU", True, state)
+        detail = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
+        yield Finding("GPU", True, detail)
     if not found:
         yield Finding("GPU", True, "torch can use none here")
 
@@ -134,9 +134,9 @@ def _triton() -> Finding:
 def _gpu_compilers() -> Finding:
     amd = any(gpu.kind == "hip" for gpu in device.gpus())
     found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
-    state = ", ".join(map(str, found))
+    detail = ", ".join(map(str, found))
     return Finding(
-        "CUDA C and HIP compilers", bool(found) or not device.gpus(), state or "none", "" if found else _rtc.REMEDY
+        "CUDA C and HIP compilers", bool(found) or not device.gpus(), detail or "none", "" if found else _rtc.REMEDY
     )
 
 

@@ -286,6 +286,6 @@ def print_findings(console: Console, findings: Iterable[Finding]) -> None:
     """The doctor's findings: good ones, and lacks with their remedy."""
     for f in findings:
         mark = "[green]ok[/]  " if f.good else "[red]lack[/]"
-        console.print(f"{mark} {f.topic}:", Text(f.state), highlight=False, soft_wrap=True)
+        console.print(f"{mark} {f.topic}:", Text(f.detail), highlight=False, soft_wrap=True)
         if f.remedy:
             console.print(Text(f"       {f.remedy}"), soft_wrap=True)

@@ -11,7 +11,7 @@ from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.tuning.bench import bench
+from elsa_tune.tuning.workbench import workbench
 from elsa_tune.variant import Variant
 
 
@@ -47,7 +47,7 @@ def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) ->
     """The problem at its own size, against float64 rows and the incumbent's error."""
     from elsa_tune.prove import check, reference
 
-    made = bench(problem, candidate.device)
+    made = workbench(problem, candidate.device)
 
     def error_of(contender: Contender) -> tuple[reference.Error, str]:
         kernel = contender.load(problem)

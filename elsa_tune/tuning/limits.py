@@ -40,30 +40,30 @@ def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
     return cpp.peak(seconds)
 
 
-def under_load(device: Device) -> dict[str, float]:
+def clocks(device: Device) -> dict[str, float]:
     """What the device says, while it works, of its clocks, power and temperature; nothing for a CPU."""
-    return _gpu_under_load(device) if device.is_gpu else {}
+    return _gpu_clocks(device) if device.is_gpu else {}
 
 
-def _gpu_under_load(device: Device) -> Reading:
-    """What a GPU says of itself during LOAD seconds of products (Gauge.summary); empty where it says nothing."""
+def _gpu_clocks(device: Device) -> Reading:
+    """What a GPU says of itself during SETTLED seconds of products (Gauge.summary); empty where it says nothing."""
     gauge = Gauge(device)
     with suppress(Exception):
         import torch
 
         x = torch.randn(4096, 4096, device=device.torch, dtype=torch.float16)
-        _loaded(lambda: x @ x, gauge.read)
+        _at_work(lambda: x @ x, gauge.read)
     return gauge.summary()
 
 
-LOAD = 0.25
+SETTLED = 0.25
 """Seconds of work after which clocks have settled."""
 
 
-def _loaded(work: Callable[[], object], during: Callable[[], object] = lambda: None) -> float:
-    """The least seconds of the work in a row of its kind that lasts LOAD seconds, in runs of 10 ms or one."""
+def _at_work(work: Callable[[], object], during: Callable[[], object] = lambda: None) -> float:
+    """The least seconds of the work in a row of its kind that lasts SETTLED seconds, in runs of 10 ms or one."""
     work()
-    many, found, end = max(1, round(0.01 / max(between_events(work), 1e-6))), list[float](), time.monotonic() + LOAD
+    many, found, end = max(1, round(0.01 / max(between_events(work), 1e-6))), list[float](), time.monotonic() + SETTLED
     while time.monotonic() < end or len(found) < 4:
         found.append(between_events(lambda: repeat(work, many), during) / many)
     return min(found[len(found) // 2 :])
@@ -79,7 +79,7 @@ def _gpu_peak(device: Device) -> dict[str, float]:
     n, found = 4096, dict[str, float]()
 
     def rate(work: Callable[[], object], amount: float) -> float:
-        return amount / _loaded(work) / 1e9
+        return amount / _at_work(work) / 1e9
 
     def square(dtype: Any) -> Any:
         return torch.randn(n, n, device=device.torch).to(dtype)

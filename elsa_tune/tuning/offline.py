@@ -228,7 +228,7 @@ def rank(
     """
     goal = target(device)
     here = goal.device
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
+    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, here)]
     deadline = time.monotonic() + budget
     rankings = [Ranking(problem, _searches(problem, here, seed)) for problem in dict.fromkeys(given)]
     rankings = [ranking for ranking in rankings if ranking.searches]

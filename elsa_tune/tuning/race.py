@@ -14,8 +14,8 @@ import numpy as np
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import noise, telemetry, timing
-from elsa_tune.tuning.bench import bench
 from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.workbench import workbench
 
 SAMPLE_SECONDS = 0.002
 """A sample repeats a fast call until it lasts this long."""
@@ -67,7 +67,7 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
     is taken again, for up to half as long. One that raises when it is first called, or cannot be captured in a graph, loses
     alone. Raises RuntimeError where none is left, or the GPU's context is.
     """
-    made, rng = bench(problem, contenders[0].device), random.Random(0)
+    made, rng = workbench(problem, contenders[0].device), random.Random(0)
 
     def calls(kernel: Callable[..., object]) -> list[Callable[[], object]]:
         more = {"operands": problem.operands} if problem.operands else {}

@@ -25,7 +25,7 @@ from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space
 from elsa_tune.tuning import noise
 from elsa_tune.tuning.contender import Contender, build, check_family, check_shape
-from elsa_tune.tuning.limits import peak, under_load
+from elsa_tune.tuning.limits import clocks, peak
 from elsa_tune.tuning.race import Raced, race, ratio
 from elsa_tune.tuning.record import Recorder
 from elsa_tune.tuning.worker import GivenUp, Worker, WorkerFailed
@@ -272,7 +272,7 @@ class Trials:
         try:
             peaks = self._job(60.0, peak, self.device)
             limits = {f"peak_{name}": value for name, value in peaks.items()}
-            limits |= self._job(60.0, under_load, self.device)
+            limits |= self._job(60.0, clocks, self.device)
         except WorkerFailed:
             limits = {}
         self.recorder.limits = limits

@@ -14,7 +14,7 @@ from elsa_tune.problem import Problem
 
 
 @dataclass
-class Bench:
+class Workbench:
     """Inputs of a problem in the worker, in its memory order: enough sets to outgrow the last-level cache, and the truth for
     one of them."""
 
@@ -42,31 +42,32 @@ def _write(tensors: Sequence[Any]) -> None:
         x.mul_(1.0)  # every value again, in place
 
 
-_benches: dict[tuple[Problem, Device], Bench] = {}
+_workbenches: dict[tuple[Problem, Device], Workbench] = {}
 """Those made last: shapes of a family are raced in turns, and making inputs takes longer than checking a kernel on them."""
 
 MEMORY_FOR_INPUTS = 1 / 8
 """Share of the device's memory that the inputs of several problems may take."""
 
 
-def bench(problem: Problem, device: Device) -> Bench:
+def workbench(problem: Problem, device: Device) -> Workbench:
     name = (problem, device)
-    if name in _benches:
-        _benches[name] = _benches.pop(name)
-        return _benches[name]
+    if name in _workbenches:
+        _workbenches[name] = _workbenches.pop(name)
+        return _workbenches[name]
     count = min(
         1024, math.ceil(1.25 * device.last_cache / problem.bytes) + device.is_gpu
     )  # a GPU writes nothing in between
     while (
-        _benches and count * problem.bytes + sum(b.bytes for b in _benches.values()) > MEMORY_FOR_INPUTS * device.memory
+        _workbenches
+        and count * problem.bytes + sum(b.bytes for b in _workbenches.values()) > MEMORY_FOR_INPUTS * device.memory
     ):
-        del _benches[next(iter(_benches))]
+        del _workbenches[next(iter(_workbenches))]
         gc.collect()
-    _benches[name] = _made_bench(problem, device, count)
-    return _benches[name]
+    _workbenches[name] = _made(problem, device, count)
+    return _workbenches[name]
 
 
-def _made_bench(problem: Problem, device: Device, count: int) -> Bench:
+def _made(problem: Problem, device: Device, count: int) -> Workbench:
     import torch
 
     from elsa_tune.prove import reference
@@ -77,4 +78,4 @@ def _made_bench(problem: Problem, device: Device, count: int) -> Bench:
         first = reference.with_forward(problem, first, generator)
     copies = [first.ordered(problem.orders) for _ in range(count)]
     rows = reference.sample_rows(problem, generator)
-    return Bench(problem, copies, rows, reference.attention_rows(problem, first, rows), {}, device.last_cache)
+    return Workbench(problem, copies, rows, reference.attention_rows(problem, first, rows), {}, device.last_cache)
