@@ -10,6 +10,7 @@ from elsa_tune.device import Device
 from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check, reference
 from elsa_tune.prove.check import Verdict
 from elsa_tune.tuning.workbench import workbench
 from elsa_tune.variant import Variant
@@ -36,8 +37,6 @@ def build(variant: Variant, problem: Problem, device: Device) -> Built:
 
 def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contender]) -> Verdict:
     """Hostile inputs; see elsa_tune.prove.check."""
-    from elsa_tune.prove import check
-
     kernels = [peer.load(problem) for peer in peers]
     longest = check.longest(candidate.variant, problem, candidate.device)
     return check.check_family(candidate.load(problem), problem, kernels, device=candidate.device.torch, longest=longest)
@@ -45,8 +44,6 @@ def check_family(problem: Problem, candidate: Contender, peers: Sequence[Contend
 
 def check_shape(problem: Problem, candidate: Contender, incumbent: Contender) -> Verdict:
     """The problem at its own size, against float64 rows and the incumbent's error."""
-    from elsa_tune.prove import check, reference
-
     made = workbench(problem, candidate.device)
 
     def error_of(contender: Contender) -> tuple[reference.Error, str]:

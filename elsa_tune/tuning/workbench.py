@@ -7,10 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+
+import torch
+from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.prove.reference import Inputs, Rows
 
 
 @dataclass
@@ -19,9 +23,9 @@ class Workbench:
     one of them."""
 
     problem: Problem
-    inputs: list[Any]
-    rows: Any
-    truth: Any
+    inputs: list[Inputs]
+    rows: Rows
+    truth: Tensor
     peer_errors: dict[str, float]
     last_cache: int
 
@@ -37,7 +41,7 @@ class Workbench:
         return [partial(_write, x.tensors[:many]) for x in self.inputs]
 
 
-def _write(tensors: Sequence[Any]) -> None:
+def _write(tensors: Sequence[Tensor]) -> None:
     for x in tensors:
         x.mul_(1.0)  # every value again, in place
 
@@ -68,10 +72,6 @@ def workbench(problem: Problem, device: Device) -> Workbench:
 
 
 def _made(problem: Problem, device: Device, count: int) -> Workbench:
-    import torch
-
-    from elsa_tune.prove import reference
-
     generator = torch.Generator().manual_seed(0)
     first = reference.random_inputs(problem, generator).to(device.torch)
     if problem.direction == "backward":
