@@ -273,7 +273,7 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     program = f"""
 import os, sys, torch, elsa_tune
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.tuning import tune as tuning, measure
+from elsa_tune.tuning import tune as tuning, race, worker
 from elsa_tune.prove import check
 from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl

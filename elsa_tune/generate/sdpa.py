@@ -17,17 +17,16 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device
-from elsa_tune.generate.backends import Built, Call, Kernel, Operands
+from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Law, Operands
 from elsa_tune.generate.block_masks import block_mask
+from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import logsumexp
 from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:
     from elsa_tune.generate.render import Source
-    from elsa_tune.space import Law
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -226,7 +225,7 @@ def _compiled_flex(problem: Problem) -> Callable[..., Any]:
     return torch.compile(alone, dynamic=False)
 
 
-def load(built: Built, variant: Variant, problem: Problem) -> Any:
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
     kernel: Kernel = FlexKernel(problem) if name == "flex" else SdpaKernel(BACKENDS[name], problem.mask)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from elsa_tune.generate.tensors import hidden, logsumexp, torch_dtype
 from elsa_tune.order import arranged
-from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
@@ -23,12 +23,6 @@ CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11,
 
 ROUNDS_PRODUCTS = ("tf32", "approx")
 """Classes whose products are of rounded operands, or are summed rounded; the others' are exact in float32."""
-
-
-def torch_dtype(problem: Problem) -> torch.dtype:
-    """What torch calls the problem's element."""
-    found: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +120,12 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
         key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
         logits = query @ key.T
         if problem.mask != NONE:
-            logits = logits.masked_fill(_hidden(problem, position, first, len(key)), -math.inf)
+            logits = logits.masked_fill(hidden(problem, position, first, len(key)), -math.inf)
         merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
         origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
         out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
         total = merged
     return out.cpu(), total.cpu()
-
-
-def _hidden(problem: Problem, position: Tensor, first: int, count: int) -> Tensor:
-    """Which of ``count`` keys from ``first`` on the queries at these positions [rows, 1] do not see, [rows, count]."""
-    key = torch.arange(first, first + count, device=position.device)
-    low, high = problem.seen(position)
-    hidden: Tensor = (key < low) | (key >= high)
-    return hidden
 
 
 def every_row(problem: Problem) -> Rows:
@@ -345,26 +331,6 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
     return f"the log-sum-exp errs by {float(difference[worst]):.1e}, more than {float(allowed[worst]):.1e}"
 
 
-def logsumexp(
-    query: Tensor, key: Tensor, mask: str, operands: tuple[int, ...], scale: float | None, rows: int = 256
-) -> Tensor:
-    """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
-    batch, heads, q_len, head_dim = query.shape
-    group, kv_len = heads // key.shape[1], key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    posed = Problem(head_dim=head_dim, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
-    found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
-    for first in range(0, q_len, rows):
-        some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
-        scores = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        if mask != NONE:
-            position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-            scores = scores.masked_fill(_hidden(posed, position, 0, kv_len), float("-inf"))
-        found[:, :, first : first + rows] = torch.logsumexp(scores, -1)
-    return found
-
-
 # Gradients: from the output and log-sum-exp that the forward pass saved, as every kernel computes them.
 
 
@@ -392,7 +358,7 @@ def _weights(
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
     p = torch.exp(scores - lse[b, h, at, None].to(wide))
     if problem.mask != NONE:
-        p = p.masked_fill(_hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
+        p = p.masked_fill(hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
     return p, scale
 
 

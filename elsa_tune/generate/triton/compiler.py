@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import torch_dtype
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
 """The kernel of a module that does most of the work."""
