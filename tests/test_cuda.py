@@ -21,11 +21,11 @@ from elsa_tune.device import Device
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.generate import backends, cuda
-from elsa_tune.generate import counters as _counters
 from elsa_tune.generate.backends import Kernel
-from elsa_tune.generate.counters import Counters
 from elsa_tune.generate.cuda import laws as cuda_laws
 from elsa_tune.generate.cuda import wavefronts as _wavefronts
+from elsa_tune.generate.gpu import counters as _counters
+from elsa_tune.generate.gpu.counters import Counters
 from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from elsa_tune import device as devices
 from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
@@ -17,7 +18,6 @@ from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
 from elsa_tune.remember.winners import Database
-from elsa_tune.ship import archs
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
@@ -109,7 +109,7 @@ def _of_kits(database: Database, problem: Problem, device: Device) -> list[Measu
 
 def export(problem: Problem, device: str) -> Header:
     """The best known kernel for a problem on a device as a header. Raises BadDevice, KernelMissing."""
-    goal = archs.device(device)
+    goal = devices.named(device)
     if goal.kind not in LANGUAGES:
         raise KernelMissing(f"headers are written in C++, CUDA C and OpenCL C; {goal} speaks none of them")
     for variant in best(problem, goal):

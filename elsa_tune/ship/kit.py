@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import elsa_tune
+from elsa_tune import device as devices
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing, FolderTaken, KernelMissing
 from elsa_tune.generate import backends, cpp, cuda
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.render import write
 from elsa_tune.problem import Problem
-from elsa_tune.ship import archs, export
+from elsa_tune.ship import export
 from elsa_tune.ship.export import LANGUAGES, Header
 from elsa_tune.tuning import workload as workloads
 from elsa_tune.variant import Variant
@@ -38,7 +39,7 @@ def make(
     ``problems`` are Problems or their spellings; without them the workload's. Raises BadDevice, BadProblem, BadWorkload,
     KernelMissing, FolderTaken.
     """
-    goal = archs.device(device)
+    goal = devices.named(device)
     if goal.kind not in LANGUAGES:
         raise BadDevice(f"kits are written for CUDA, OpenCL and CPUs, not for {goal}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():

@@ -14,7 +14,6 @@ from torch import Tensor
 from elsa_tune import device as devices
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.cuda import opencl as _opencl
@@ -22,6 +21,7 @@ from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
 from elsa_tune.generate.cuda.laws import LAWS, Tiling
 from elsa_tune.generate.cuda.runtimes import Launch, Runtime
+from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous

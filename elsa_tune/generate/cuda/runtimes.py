@@ -13,8 +13,8 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate.counters import Counters
 from elsa_tune.generate.cuda import rocm as _rocm
+from elsa_tune.generate.gpu.counters import Counters
 
 DEVICE_FILE = "device"
 """Beside an OpenCL kernel: the device it was built for."""

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed
-from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
-from elsa_tune.generate.counters import cleared
+from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu.counters import cleared
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
-from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.problem import Problem
 from elsa_tune.prove.reference import torch_dtype
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
-from elsa_tune.generate.block_masks import block_mask
+from elsa_tune.generate.sdpa.block_masks import block_mask
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
