@@ -92,9 +92,8 @@ class GivenUp(WorkerFailed):
 
 def _start_worker(memory: int) -> None:
     """First thing in a new worker: its parent, the fork server, loads code and never computes."""
-    from elsa_tune.generate import cpp
-
-    cpp.Pool.parent_never_computed()
+    for name in backends.names():
+        backends.get(name).begin_worker()
     try:
         import resource
 
@@ -437,11 +436,8 @@ def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
     nothing for an OpenCL device. A GPU is kept busy for longer than ``seconds``, until its clocks have settled."""
     if device.is_gpu:
         return clock.gpu_peak(device)
-    if device.kind != "cpu":
-        return {}
-    from elsa_tune.generate import cpp
-
-    return cpp.peak(seconds)
+    found = [backends.get(name).peak(device, seconds) for name in backends.names()]
+    return {limit: value for peaks in found for limit, value in peaks.items()}
 
 
 def state(device: Device) -> dict[str, float]:

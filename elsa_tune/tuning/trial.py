@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.generate import backends, sdpa
+from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.problem import Problem
@@ -158,8 +158,8 @@ class Trials:
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = Space.load("sdpa").variants(problem, self.device)
-        return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
+        every = (v for name in backends.rivals() for v in Space.load(name).variants(problem, self.device))
+        return [self.contender(v, problem) for v in every if slow or not backends.get(v.backend).slow_to_start(v)]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
         """Compile side by side until the deadline; what fails or has a flaw is recorded and left out."""
@@ -270,7 +270,11 @@ class Trials:
 
     def versions(self, backend: str) -> dict[str, str]:
         """The software that a measurement of a backend depends on."""
-        return {**backends.get("sdpa").toolchain(), **backends.get(backend).toolchain(self.device)}
+        incumbents = [backends.get(name).toolchain() for name in backends.rivals()]
+        return {
+            **{k: v for found in incumbents for k, v in found.items()},
+            **backends.get(backend).toolchain(self.device),
+        }
 
     # Recording.
 

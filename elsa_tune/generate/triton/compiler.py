@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import torch_dtype
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
 """The kernel of a module that does most of the work."""
@@ -64,8 +64,10 @@ def _driver_of(device: Device) -> Iterator[None]:
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """What the launcher of a module takes, for tensors of the problem's shape that have no memory."""
 
+    dtype: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
+
     def rows(heads: int, length: int, dim: int) -> Tensor:
-        return torch.empty(problem.batch, heads, length, dim, dtype=torch_dtype(problem), device="meta")
+        return torch.empty(problem.batch, heads, length, dim, dtype=dtype, device="meta")
 
     query = rows(problem.heads, problem.q_len, problem.head_dim)
     key = rows(problem.kv_heads, problem.kv_len, problem.head_dim)
