@@ -33,7 +33,7 @@ OWNERS = {
     "pebble": "measure.py",
     "rich": "report.py",
     "archspec": "device.py",
-    "cuda": "runtimes.py",
+    "cuda": "drivers.py",
 }
 
 
@@ -60,6 +60,28 @@ def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
         ours = {n for n in imported(ROOT / "elsa_tune" / f"{noun}.py") if n.startswith("elsa_tune")}
         allowed = ("elsa_tune.errors", "elsa_tune.order", "elsa_tune.parts")
         assert all(n.startswith(allowed) for n in ours), (noun, ours)
+
+
+def compared(path: Path) -> set[str]:
+    """The words that a file compares anything but a device's kind or a dialect with."""
+    words: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asked = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+            if not asked & {"kind", "dialect"}:
+                words |= {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
+    return words
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_only_a_backend_knows_itself(name: str) -> None:
+    """No other file imports it or compares anything with its name: the Backend protocol is asked."""
+    own = ROOT / "elsa_tune" / "generate" / name
+    for path in SOURCES:
+        if own not in path.parents:
+            of_it = {n for n in imported(path) if f"{n}.".startswith(f"elsa_tune.generate.{name}.")}
+            assert not of_it and name not in compared(path), path
 
 
 def test_dispatch_never_tunes() -> None:

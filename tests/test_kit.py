@@ -146,7 +146,8 @@ def test_a_header_in_a_program_of_its_own(tmp_path: Path, home: Path) -> None:
     """The winner of a problem, exported, compiled into an example without Python, agrees with torch."""
     invoke("export", "fp32.d64@b1.h2.kv1.q5.k7", "-o", str(tmp_path / "attention_d64.h"))
     (tmp_path / "example.cpp").write_text(PROGRAM)
-    flags = export.compile_flags(export.best(Problem.parse("fp32.d64"), host_cpu())[0])
+    problem = Problem.parse("fp32.d64")
+    flags = export.header(export.best(problem, host_cpu())[0], problem).kernel.flags
     command = [
         "g++",
         *flags,

@@ -1,5 +1,8 @@
-"""torch's OpenMP pool: generated code starts its threads through GOMP_parallel of the runtime that torch loaded, so that there is
-one pool and no second runtime is ever linked."""
+"""torch's OpenMP pool, in which kernels compute.
+
+Generated code starts its threads through GOMP_parallel of the runtime that torch loaded, so that there is one pool and no second
+runtime is ever linked.
+"""
 
 from __future__ import annotations
 
