@@ -35,7 +35,9 @@ _COMMENTS = {
     "py": re.compile(r'^\s*""".*?"""$|#[^\n]*', re.M | re.S),
 }
 """What may change without changing what is computed, by language."""
-_BREAKS = {suffix: re.compile(rf"{mark}\n[ \t]*") for suffix, mark in (("cpp", "//"), ("cu", "//"), ("cl", "//"), ("py", "#"))}
+_BREAKS = {
+    suffix: re.compile(rf"{mark}\n[ \t]*") for suffix, mark in (("cpp", "//"), ("cu", "//"), ("cl", "//"), ("py", "#"))
+}
 
 
 def powers(n: int) -> list[int]:
