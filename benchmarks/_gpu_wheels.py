@@ -31,7 +31,7 @@ IMPORTED = (
     "elsa_tune.tuning.tune",
     "elsa_tune.shell.doctor",
     "elsa_tune.shell.cli",
-    "elsa_tune.remember.exchange",
+    "elsa_tune.remember.foreign",
     "pebble",
     "archspec.cpu",
 )

@@ -25,7 +25,7 @@ from typing import Any
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.space import parse
 from elsa_tune.tuning import measure
 from elsa_tune.tuning.measure import Contender, Ratio, Worker

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import exchange, layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import foreign, layers
+from elsa_tune.remember.database import Database
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = """# Devices that winners are shipped for
@@ -51,11 +51,11 @@ def main() -> None:
     refused: Counter[str] = Counter()
     found: list[Measurement] = []
     for source in options.exports:
-        with exchange.fetched(source) as path:
-            found += exchange.read(path, refused)
+        with foreign.fetched(source) as path:
+            found += foreign.read(path, refused)
     for device, winners in shipped(found).items():
         name = f"{device.replace(':', '-', 1)}.jsonl"
-        exchange.write(winners, options.into / "cache" / name)
+        foreign.write(winners, options.into / "cache" / name)
         print(f"cache/{name}: {len(winners)} winners")
     for reason, count in refused.items():
         print(f"left out {count}: {reason}")

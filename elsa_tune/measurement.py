@@ -102,7 +102,7 @@ class Measurement:
 
     @classmethod
     def from_line(cls, line: str) -> Measurement:
-        """The measurement that ``line`` wrote; foreign lines are read by elsa_tune.remember.exchange."""
+        """The measurement that ``line`` wrote; foreign lines are read by elsa_tune.remember.foreign."""
         return cls(**json.loads(line))
 
 

@@ -27,7 +27,7 @@ from elsa_tune.generate import cpp
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import doctor
 
 HERE = host_cpu()

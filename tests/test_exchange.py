@@ -31,9 +31,9 @@ from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import exchange, layers
+from elsa_tune.remember import foreign, layers
 from elsa_tune.remember import settings as configuration
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
 from elsa_tune.space import Space
 from elsa_tune.tuning import drift
@@ -77,7 +77,7 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 @settings(patient, max_examples=200)
 def test_what_is_written_is_read_back_everywhere(rows: list[Measurement]) -> None:
     assert [Measurement.from_line(m.line) for m in rows] == rows
-    assert [exchange.sound(m.line) for m in rows] == rows
+    assert [foreign.sound(m.line) for m in rows] == rows
     database = Database.in_memory(rows, "test")
     assert {m.line for m in database} == {m.line for m in rows} and not database.damaged()
 
@@ -92,11 +92,11 @@ def test_merging_is_idempotent_commutative_and_associative(
 
     def merged(*names: str) -> bytes:
         target = "".join(("m", *names))
-        exchange.merge([str(file(name)) for name in names], file(target))
+        foreign.merge([str(file(name)) for name in names], file(target))
         return file(target).read_bytes()
 
     for name, rows in (("a", a), ("b", b), ("c", c)):
-        exchange.write(rows, file(name))
+        foreign.write(rows, file(name))
     assert merged("a", "a") == file("a").read_bytes()
     assert merged("a", "b") == merged("b", "a")
     merged("b", "c")
@@ -117,7 +117,7 @@ def test_importing_is_merging(a: list[Measurement], b: list[Measurement]) -> Non
 def test_any_bytes_are_counted_never_believed(content: bytes) -> None:
     line = content.decode(errors="replace").replace("\n", " ")
     with pytest.raises(ValueError):
-        exchange.sound(line)
+        foreign.sound(line)
 
 
 @given(measurements(), st.data())
@@ -132,12 +132,12 @@ def test_a_changed_line_is_refused_or_sound(m: Measurement, data: st.DataObject)
     name = data.draw(st.sampled_from(sorted(Measurement.__dataclass_fields__)) | st.text(max_size=10))
     content[name] = data.draw(junk)
     try:
-        read = exchange.sound(json.dumps(content))
+        read = foreign.sound(json.dumps(content))
     except ValueError as error:
         assert len(str(error)) <= 200 and str(error).isprintable()
         return
     assert read.status in STATUSES and str(Problem.parse(read.problem)) == read.problem and read.variant in VARIANTS
-    assert exchange.sound(read.line) == read
+    assert foreign.sound(read.line) == read
     assert next(iter(Database.in_memory([read], "test"))) == read
 
 
@@ -205,17 +205,17 @@ def test_bombs_are_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     endless.write_bytes(gzip.compress(b"[" * 200_000_000, 1))
     start = time.monotonic()
     with pytest.raises(BadMeasurements, match="endless"):
-        exchange.import_from(str(endless), Database.in_memory([], "test"))
+        foreign.import_from(str(endless), Database.in_memory([], "test"))
     assert time.monotonic() - start < 5  # the line is never read whole
-    monkeypatch.setattr(exchange, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(foreign, "MOST_BYTES", 1 << 20)
     many = tmp_path / "lines.jsonl.gz"
     many.write_bytes(gzip.compress(b"\n" * 3_000_000))
     with pytest.raises(BadMeasurements, match="unpacked"):
-        exchange.import_from(str(many), Database.in_memory([], "test"))
+        foreign.import_from(str(many), Database.in_memory([], "test"))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(made(1).line.encode() * 100)[:-20])
     with pytest.raises(BadMeasurements):
-        exchange.import_from(str(cut), Database.in_memory([], "test"))
+        foreign.import_from(str(cut), Database.in_memory([], "test"))
 
 
 def test_a_database_from_elsewhere_is_foreign_too(tmp_path: Path) -> None:
@@ -224,11 +224,11 @@ def test_a_database_from_elsewhere_is_foreign_too(tmp_path: Path) -> None:
         theirs.record(made(1))
         theirs.record(replace(made(2), variant="cpp; rm -rf /"))
     mine = Database.in_memory([], "test")
-    found = exchange.import_from(str(tmp_path / "theirs.db"), mine)
+    found = foreign.import_from(str(tmp_path / "theirs.db"), mine)
     assert (found.sound, sum(found.refused.values())) == (1, 1) and mine.measurements(local=True) == []
     (tmp_path / "other.db").write_bytes((tmp_path / "theirs.db").read_bytes()[:5000])
     with pytest.raises((BadMeasurements, elsa_tune.errors.DatabaseUnusable)):
-        exchange.import_from(str(tmp_path / "other.db"), mine)
+        foreign.import_from(str(tmp_path / "other.db"), mine)
 
 
 def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
     other = replace(
         made(3), ratio=4.0, ratio_low=3.9, ratio_high=4.1, created=99.0, variant="cpp.serial.avx512.l16.q3.k8.v8.n96"
     )
-    exchange.write([other], two)
+    foreign.write([other], two)
     told = run("diff", one, two, code=1)
     assert "0 measurements in both, 5 only in the first, 1 only in the second" in told and other.variant in told
     assert "6 measurements, of 6 read" in run("merge", one, two, "-o", tmp_path / "both.jsonl")
@@ -298,22 +298,22 @@ def test_signed_exports(home: Path, tmp_path: Path, keys: tuple[Path, Path]) -> 
     assert done.exit_code == 0 and (tmp_path / "out.jsonl.sig").exists(), done.output
     target = Database.in_memory([], "test")
     trust(home, ours, theirs)
-    assert exchange.import_from(str(file), target).new == 1
+    assert foreign.import_from(str(file), target).new == 1
     trust(home, theirs)
     with pytest.raises(NotTrusted, match="not signed by anyone"):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     trust(home, ours)
     file.write_text(file.read_text() + made(2).line + "\n")
     with pytest.raises(NotTrusted):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     with pytest.raises(NotTrusted):
-        exchange.merge([str(file)], tmp_path / "merged.jsonl")
+        foreign.merge([str(file)], tmp_path / "merged.jsonl")
     (tmp_path / "out.jsonl.sig").unlink()
     with pytest.raises(NotTrusted, match="ask for its"):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     assert len(target) == 1
     with pytest.raises(NotTrusted, match="cannot be signed"):
-        exchange.sign(file, tmp_path / "no key")
+        foreign.sign(file, tmp_path / "no key")
 
 
 # Layers.
@@ -359,8 +359,8 @@ def test_a_team_serves_through_files_and_addresses(
     home: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = tmp_path / "www" / "near.jsonl", tmp_path / "www" / "far.jsonl.gz"
-    exchange.write([won()], near)
-    exchange.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
+    foreign.write([won()], near)
+    foreign.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
     monkeypatch.setenv("ELSA_TUNE_DB", f"{near}; {server}/far.jsonl.gz")
     assert [x.database for x in layers.layers() if x.name == "team"] == [None, None]
     dispatch.explain(Problem.parse(SMALL), HERE)  # reads them beside its work
@@ -371,7 +371,7 @@ def test_a_team_serves_through_files_and_addresses(
         "order"
     )
     assert dispatch.explain(Problem.parse("fp32.d16@b1.h2.q777.k777"), HERE).rung == "exact"
-    exchange.write([won(ratio=2.5)], near)
+    foreign.write([won(ratio=2.5)], near)
     os.utime(near, (time.time() + 5, time.time() + 5))
     assert layers.stale() == [str(near)] and layers.refresh_all() == []
     dispatch.refresh()
@@ -392,7 +392,7 @@ def test_a_team_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
     (tmp_path / "shared").mkdir()
-    exchange.write([won()], tmp_path / "shared" / "team.jsonl")
+    foreign.write([won()], tmp_path / "shared" / "team.jsonl")
     monkeypatch.setenv("ELSA_TUNE_DB", str(tmp_path / "shared" / "team.jsonl"))
     monkeypatch.setattr(layers, "_kept", {})
     assert layers.refresh_all() == [] and layers.stale() == []
@@ -546,4 +546,4 @@ def test_refused_reasons_are_counted_together(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps({**BASE, "status": "won"}) + "\n" for _ in range(7)))
     refused: Counter[str] = Counter()
-    assert list(exchange.read(file, refused)) == [] and list(refused.values()) == [7]
+    assert list(foreign.read(file, refused)) == [] and list(refused.values()) == [7]

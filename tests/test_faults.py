@@ -25,8 +25,9 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import exchange, layers, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import database as databases
+from elsa_tune.remember import foreign, layers
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning import tune as tuning
 
 KILLS = 200
@@ -72,7 +73,7 @@ def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if places.database().exists():
-            assert winners.verify().damaged == 0
+            assert databases.verify().damaged == 0
             with Database.for_reading(places.database()) as database:
                 assert len(database) >= before
                 before = len(database)
@@ -105,7 +106,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
                 assert {w.measurement.id for w in database.winners()} <= rows.keys()
         except (DatabaseUnusable, sqlite3.DatabaseError):
             pass
-        health = winners.verify(path)
+        health = databases.verify(path)
         with Database.for_reading(path) as database:
             kept = list(database)
             assert len(kept) == health.sound
@@ -126,7 +127,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from victim import made
-from elsa_tune.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.errors import DatabaseUnusable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Database.for_writing(Path({str(tmp_path / "measurements.db")!r})) as database:
@@ -184,7 +185,7 @@ def test_forty_processes_read_during_a_tune(home: Path) -> None:
     program = f"""
 import os, sys, time
 from pathlib import Path
-from elsa_tune.winners import Database
+from elsa_tune.remember.database import Database
 path, done = Path({str(places.database())!r}), Path({str(home / "done")!r})
 for number in range({READERS}):
     if not os.fork():
@@ -215,7 +216,7 @@ print(*statuses)
 def test_a_clock_that_jumps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last measurement is the newest, whatever the clock said."""
     times = iter([2e9, 1.7e9, 1.8e9, 0.0])
-    monkeypatch.setattr(winners.time, "time", lambda: next(times))
+    monkeypatch.setattr(databases.time, "time", lambda: next(times))
     seen = []
     for _ in range(2):
         with Database.for_writing() as database:
@@ -312,7 +313,7 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
         before = writer.installation
         with monkeypatch.context() as patch:
             patch.setattr(Database, "damaged", lambda self: [1])
-            assert winners.verify().aside
+            assert databases.verify().aside
         writer.record(made(1))
         writer.note("name", "value")
         writer.add(map(made, range(2, 5)))
@@ -324,15 +325,15 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
 
 def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.jsonl"
-    exchange.write([made(1)], target)
+    foreign.write([made(1)], target)
     before = target.read_bytes()
 
     def fail(self: Path, data: bytes) -> int:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(exchange.FolderTaken, match="no space left"):
-        exchange.write(map(made, range(3)), target)
+    with pytest.raises(foreign.FolderTaken, match="no space left"):
+        foreign.write(map(made, range(3)), target)
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 

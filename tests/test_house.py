@@ -27,9 +27,9 @@ NOUNS = {"problem", "device", "variant", "measurement", "errors"}
 OWNERS = {
     "jinja2": "render.py",
     "optuna": {"search.py", "fleet.py"},  # its samplers, its storages
-    "sqlite3": "winners.py",
-    "pydantic": "exchange.py",
-    "fsspec": "exchange.py",
+    "sqlite3": "database.py",
+    "pydantic": "foreign.py",
+    "fsspec": "foreign.py",
     "pebble": "measure.py",
     "rich": "report.py",
     "archspec": "device.py",
@@ -71,7 +71,7 @@ def test_dispatch_never_tunes() -> None:
         if path.is_file():
             pending += [n for n in imported(path) if n.startswith("elsa_tune.") and n not in reach]
     tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "measure")}
-    assert "elsa_tune.remember.winners" in reach
+    assert "elsa_tune.remember.database" in reach
     assert not reach & {*tuning, "elsa_tune.shell.report", "elsa_tune.shell.cli"}
 
 

@@ -12,7 +12,7 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
 from elsa_tune.remember import layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
 CACHE = Path(__file__).resolve().parent.parent / "cache"

@@ -15,8 +15,9 @@ from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import layers, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import database as databases
+from elsa_tune.remember import layers
+from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 PROBLEM = "fp32.d64@b1.h8.q1024.k1024"
@@ -213,10 +214,10 @@ def test_a_writer_waits_for_a_lock_that_sqlite_does_not_wait_for(home: Path, mon
     holder = sqlite3.connect(places.database(), check_same_thread=False)
     holder.execute("CREATE TABLE another (x)")
     holder.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(winners, "PATIENCE", 0.0)
+    monkeypatch.setattr(databases, "PATIENCE", 0.0)
     with pytest.raises(DatabaseUnusable, match="locked"):
         Database.for_writing()
-    monkeypatch.setattr(winners, "PATIENCE", 30.0)
+    monkeypatch.setattr(databases, "PATIENCE", 30.0)
     release = threading.Timer(0.3, holder.rollback)
     release.start()
     _recorded(1)
@@ -308,7 +309,7 @@ def test_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_network_file_systems_get_no_write_ahead_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winners, "_on_network", lambda path: True)
+    monkeypatch.setattr(databases, "_on_network", lambda path: True)
     _recorded()
     with sqlite3.connect(places.database()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"

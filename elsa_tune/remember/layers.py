@@ -16,7 +16,7 @@ from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusabl
 from elsa_tune.measurement import Evidence, Measurement, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember import settings
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 
 REFRESH_SECONDS = 24 * 3600.0
 """How old a copy of a remote database may grow before it is fetched again."""
@@ -161,7 +161,7 @@ def refresh(source: str) -> None:
 
     Raises BadMeasurements, NotTrusted, CompilerMissing's kin for a missing library: whatever reading it raises.
     """
-    from elsa_tune.remember import exchange  # pydantic is for foreign lines only
+    from elsa_tune.remember import foreign  # pydantic is for foreign lines only
 
     started = time.time()
     copy = _copy_of(source)
@@ -169,13 +169,13 @@ def refresh(source: str) -> None:
     try:
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with Database.for_writing(work) as database:
-            exchange.import_from(source, database)
+            foreign.import_from(source, database)
             database.pack()
         os.utime(work, (started, started))
         work.replace(copy)
     except (DatabaseUnusable, OSError):
         memory = Database.in_memory([], source)
-        exchange.import_from(source, memory)
+        foreign.import_from(source, memory)
         _kept[source] = memory
     finally:
         for left in copy.parent.glob(f"{work.name}*") if copy.parent.is_dir() else ():

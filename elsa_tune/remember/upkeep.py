@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elsa_tune import places
+from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import layers
-from elsa_tune.remember.winners import Database
 
 RECENT = 3600.0
 """Seconds for which a kernel stays, whatever names it: somebody may be about to time it."""

@@ -18,7 +18,7 @@ from elsa_tune.dispatch.choose import Choice
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember.exchange import Difference
+from elsa_tune.remember.foreign import Difference
 from elsa_tune.shell.doctor import Finding
 from elsa_tune.tuning import whole_models
 from elsa_tune.tuning.fleet import Member

@@ -15,8 +15,8 @@ from elsa_tune.generate.render import write
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
+from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import known_winners, layers
-from elsa_tune.remember.winners import Database
 from elsa_tune.ship import archs
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence, Measurement
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 
 CANARIES = 3
 """Winners timed again after a change; the others only if one of these has moved."""

@@ -24,8 +24,8 @@ from elsa_tune.generate.cuda.laws import Tiling
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
+from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import write_lines
-from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, read_toml
 from elsa_tune.tuning import workload as workloads
 from elsa_tune.tuning.measure import Worker, WorkerFailed, build

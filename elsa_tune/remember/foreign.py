@@ -26,8 +26,8 @@ from elsa_tune.errors import BadMeasurements, ElsaTuneError, FolderTaken, NotTru
 from elsa_tune.measurement import STAGES, STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import settings
+from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import place_of, sorted_lines
-from elsa_tune.remember.winners import Database
 
 SCHEMES = ("s3", "gs", "hf", "https", "http")
 """Where remote files may lie; what opens them comes with the extras ``remote``, ``s3``, ``gs`` and ``hf``."""
