@@ -29,7 +29,6 @@ from elsa_tune.generate import backends, sdpa
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.remember import layers
 from elsa_tune.remember.database import Database
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import offline
@@ -308,5 +307,5 @@ def write(session: Session, out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str))
     winners = [w.measurement for w in session.database.winners(device=device) if w.ratio_low > 1]
     kept = [m for m in winners if m.error is not None and not m.variant.startswith("sdpa.")]
-    layers.write_lines(kept, out / f"{name}.jsonl")
-    layers.write_lines(session.database.measurements(device=device), out / f"{name}.trials.jsonl")
+    lines.write(kept, out / f"{name}.jsonl")
+    lines.write(session.database.measurements(device=device), out / f"{name}.trials.jsonl")

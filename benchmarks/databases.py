@@ -22,7 +22,7 @@ from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import database as databases
-from elsa_tune.remember import foreign
+from elsa_tune.remember import foreign, lines
 from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
@@ -108,10 +108,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number in (1, 2):
-            foreign.write(invented(options.count, number), folder / f"{number}.jsonl")
+            lines.write(invented(options.count, number), folder / f"{number}.jsonl")
         with Database.for_writing(folder / "one.db") as database:
             found["import_seconds"] = timed(lambda: foreign.import_from(str(folder / "1.jsonl"), database))
-            found["export_seconds"] = timed(lambda: foreign.write(database, folder / "again.jsonl"))
+            found["export_seconds"] = timed(lambda: lines.write(database, folder / "again.jsonl"))
             assert (folder / "again.jsonl").read_bytes() == (folder / "1.jsonl").read_bytes()
             database.pack()
             found["bytes_each"] = (folder / "one.db").stat().st_size / len(database)

@@ -6,11 +6,9 @@ import hashlib
 import inspect
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 from elsa_tune import places
@@ -19,20 +17,8 @@ from elsa_tune.errors import BadVariant
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Value, Variant
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Law = Callable[..., str | None]
 """A named rule: takes axis values by name (and ``problem``, ``device`` if it asks); returns a reason to refuse, or None."""
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """One TOML file."""
-    with path.open("rb") as file:
-        content: dict[str, Any] = tomllib.load(file)
-        return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +158,7 @@ def _load(backend: str) -> Space:
     path = places.data("search_spaces") / f"{backend}.toml"
     if not re.fullmatch(r"[a-z_]+", backend) or not path.is_file():
         raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(backends.names())}")
-    content = read_toml(path)
+    content = places.read_toml(path)
     axes = tuple(
         Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
     )

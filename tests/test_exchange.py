@@ -31,7 +31,7 @@ from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import foreign, layers
+from elsa_tune.remember import foreign, layers, lines, signatures
 from elsa_tune.remember import settings as configuration
 from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
@@ -96,7 +96,7 @@ def test_merging_is_idempotent_commutative_and_associative(
         return file(target).read_bytes()
 
     for name, rows in (("a", a), ("b", b), ("c", c)):
-        foreign.write(rows, file(name))
+        lines.write(rows, file(name))
     assert merged("a", "a") == file("a").read_bytes()
     assert merged("a", "b") == merged("b", "a")
     merged("b", "c")
@@ -109,7 +109,7 @@ def test_merging_is_idempotent_commutative_and_associative(
 def test_importing_is_merging(a: list[Measurement], b: list[Measurement]) -> None:
     both = Database.in_memory(a, "test")
     assert both.add(b) == len({m.id for m in b} - {m.id for m in a}) and both.add(a) == 0
-    assert layers.sorted_lines(both) == layers.sorted_lines([*b, *a])
+    assert lines.sorted_lines(both) == lines.sorted_lines([*b, *a])
 
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
@@ -252,7 +252,7 @@ def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
     other = replace(
         made(3), ratio=4.0, ratio_low=3.9, ratio_high=4.1, created=99.0, variant="cpp.serial.avx512.l16.q3.k8.v8.n96"
     )
-    foreign.write([other], two)
+    lines.write([other], two)
     told = run("diff", one, two, code=1)
     assert "0 measurements in both, 5 only in the first, 1 only in the second" in told and other.variant in told
     assert "6 measurements, of 6 read" in run("merge", one, two, "-o", tmp_path / "both.jsonl")
@@ -313,7 +313,7 @@ def test_signed_exports(home: Path, tmp_path: Path, keys: tuple[Path, Path]) -> 
         foreign.import_from(str(file), target)
     assert len(target) == 1
     with pytest.raises(NotTrusted, match="cannot be signed"):
-        foreign.sign(file, tmp_path / "no key")
+        signatures.sign(file, tmp_path / "no key")
 
 
 # Layers.
@@ -359,8 +359,8 @@ def test_a_team_serves_through_files_and_addresses(
     home: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = tmp_path / "www" / "near.jsonl", tmp_path / "www" / "far.jsonl.gz"
-    foreign.write([won()], near)
-    foreign.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
+    lines.write([won()], near)
+    lines.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
     monkeypatch.setenv("ELSA_TUNE_DB", f"{near}; {server}/far.jsonl.gz")
     assert [x.database for x in layers.layers() if x.name == "team"] == [None, None]
     dispatch.explain(Problem.parse(SMALL), HERE)  # reads them beside its work
@@ -371,7 +371,7 @@ def test_a_team_serves_through_files_and_addresses(
         "order"
     )
     assert dispatch.explain(Problem.parse("fp32.d16@b1.h2.q777.k777"), HERE).rung == "exact"
-    foreign.write([won(ratio=2.5)], near)
+    lines.write([won(ratio=2.5)], near)
     os.utime(near, (time.time() + 5, time.time() + 5))
     assert layers.stale() == [str(near)] and layers.refresh_all() == []
     dispatch.refresh()
@@ -392,7 +392,7 @@ def test_a_team_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
     (tmp_path / "shared").mkdir()
-    foreign.write([won()], tmp_path / "shared" / "team.jsonl")
+    lines.write([won()], tmp_path / "shared" / "team.jsonl")
     monkeypatch.setenv("ELSA_TUNE_DB", str(tmp_path / "shared" / "team.jsonl"))
     monkeypatch.setattr(layers, "_kept", {})
     assert layers.refresh_all() == [] and layers.stale() == []

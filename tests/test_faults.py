@@ -22,11 +22,11 @@ from victim import DEVICE, made
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.errors import DatabaseUnusable
+from elsa_tune.errors import DatabaseUnusable, FolderTaken
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import database as databases
-from elsa_tune.remember import foreign, layers
+from elsa_tune.remember import layers, lines
 from elsa_tune.remember.database import Database
 from elsa_tune.tuning import tune as tuning
 
@@ -128,7 +128,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from victim import made
 from elsa_tune.remember.database import Database
-from elsa_tune.errors import DatabaseUnusable
+from elsa_tune.errors import DatabaseUnusable, FolderTaken
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Database.for_writing(Path({str(tmp_path / "measurements.db")!r})) as database:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
@@ -325,15 +325,15 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
 
 def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.jsonl"
-    foreign.write([made(1)], target)
+    lines.write([made(1)], target)
     before = target.read_bytes()
 
     def fail(self: Path, data: bytes) -> int:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(foreign.FolderTaken, match="no space left"):
-        foreign.write(map(made, range(3)), target)
+    with pytest.raises(FolderTaken, match="no space left"):
+        lines.write(map(made, range(3)), target)
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 

@@ -29,7 +29,7 @@ OWNERS = {
     "optuna": {"search.py", "fleet.py"},  # its samplers, its storages
     "sqlite3": "database.py",
     "pydantic": "foreign.py",
-    "fsspec": "foreign.py",
+    "fsspec": "fetch.py",
     "pebble": "measure.py",
     "rich": "report.py",
     "archspec": "device.py",

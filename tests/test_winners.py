@@ -16,7 +16,7 @@ from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
 from elsa_tune.remember import database as databases
-from elsa_tune.remember import layers
+from elsa_tune.remember import layers, lines
 from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
@@ -181,12 +181,10 @@ def test_kin_answer_in_order(home: Path) -> None:
 
 def test_lines_are_read_back_and_sorted(tmp_path: Path) -> None:
     rows = [measured(f"cpp.{name}", 1.9, 2.1, resources={"hot_spills": 1}) for name in "cab"]
-    layers.write_lines(rows, tmp_path / "one.jsonl")
-    layers.write_lines(rows[::-1], tmp_path / "two.jsonl")
+    lines.write(rows, tmp_path / "one.jsonl")
+    lines.write(rows[::-1], tmp_path / "two.jsonl")
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    assert sorted(layers.read_lines(tmp_path / "one.jsonl"), key=lambda m: m.variant) == sorted(
-        rows, key=lambda m: m.variant
-    )
+    assert sorted(lines.read(tmp_path / "one.jsonl"), key=lambda m: m.variant) == sorted(rows, key=lambda m: m.variant)
 
 
 def _write_many(home: str, writer: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elsa_tune.measurement import Measurement
 from elsa_tune.remember import database as databases
-from elsa_tune.remember import foreign
+from elsa_tune.remember import foreign, lines
 from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
@@ -44,7 +44,7 @@ def recording(folder: Path, first: int, tell: int) -> None:
 def importing(folder: Path, first: int, tell: int) -> None:
     source = folder / f"import-{first}.jsonl"
     rows = [made(number) for number in range(first, first + 300)]
-    foreign.write(rows, source)
+    lines.write(rows, source)
     with Database.for_writing(folder / "measurements.db") as database:
         database.add(foreign.read(source, Counter()), at_once=50)
         for measurement in rows:
@@ -54,7 +54,7 @@ def importing(folder: Path, first: int, tell: int) -> None:
 
 def merging(folder: Path, first: int, tell: int) -> None:
     for number in (first, first + 100):
-        foreign.write([made(n) for n in range(number, number + 100)], folder / f"merge-{number}.jsonl")
+        lines.write([made(n) for n in range(number, number + 100)], folder / f"merge-{number}.jsonl")
     while True:
         foreign.merge([str(folder / f"merge-{n}.jsonl") for n in (first, first + 100)], folder / "merged.jsonl")
 
@@ -63,7 +63,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     acknowledged: list[str] = []
     interrupted: Counter[str] = Counter()
-    foreign.write([made(0)], folder / "merged.jsonl")
+    lines.write([made(0)], folder / "merged.jsonl")
     for turn in range(kills):
         what = (recording, recording, importing, merging)[turn % 4]
         ear, mouth = os.pipe()

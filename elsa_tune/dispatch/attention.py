@@ -33,7 +33,6 @@ from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check
-from elsa_tune.remember import database as databases
 from elsa_tune.remember import layers
 from elsa_tune.space import Space
 from elsa_tune.tuning.clock import tf32_allowed
@@ -441,7 +440,7 @@ def refresh() -> None:
         _gradients.clear()
 
 
-databases.listeners.append(refresh)
+layers.listeners.append(refresh)
 
 
 def explain(problem: Problem, device: Device) -> Choice:

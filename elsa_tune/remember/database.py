@@ -644,7 +644,3 @@ def verify(path: Path | None = None) -> Health:
             database._keep_what_is_left(aside)
     with Database.for_writing(path) as database:
         return Health(len(database), whole, damaged, sorted(path.parent.glob(f"{path.name}.corrupt-*[0-9]")))
-
-
-listeners: list[Callable[[], None]] = []
-"""Called when this process has finished changing the database."""

@@ -13,13 +13,16 @@ from pathlib import Path
 from elsa_tune import places, space
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Evidence, Measurement, Winner
+from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
-from elsa_tune.remember import settings
+from elsa_tune.remember import lines, settings
 from elsa_tune.remember.database import Database
 
 REFRESH_SECONDS = 24 * 3600.0
 """How old a copy of a remote database may grow before it is fetched again."""
+
+listeners: list[Callable[[], None]] = []
+"""Called when this process has finished changing its own database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,17 @@ class Layer:
         if self.database is None:
             return []
         return self.database.winners(self.local, devices, families, _is_understood, **equal)
+
+    def inventory(self) -> Iterator[str]:
+        """One line on the layer, and one for each device in it."""
+        if self.database is None:
+            yield f"{self.name}: {self.place}: {self.problem}"
+            return
+        counts = self.database.counts(self.local)
+        yield f"{self.name}: {self.place}: {sum(counts.values())} measurements"
+        for device in sorted({device for device, _ in counts}):
+            of_status = ", ".join(f"{n} {status}" for (one, status), n in sorted(counts.items()) if one == device)
+            yield f"  {device}: {of_status}; {len(self.winners([device]))} winners"
 
 
 def _is_understood(variant: str) -> bool:
@@ -98,32 +112,10 @@ def _team() -> Iterator[Layer]:
 def _shipped() -> Layer:
     folder = places.data("cache")
     try:
-        rows = [m for path in sorted(folder.glob("*.jsonl")) for m in read_lines(path)]
+        rows = [m for path in sorted(folder.glob("*.jsonl")) for m in lines.read(path)]
         return Layer("shipped", str(folder), Database.in_memory(rows, str(folder)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Layer("shipped", str(folder), None, f"{error}; reinstall elsa-tune")
-
-
-def read_lines(path: Path) -> Iterator[Measurement]:
-    """Measurements from JSON lines of our own writing, as `cache/` ships them."""
-    for line in path.read_text().splitlines():
-        if line.strip():
-            yield Measurement.from_line(line)
-
-
-def write_lines(measurements: Iterable[Measurement], path: Path) -> None:
-    """Write measurements as sorted JSON lines, so that equal content is equal bytes and a change is a readable diff."""
-    path.write_text("".join(f"{line}\n" for line in sorted_lines(measurements)))
-
-
-def sorted_lines(measurements: Iterable[Measurement]) -> list[str]:
-    """Canonical lines, each once, by device, problem, variant and content."""
-    return [line for *_, line in sorted(set(map(place_of, measurements)))]
-
-
-def place_of(m: Measurement) -> tuple[str, str, str, str]:
-    """What lines are sorted by; the last is the line itself."""
-    return m.device, m.problem, m.variant, m.line
 
 
 # The team's databases: read as foreign, kept as a copy.

@@ -53,7 +53,7 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
     from elsa_tune import places
     from elsa_tune.device import Device
     from elsa_tune.problem import Problem
-    from elsa_tune.remember import foreign, layers
+    from elsa_tune.remember import lines, signatures
     from elsa_tune.remember.database import Database
 
     wanted = {"device": str(Device.parse(device))} if device else {}
@@ -65,12 +65,12 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
             f"nothing was measured here of {', '.join(wanted.values())}; elsa-tune db export prints everything"
         )
     if output is None:
-        for line in layers.sorted_lines(found):
+        for line in lines.sorted_lines(found):
             click.echo(line)
         return
-    click.echo(f"{output}: {foreign.write(found, output)} measurements")
+    click.echo(f"{output}: {lines.write(found, output)} measurements")
     if key is not None:
-        click.echo(f"{foreign.sign(output, key)}: signed")
+        click.echo(f"{signatures.sign(output, key)}: signed")
 
 
 @db.command("import")
@@ -161,24 +161,30 @@ def race(device: str, budget: float) -> None:
 @mistakes_are_messages
 def gc() -> None:
     """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
-    from elsa_tune.remember import upkeep
+    from elsa_tune import places
+    from elsa_tune.generate import kernel_cache
+    from elsa_tune.remember.database import Database
 
-    found = upkeep.collect()
-    click.echo(
-        f"{found.kernels} kernels removed; the database takes {found.after >> 10} KiB, before {found.before >> 10}"
-    )
+    path = places.database()
+    with Database.for_writing(path) as database:
+        before = path.stat().st_size
+        kept = {m.digest for m in database if m.stage == "final" or m.status == "candidate"}
+        database.pack()
+    removed = kernel_cache.remove_all_but(kept)
+    click.echo(f"{removed} kernels removed; the database takes {path.stat().st_size >> 10} KiB, before {before >> 10}")
 
 
 @db.command()
 @mistakes_are_messages
 def info() -> None:
     """Say what each layer holds. The team's databases that have changed are read again first."""
-    from elsa_tune.remember import layers, upkeep
+    from elsa_tune.remember import layers
 
     for trouble in layers.refresh_all():
         click.echo(f"elsa-tune: {trouble}", err=True)
-    for line in upkeep.inventory():
-        click.echo(line)
+    for layer in layers.layers():
+        for line in layer.inventory():
+            click.echo(line)
 
 
 @db.command()

@@ -16,8 +16,8 @@ from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
 from elsa_tune.generate import backends
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember.database import Database, listeners
-from elsa_tune.remember.layers import known_winners, layers, refresh_all
+from elsa_tune.remember.database import Database
+from elsa_tune.remember.layers import known_winners, layers, listeners, refresh_all
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import drift
 from elsa_tune.tuning import workload as workloads
