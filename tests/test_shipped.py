@@ -11,6 +11,7 @@ import pytest
 from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
+from elsa_tune.remember import lines
 from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
