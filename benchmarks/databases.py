@@ -21,8 +21,7 @@ from pathlib import Path
 from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import database as databases
-from elsa_tune.remember import foreign, lines
+from elsa_tune.remember import foreign, lines, repair
 from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
@@ -117,7 +116,7 @@ def main() -> None:
             found["bytes_each"] = (folder / "one.db").stat().st_size / len(database)
         both = [str(folder / "1.jsonl"), str(folder / "2.jsonl")]
         found["merge_seconds"] = timed(lambda: foreign.merge(both, folder / "both.jsonl"))
-        found["verify_seconds"] = timed(lambda: databases.verify(folder / "one.db"))
+        found["verify_seconds"] = timed(lambda: repair.verify(folder / "one.db"))
         home = folder / "home"
         os.environ["ELSA_TUNE_HOME"] = str(home)
         tune = "import elsa_tune.tuning.tune as t; r = t.tune(['fp32.d16@b1.h2.q96.k96'], budget=8); print(r.outcomes[0].winner.variant)"

@@ -26,7 +26,7 @@ from elsa_tune.errors import DatabaseUnusable, FolderTaken
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import database as databases
-from elsa_tune.remember import layers, lines
+from elsa_tune.remember import layers, lines, repair
 from elsa_tune.remember.database import Database
 from elsa_tune.tuning import tune as tuning
 
@@ -73,7 +73,7 @@ def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if places.database().exists():
-            assert databases.verify().damaged == 0
+            assert repair.verify().damaged == 0
             with Database.for_reading(places.database()) as database:
                 assert len(database) >= before
                 before = len(database)
@@ -106,7 +106,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
                 assert {w.measurement.id for w in database.winners()} <= rows.keys()
         except (DatabaseUnusable, sqlite3.DatabaseError):
             pass
-        health = databases.verify(path)
+        health = repair.verify(path)
         with Database.for_reading(path) as database:
             kept = list(database)
             assert len(kept) == health.sound
@@ -313,7 +313,7 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
         before = writer.installation
         with monkeypatch.context() as patch:
             patch.setattr(Database, "damaged", lambda self: [1])
-            assert databases.verify().aside
+            assert repair.verify().aside
         writer.record(made(1))
         writer.note("name", "value")
         writer.add(map(made, range(2, 5)))

@@ -32,7 +32,7 @@ def measured(variant: str, low: float, high: float, **more: object) -> Measureme
     return Measurement(**{**facts, **more})  # type: ignore[arg-type]
 
 
-SDPA = measured("sdpa.flash", 1, 1)
+SDPA = measured("sdpa.flash", 1, 1, role="rival")
 
 
 def winner(*rows: Measurement) -> str | None:
@@ -133,7 +133,7 @@ def test_one_damaged_final_does_not_count(home: Path) -> None:
     with Database.for_writing() as database:
         for row in (SDPA, measured("cpp.a", 1.9, 2.1), measured("cpp.a", 1.9, 2.1, created=2.0)):
             database.record(row)
-        database._connection.execute("UPDATE records SET ratio = 9.0 WHERE created = 2.0")
+        database._connection.execute("UPDATE recorded SET ratio = 9.0 WHERE created = 2.0")
         (found,) = database.winners()
     assert (found.variant, found.ratio, found.finals) == ("cpp.a", 2.0, 1)
 

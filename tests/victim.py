@@ -16,8 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import database as databases
-from elsa_tune.remember import foreign, lines
+from elsa_tune.remember import foreign, lines, repair
 from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
@@ -90,7 +89,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
         whole = len(heard) // 24 * 24
         acknowledged += [heard[i : i + 24].decode() for i in range(0, whole, 24)]
         assert len(list(foreign._lines(folder / "merged.jsonl"))) in (1, 200), "half a merge"
-    health = databases.verify(folder / "measurements.db")
+    health = repair.verify(folder / "measurements.db")
     print(
         json.dumps(
             {"acknowledged": acknowledged, "kills": interrupted, "damaged": health.damaged, "aside": len(health.aside)}

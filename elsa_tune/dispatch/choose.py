@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.errors import BadVariant
+from elsa_tune.generate import backends
 from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import Layer
@@ -36,7 +37,7 @@ class Choice:
     @property
     def by_sdpa(self) -> bool:
         """Whether torch serves."""
-        return self.variant is None or self.variant.backend == "sdpa"
+        return self.variant is None or backends.role(str(self.variant)) == "rival"
 
 
 def distance(a: Problem, b: Problem) -> float:
@@ -129,7 +130,7 @@ def _doubt(winner: Winner, problem: Problem, device: Device) -> str:
     far = distance(Problem.parse(winner.problem), problem)
     if far > NEAR:
         return f"{far:.1f} octaves away, more than {NEAR:g}"
-    if not winner.variant.startswith("sdpa.") and winner.ratio_low < LARGE_ADVANTAGE:
+    if not winner.measurement.is_rival and winner.ratio_low < LARGE_ADVANTAGE:
         return f"its advantage of {winner.ratio_low:.2f} is below {LARGE_ADVANTAGE}, too little to carry over"
     return _refusal(winner, problem, device)
 

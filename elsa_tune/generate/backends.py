@@ -127,3 +127,10 @@ def get(name: str) -> Backend:
         raise BadVariant(f"backend {name!r} is unknown; use one of {', '.join(names())}")
     backend: Backend = cast(Any, import_module(f"elsa_tune.generate.{name}"))
     return backend
+
+
+def role(variant: str) -> str:
+    """Who a spelled variant is in a race: ``rival``, if its backend's kernels are not generated, or ``candidate``; what another
+    version's backend has spelled was generated."""
+    name = variant.partition(".")[0]
+    return "rival" if name in names() and not get(name).generated else "candidate"

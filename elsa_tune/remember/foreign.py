@@ -17,9 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadMeasurements
-from elsa_tune.measurement import STAGES, STATUSES, Evidence, Measurement
+from elsa_tune.measurement import INCUMBENT_ROLES, ROLES, STAGES, STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import settings
+from elsa_tune.remember import earlier, settings
 from elsa_tune.remember.database import Database
 from elsa_tune.remember.fetch import MOST_BYTES, fetched
 from elsa_tune.remember.lines import place_of, write_lines
@@ -61,6 +61,8 @@ class Line(BaseModel):
     variant: Annotated[str, Field(max_length=200), _spelled(space.parse)]
     status: Literal[STATUSES]  # type: ignore[valid-type]
     stage: Literal[STAGES] = "trial"  # type: ignore[valid-type]
+    role: Literal[ROLES] | None = None  # type: ignore[valid-type]
+    incumbent_role: Literal[INCUMBENT_ROLES] | None = None  # type: ignore[valid-type]
     digest: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
     reason: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")] = ""
     error: _Number | None = None
@@ -87,7 +89,12 @@ def sound(line: str) -> Measurement:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise ValueError(f"{ascii(first['loc'][0])[1:-1] if first['loc'] else 'line'}: {first['msg']}"[:160]) from None
-    measurement = Measurement(**found.__dict__)
+    roles = earlier.roles(found.variant, found.incumbent)  # which earlier versions do not say
+    if wrong := [name for name, role in roles.items() if found.__dict__[name] not in (None, role)]:
+        raise ValueError(
+            f"{wrong[0]}: not that of {found.variant if wrong[0] == 'role' else found.incumbent or 'nobody'}"
+        )
+    measurement = Measurement(**{**found.__dict__, **roles})
     if measurement.line != line:  # another's spelling of the same content, unless it says something twice
         try:
             json.loads(line, object_pairs_hook=_once)

@@ -17,6 +17,7 @@ from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember import lines, settings
 from elsa_tune.remember.database import Database
+from elsa_tune.remember.reading import Reader
 
 REFRESH_SECONDS = 24 * 3600.0
 """How old a copy of a remote database may grow before it is fetched again."""
@@ -31,7 +32,7 @@ class Layer:
 
     name: str
     place: str
-    database: Database | None
+    database: Reader | None
     problem: str = ""
     local: bool | None = None
 
@@ -82,7 +83,7 @@ def _own() -> Iterator[Layer]:
         try:
             if problem := places.unsafe(path):
                 raise DatabaseUnusable(problem)
-            database = Database.for_reading(path)
+            database = Reader.for_reading(path)
             yield Layer("own", str(path), database, local=True)
             yield Layer("imported", str(path), database, local=False)
             return
@@ -102,7 +103,7 @@ def _team() -> Iterator[Layer]:
             copy = _copy_of(source)
             if source not in _kept and (problem := copy.exists() and places.unsafe(copy)):
                 raise DatabaseUnusable(problem)
-            yield Layer("team", source, _kept.get(source) or Database.for_reading(copy))
+            yield Layer("team", source, _kept.get(source) or Reader.for_reading(copy))
         except (DatabaseUnusable, OSError):
             yield Layer(
                 "team", source, None, "not read yet; elsa-tune db info reads it, dispatch does so beside its work"
@@ -120,7 +121,7 @@ def _shipped() -> Layer:
 
 # The team's databases: read as foreign, kept as a copy.
 
-_kept: dict[str, Database] = {}  # source -> its measurements, where no copy can be written
+_kept: dict[str, Reader] = {}  # source -> its measurements, where no copy can be written
 
 
 def _copy_of(source: str) -> Path:

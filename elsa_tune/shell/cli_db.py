@@ -127,9 +127,9 @@ def diff(first: str, second: str) -> None:
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
-    from elsa_tune.remember import database as databases
+    from elsa_tune.remember import repair
 
-    health = databases.verify()
+    health = repair.verify()
     click.echo(f"{health.sound} measurements are what was recorded")
     for path in health.aside:
         click.echo(f"set aside: {path}")

@@ -67,7 +67,7 @@ def contested(database: Database, device: Device) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for m in _others(database, device):
         mine = own.get((m.problem, m.variant))
-        if not m.variant.startswith("sdpa.") and (mine is None or moved(m, mine)):
+        if not m.is_rival and (mine is None or moved(m, mine)):
             found.setdefault(m.problem, [])
             if m.variant not in found[m.problem]:
                 found[m.problem].append(m.variant)

@@ -325,6 +325,7 @@ class Trials:
             problem=str(problem),
             variant=str(variant),
             status=status,
+            role=backends.role(str(variant)),
             provenance={**versions, **self.limits, **(reading or {})},
             created=self.database.now(),
             **facts,

@@ -279,7 +279,7 @@ class _Run:
     def has_moved(self, task: Task) -> bool:
         """Whether a problem's winner, raced again, is not as fast as it was."""
         before = self.winner(task)
-        if before is None or before.variant.startswith("sdpa."):
+        if before is None or before.is_rival:
             return False
         with suppress(BadVariant):  # of a version whose space had other values
             variant = parse(before.variant)
