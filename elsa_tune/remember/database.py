@@ -156,7 +156,7 @@ class Database(Reader):
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version != schema.FORMAT:
                 if version:
-                    earlier.keep(self._connection, Path(self.name), version)
+                    earlier.keep(Path(self.name), version)
                 self._tables.create()
                 self._insert_all(earlier.measurements(self._connection, version) if version else ())
                 for left in earlier.LEFT.get(version, ()):

@@ -56,15 +56,16 @@ def measurements(connection: sqlite3.Connection, version: int) -> Iterator[tuple
             yield found
 
 
-def keep(connection: sqlite3.Connection, path: Path, version: int) -> None:
-    """Copy a database of an earlier format beside itself, whole or not at all and never over another file."""
+def keep(path: Path, version: int) -> None:
+    """Copy a database of an earlier format beside itself, whole or not at all and never over another file. Whoever asks holds
+    its lock, so nothing is recorded meanwhile."""
     number = 0
     while (target := path.with_name(f"{path.name}.format-{version}-{number}")).exists():
         number += 1
     work = target.with_name(f"{target.name}.part")
     work.unlink(missing_ok=True)
-    with closing(sqlite3.connect(work)) as copy:
-        connection.backup(copy)
+    with closing(sqlite3.connect(path)) as old, closing(sqlite3.connect(work)) as copy:
+        old.backup(copy)
     work.replace(target)
 
 
