@@ -26,7 +26,7 @@ def shipped(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
     """Device -> winners that beat torch's kernels."""
     found: dict[str, list[Measurement]] = {}
     for m in (w.measurement for w in Database.in_memory(measurements, "contributed").winners()):
-        if not m.variant.startswith("sdpa.") and m.error is not None:
+        if not m.is_rival and m.error is not None:
             found.setdefault(m.device, []).append(m)
     return found
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 DISPATCH = """
 import time, torch, elsa_tune
-from elsa_tune import dispatch
+from elsa_tune.dispatch import attention as dispatch
 q = torch.randn(1, 2, 96, 16)
 start = time.perf_counter()
 elsa_tune.attention(q, q, q)

@@ -31,7 +31,7 @@ from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import foreign, layers, lines, signatures
+from elsa_tune.remember import earlier, foreign, layers, lines, signatures
 from elsa_tune.remember import settings as configuration
 from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
@@ -57,13 +57,15 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 def measurements(draw: st.DrawFn) -> Measurement:
     """Any measurement that a machine could have made."""
     samples = draw(st.lists(sample, max_size=6))
+    variant, incumbent = draw(st.sampled_from(VARIANTS)), draw(st.sampled_from(["", "plain", "sdpa.flash"]))
     return Measurement(
+        **earlier.roles(variant, incumbent),
         device=draw(st.sampled_from([str(HERE), "cpu:amd_f25m17-zen4-c8", "cuda:nvidia_h200-sm_90-c132-g140+d580.82_t12.8"])),
         problem=draw(st.sampled_from([SMALL, "fp16.d64.causal@b2.h8.kv2.q100.k1000.graph", "bf16.d40.v80.backward@b1.h1.q1.k1"])),
-        variant=draw(st.sampled_from(VARIANTS)), status=draw(st.sampled_from(STATUSES)), stage=draw(st.sampled_from(["trial", "final"])),
+        variant=variant, status=draw(st.sampled_from(STATUSES)), stage=draw(st.sampled_from(["trial", "final"])),
         digest=draw(st.text("0123456789abcdef", max_size=20)), reason=draw(texts), error=draw(st.none() | number),
         ratio=draw(st.none() | number), ratio_low=draw(st.none() | number), seconds=draw(st.none() | number), samples=tuple(samples),
-        incumbent=draw(st.sampled_from(["", "plain", "sdpa.flash"])), incumbent_samples=tuple(draw(st.lists(sample, max_size=20))),
+        incumbent=incumbent, incumbent_samples=tuple(draw(st.lists(sample, max_size=20))),
         resources=draw(st.dictionaries(st.sampled_from(["registers", "spills"]), st.integers(0, 1 << 40))),
         provenance=draw(st.dictionaries(st.sampled_from(["torch", "peak"]), texts | st.floats(-1e9, 1e9))), created=draw(st.floats(0, 1e10)),
     )  # fmt: skip
@@ -509,7 +511,7 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
     assert any("g++ 1.0 is now" in note for note in report.notes), report.notes
     told = next(note for note in report.notes if "timed again" in note)
     assert f"2 winners timed again, {sum(moved.values())} have moved" in told
-    assert moved.keys() == set(problems) and moved[SMALL] == (not winner.variant.startswith("sdpa."))
+    assert moved.keys() == set(problems) and moved[SMALL] == (not winner.is_rival)
     assert turned == {problem for problem, has in moved.items() if has}
 
 

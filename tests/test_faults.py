@@ -223,33 +223,11 @@ def test_a_clock_that_jumps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None
             for _ in range(2):
                 seen.append(database.now())
                 database.record(
-                    Measurement(device=DEVICE, problem=SMALL, variant="sdpa.math", status="ok", created=seen[-1])
+                    Measurement(
+                        device=DEVICE, problem=SMALL, variant="sdpa.math", role="rival", status="ok", created=seen[-1]
+                    )
                 )
     assert seen == sorted(set(seen))
-
-
-def test_a_database_of_format_1_is_taken_over(home: Path) -> None:
-    """What the first version wrote, kits' lines among it."""
-    home.mkdir()
-    old = sqlite3.connect(places.database())
-    columns = [*["id", "device", "family", "problem", "variant", "digest", "stage", "status", "reason", "error", "constant", "seconds"],
-               *["ratio", "ratio_low", "ratio_high", "samples", "incumbent", "incumbent_samples", "resources", "provenance", "created"]]  # fmt: skip
-    old.execute(f"CREATE TABLE measurements ({', '.join(columns)})")
-    old.execute("CREATE VIEW winners AS SELECT * FROM measurements")
-    rows = [made(n) for n in range(3)]
-    for m, incumbent in zip(rows, ("sdpa.flash", "sdpa.flash", "plain"), strict=True):
-        facts = {name: getattr(m, name, "") for name in columns} | {"id": m.id, "incumbent": incumbent}
-        facts |= {"samples": json.dumps(m.samples), "incumbent_samples": json.dumps(m.incumbent_samples)}
-        facts |= {"resources": "{}", "provenance": json.dumps(dict(m.provenance))}
-        old.execute(f"INSERT INTO measurements VALUES ({', '.join('?' * len(columns))})", [facts[c] for c in columns])
-    old.execute("PRAGMA user_version = 1")
-    old.commit()
-    old.close()
-    with pytest.raises(DatabaseUnusable, match="format 1"):
-        Database.for_reading(places.database())
-    with Database.for_writing() as database:
-        assert database.measurements(local=True) == rows[:2]
-        assert [m.incumbent for m in database.measurements(local=False)] == ["plain"]
 
 
 def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
@@ -273,8 +251,10 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     home.chmod(0o555)
     program = f"""
 import os, sys, torch, elsa_tune
-from elsa_tune import dispatch, tuning, measure, check
-from elsa_tune.backends import cpp, sdpa, cuda, triton
+from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.tuning import tune, measure
+from elsa_tune.prove import check
+from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl
 archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp.openmp()
 os.setgid(65534); os.setuid(65534)

@@ -24,6 +24,9 @@ T = TypeVar("T")
 PATIENCE = 30.0
 """Seconds that a writer waits for another to let go of the database."""
 
+PORTION = 5000
+"""Measurements that are recorded together, where they are many."""
+
 AT_ONCE = 500
 """Texts that are looked up in one statement: fewer than the variables that any SQLite takes."""
 
@@ -155,19 +158,30 @@ class Database(Reader):
         with self._transaction():
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version != schema.FORMAT:
-                if version:
-                    earlier.keep(Path(self.name), version)
                 self._tables.create()
-                self._insert_all(earlier.measurements(self._connection, version) if version else ())
-                for left in earlier.LEFT.get(version, ()):
-                    self._connection.execute(f"DROP {left}")
+                if version:
+                    self._rewrite(version)
                 if not self.installation:
                     self._note("installation", secrets.token_hex(8))
                 self._connection.execute(f"PRAGMA user_version = {schema.FORMAT}")
             for name, select in schema.VIEWS.items():
                 self._tables.view(name, select)
         if version not in (0, schema.FORMAT):
-            self._give_back()
+            with suppress(sqlite3.OperationalError):  # others are reading: then it stays larger than it need be
+                self._connection.execute("VACUUM")
+
+    def _rewrite(self, version: int) -> None:
+        """Take over what an earlier format holds, and keep the file as it was beside this one.
+
+        In this file and in one transaction: another file under its name would part those who have it open from its log.
+        """
+        copy = earlier.copied(Path(self.name), version)
+        each = earlier.measurements(self._connection, version)
+        while portion := list(islice(each, PORTION)):
+            self._insert(portion)
+        for left in earlier.LEFT[version]:
+            self._connection.execute(f"DROP {left}")
+        earlier.keep(copy)
 
     # Writing.
 
@@ -191,11 +205,11 @@ class Database(Reader):
         """Append what this machine measured; the same measurement twice is one row. Durable when this returns."""
         self._lastingly(lambda: self._insert([(measurement, True)]))
 
-    def add(self, measurements: Iterable[Measurement], at_once: int = 5000) -> int:
+    def add(self, measurements: Iterable[Measurement], at_once: int = PORTION) -> int:
         """Append what others measured, and say how many were new. Durable in portions of ``at_once``."""
         return self.take_over(((m, False) for m in measurements), at_once)
 
-    def take_over(self, measurements: Iterable[tuple[Measurement, bool]], at_once: int = 5000) -> int:
+    def take_over(self, measurements: Iterable[tuple[Measurement, bool]], at_once: int = PORTION) -> int:
         """Append measurements, each with whether this machine made it, and say how many were new. Durable in portions."""
         each, new = iter(measurements), 0
         while portion := list(islice(each, at_once)):
@@ -218,10 +232,6 @@ class Database(Reader):
             return bool(self._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok")
         except sqlite3.DatabaseError:
             return False
-
-    def _give_back(self) -> None:
-        with suppress(sqlite3.OperationalError):  # others are reading: then it stays larger than it need be
-            self._connection.execute("VACUUM")
 
     def _lastingly(self, write: Callable[[], T]) -> T:
         """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside."""
@@ -261,11 +271,6 @@ class Database(Reader):
                     f"{self.name}: {error}; free some space or make it writable; what was recorded before is kept"
                 ) from error
             raise
-
-    def _insert_all(self, measurements: Iterable[tuple[Measurement, bool]]) -> None:
-        each = iter(measurements)
-        while portion := list(islice(each, 5000)):
-            self._insert(portion)
 
     def _insert(self, measurements: Iterable[tuple[Measurement, bool]]) -> int:
         """Append rows and the texts they name; how many rows were new."""

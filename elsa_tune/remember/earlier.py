@@ -56,17 +56,21 @@ def measurements(connection: sqlite3.Connection, version: int) -> Iterator[tuple
             yield found
 
 
-def keep(path: Path, version: int) -> None:
-    """Copy a database of an earlier format beside itself, whole or not at all and never over another file. Whoever asks holds
-    its lock, so nothing is recorded meanwhile."""
+def copied(path: Path, version: int) -> Path:
+    """A copy of a database of an earlier format, beside it. Whoever asks holds its lock, so nothing is recorded meanwhile."""
+    copy = path.with_name(f"{path.name}.format-{version}.part")
+    copy.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path)) as old, closing(sqlite3.connect(copy)) as new:
+        old.backup(new)
+    return copy
+
+
+def keep(copy: Path) -> None:
+    """Let a copy have its name, which no other file has."""
     number = 0
-    while (target := path.with_name(f"{path.name}.format-{version}-{number}")).exists():
+    while (target := copy.with_name(f"{copy.stem}-{number}")).exists():
         number += 1
-    work = target.with_name(f"{target.name}.part")
-    work.unlink(missing_ok=True)
-    with closing(sqlite3.connect(path)) as old, closing(sqlite3.connect(work)) as copy:
-        old.backup(copy)
-    work.replace(target)
+    copy.replace(target)
 
 
 def unsaid(m: Measurement) -> Measurement:

@@ -35,8 +35,8 @@ CREATE TABLE recorded (
   {", ".join(f"{name} INTEGER" for name in TEXTS)},
   {", ".join(f"{name} REAL" for name in NUMBERS)}, samples TEXT NOT NULL
 );
-CREATE INDEX by_problem ON recorded (device, problem);
-CREATE INDEX finals ON recorded (device, family, problem) WHERE status = 'ok' AND stage = 'final';
+CREATE INDEX recorded_by_problem ON recorded (device, problem);
+CREATE INDEX recorded_finals ON recorded (device, family, problem) WHERE status = 'ok' AND stage = 'final';
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
