@@ -155,6 +155,15 @@ def _ordered(axis: Axis, wanted: Value | None, rng: random.Random | None) -> tup
 def _load(backend: str) -> Space:
     from elsa_tune.generate import backends
 
+    known = spellings(backend)
+    return Space(backend, known.axes, backends.get(backend).LAWS, known.start)
+
+
+@cache
+def spellings(backend: str) -> Space:
+    """A space without its laws, for which no backend is imported: it spells and reads variants. Raises BadVariant."""
+    from elsa_tune.generate import backends
+
     path = places.data("search_spaces") / f"{backend}.toml"
     if not re.fullmatch(r"[a-z_]+", backend) or not path.is_file():
         raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(backends.names())}")
@@ -162,7 +171,7 @@ def _load(backend: str) -> Space:
     axes = tuple(
         Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
     )
-    return Space(backend, axes, backends.get(backend).LAWS, tuple(content["start"]["variants"]))
+    return Space(backend, axes, (), tuple(content["start"]["variants"]))
 
 
 @lru_cache(maxsize=65536)

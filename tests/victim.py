@@ -15,6 +15,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import sqlite_utils as _sqlite_utils  # noqa: F401  what a child imports is no time to be killed in
+
 from elsa_tune.measurement import Measurement
 from elsa_tune.remember import foreign, lines, repair
 from elsa_tune.remember.database import Database

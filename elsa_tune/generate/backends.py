@@ -130,7 +130,12 @@ def get(name: str) -> Backend:
 
 
 def role(variant: str) -> str:
-    """Who a spelled variant is in a race: ``rival``, if its backend's kernels are not generated, or ``candidate``; what another
-    version's backend has spelled was generated."""
-    name = variant.partition(".")[0]
-    return "rival" if name in names() and not get(name).generated else "candidate"
+    """Who a spelled variant is in a race, as the search space of its backend says: ``rival``, torch's own, or ``candidate``,
+    which those of backends that only another version has are too. Imports no backend."""
+    return _role(variant.partition(".")[0])
+
+
+@cache
+def _role(name: str) -> str:
+    found = places.read_toml(places.data("search_spaces") / f"{name}.toml") if name in names() else {}
+    return str(found.get("role", "candidate"))

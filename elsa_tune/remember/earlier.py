@@ -13,7 +13,7 @@ from typing import Any
 from elsa_tune.generate import backends
 from elsa_tune.measurement import Measurement
 from elsa_tune.remember import schema
-from elsa_tune.space import Space
+from elsa_tune.space import spellings
 
 COLUMNS = {
     1: ("id", "device", "family", "problem", "variant", "digest", "stage", "status", "reason", "error", "constant", "seconds",
@@ -80,11 +80,9 @@ def unsaid(m: Measurement) -> Measurement:
 
 def overlay(connection: sqlite3.Connection) -> None:
     """Let a database of format 2, which is not written to, be read as one of today's: the roles are filled in as it is read."""
-    spellings = [
-        spelled for name in backends.names() if not backends.get(name).generated for spelled in _spellings(name)
-    ]
-    marks = ", ".join("?" * len(spellings))
-    found = connection.execute(f"SELECT id FROM words WHERE key IN ({marks})", [*map(schema.key, spellings)]).fetchall()
+    names = [text for backend in backends.names() if backends.role(backend) == "rival" for text in _spelled(backend)]
+    marks = ", ".join("?" * len(names))
+    found = connection.execute(f"SELECT id FROM words WHERE key IN ({marks})", [*map(schema.key, names)]).fetchall()
     rivals = ", ".join(str(number) for (number,) in found)
     kept = ", ".join(name for name in COLUMNS[2])
     connection.execute(
@@ -94,7 +92,7 @@ def overlay(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE TEMP VIEW texts AS SELECT id AS number, key, content FROM main.words")
 
 
-def _spellings(backend: str) -> Iterator[str]:
-    space = Space.load(backend)
+def _spelled(backend: str) -> Iterator[str]:
+    space = spellings(backend)
     for values in product(*(axis.values for axis in space.axes)):
         yield str(space.variant({axis.name: value for axis, value in zip(space.axes, values, strict=True)}))

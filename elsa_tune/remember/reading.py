@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ class Reader:
     def __init__(self, connection: sqlite3.Connection, name: str, version: int = schema.FORMAT) -> None:
         self.name = name
         self._connection = connection
+        connection.text_factory = partial(str, encoding="utf-8", errors="replace")  # a flipped bit is no reason to stop
         self._version = version
         self._numbers: dict[str, int] = {}  # of texts
         self._texts: dict[int, str | bytes] = {}
