@@ -275,12 +275,15 @@ class Database(Reader):
     def _insert(self, measurements: Iterable[tuple[Measurement, bool]]) -> int:
         """Append rows and the texts they name; how many rows were new."""
         rows = [schema.row(m, local) for m, local in measurements]
-        once = [(row, name) for row in rows for name in schema.TEXTS if schema.is_kept_once(name, row[name])]
-        self._learn({row[name] for row, name in once})
-        for row, name in once:
-            row[name] = self._numbers[row[name]]
+        first, race = schema.COLUMNS.index(schema.TEXTS[0]), schema.COLUMNS.index(schema.RACE)
+        once = {text for row in rows for text in row[first:race]}
+        once |= {row[race] for row in rows if len(row[race] or "") > schema.LONGEST_INLINE}
+        self._learn(once - {None})
+        for row in rows:
+            row[first:race] = map(self._numbers.get, row[first:race])
+            row[race] = self._numbers.get(row[race], row[race])
         before = self._connection.total_changes
-        self._tables.insert("recorded", schema.COLUMNS, [[row[name] for name in schema.COLUMNS] for row in rows])
+        self._tables.insert("recorded", schema.COLUMNS, rows)
         return self._connection.total_changes - before
 
     def _learn(self, texts: Iterable[str]) -> None:

@@ -58,14 +58,14 @@ WINNERS = f"""{POOLED}, eligible AS (
   SELECT *, MIN(CASE role WHEN 'rival' THEN 1 ELSE disturbed END) OVER (PARTITION BY device, problem) AS least
   FROM pooled WHERE role = 'rival' OR ratio_low > 1
 ), ranked AS (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place
+  SELECT *, FIRST_VALUE(ratio) OVER best AS best_ratio, FIRST_VALUE(ratio_low) OVER best AS best_low
   FROM eligible WHERE role = 'rival' OR disturbed = least
+  WINDOW best AS (PARTITION BY device, problem ORDER BY ratio DESC, id)
 ), tied AS (
-  SELECT r.*, MIN(r.error) OVER (PARTITION BY r.device, r.problem) AS least_error, r.ratio < {TIED} * best.ratio AS behind,
+  SELECT r.*, MIN(r.error) OVER (PARTITION BY r.device, r.problem) AS least_error, r.ratio < {TIED} * best_ratio AS behind,
     COALESCE(json_extract(facts.content, '$.hot_spills'), 0) AS spills
-  FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
-  LEFT JOIN texts facts ON facts.number = r.resources
-  WHERE r.ratio >= {TIED} * best.ratio OR (r.ratio >= {FAR} * best.ratio AND r.ratio_high >= best.ratio_low)
+  FROM ranked r LEFT JOIN texts facts ON facts.number = r.resources
+  WHERE r.ratio >= {TIED} * best_ratio OR (r.ratio >= {FAR} * best_ratio AND r.ratio_high >= best_low)
 ), chosen AS (
   SELECT *, ROW_NUMBER() OVER (
     PARTITION BY device, problem ORDER BY error > {ALIKE} * least_error, spills, behind, spelling

@@ -23,6 +23,9 @@ FACTS = ("resources", "provenance")
 TEXTS = (*NAMES, *FACTS, "incumbent_samples")
 """Columns that hold the number of a text: what repeats is kept once."""
 
+RACE = "incumbent_samples"
+"""The one of them that stands in its row itself where it is short."""
+
 PLAIN = ("status", "stage", "role", "incumbent_role")
 COLUMNS = ("id", "local", *PLAIN, *TEXTS, *NUMBERS, "samples")
 
@@ -65,18 +68,18 @@ def key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def is_kept_once(name: str, text: str | None) -> bool:
-    """Whether a column of TEXTS holds the number of this text, and not the text itself."""
-    return bool(text) and (name != "incumbent_samples" or len(text or "") > LONGEST_INLINE)
-
-
-def row(m: Measurement, local: bool) -> dict[str, Any]:
+def row(m: Measurement, local: bool) -> list[Any]:
     """A measurement as COLUMNS; those of TEXTS hold the text itself, or None for an empty one."""
-    texts = {name: getattr(m, name) or None for name in NAMES}
-    texts |= {name: canonical(dict(getattr(m, name))) if getattr(m, name) else None for name in FACTS}
-    texts["incumbent_samples"] = canonical(m.incumbent_samples) if m.incumbent_samples else None
-    plain = {name: getattr(m, name) for name in (*PLAIN, *NUMBERS)}
-    return {"id": bytes.fromhex(m.id), "local": int(local), **plain, **texts, "samples": canonical(m.samples)}
+    texts = [getattr(m, name) or None for name in NAMES]
+    facts = [canonical(dict(known)) if (known := getattr(m, name)) else None for name in FACTS]
+    race = _listed(m.incumbent_samples) if m.incumbent_samples else None
+    plain, numbers = [getattr(m, name) for name in PLAIN], [getattr(m, name) for name in NUMBERS]
+    return [bytes.fromhex(m.id), int(local), *plain, *texts, *facts, race, *numbers, _listed(m.samples)]
+
+
+def _listed(samples: tuple[float, ...]) -> str:
+    """Samples as JSON, without an encoder: that took a third of an import's time."""
+    return f"[{','.join(map(repr, samples))}]"
 
 
 def measurement(row: Mapping[str, Any]) -> Measurement:
