@@ -33,6 +33,7 @@ IMPORTED = (
     "elsa_tune.shell.cli",
     "elsa_tune.remember.foreign",
     "pebble",
+    "sqlite_utils",
     "archspec.cpu",
 )
 """What must be importable: everything elsa-tune is made of, and what it imports late."""
