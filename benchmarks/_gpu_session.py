@@ -29,8 +29,7 @@ from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.remember import layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import offline, telemetry
 from elsa_tune.tuning import tune as tuning
@@ -206,7 +205,7 @@ class Session:
         rows = {v: self.row(problem, m) for v, m in found.items() if m.status == "ok" and m.seconds}
         absent = unbuilt | {v: f"{m.status}: {m.reason}"[:400] for v, m in found.items() if m.status != "ok"}
         winner = next(iter(self.database.winners(True, device=str(self.device), problem=str(problem))), None)
-        ours = [v for v in rows if not v.startswith("sdpa.")]
+        ours = [v for v in rows if backends.role(v) == "candidate"]
         best = min(ours, key=lambda v: rows[v]["milliseconds"], default=None)
         least = least_seconds(problem, self.trials.limits)
         text = f"{problem}  served by {winner and winner.variant}"
@@ -318,6 +317,6 @@ def write(session: Session, out: Path) -> None:
                "peaks": session.trials.limits, "lines": lines, "others": others}  # fmt: skip
     (out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str))
     winners = [w.measurement for w in session.database.winners(device=device) if w.ratio_low > 1]
-    kept = [m for m in winners if m.error is not None and not m.variant.startswith("sdpa.")]
-    layers.write_lines(kept, out / f"{name}.jsonl")
-    layers.write_lines(session.database.measurements(device=device), out / f"{name}.trials.jsonl")
+    kept = [m for m in winners if m.error is not None and not m.is_rival]
+    lines.write(kept, out / f"{name}.jsonl")
+    lines.write(session.database.measurements(device=device), out / f"{name}.trials.jsonl")

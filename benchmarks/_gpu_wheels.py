@@ -31,8 +31,9 @@ IMPORTED = (
     "elsa_tune.tuning.tune",
     "elsa_tune.shell.doctor",
     "elsa_tune.shell.cli",
-    "elsa_tune.remember.exchange",
+    "elsa_tune.remember.foreign",
     "pebble",
+    "sqlite_utils",
     "archspec.cpu",
 )
 """What must be importable: everything elsa-tune is made of, and what it imports late."""

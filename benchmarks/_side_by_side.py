@@ -25,7 +25,7 @@ def was_tuned(problem: str) -> bool:
     """Whether a generated variant was in a final for the problem on this device."""
     found = next((layer.database for layer in layers.layers() if layer.name == "own"), None)
     rows = found.measurements(device=str(host_cpu()), problem=problem, stage="final") if found else []
-    return any(not m.variant.startswith("sdpa.") for m in rows)
+    return any(not m.is_rival for m in rows)
 
 
 def tune_first(problems: Iterable[str], seconds: float) -> None:

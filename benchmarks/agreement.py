@@ -25,7 +25,7 @@ from typing import Any
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.space import parse
 from elsa_tune.tuning import race
 from elsa_tune.tuning.contender import Contender
@@ -75,7 +75,7 @@ def fresh_run(arguments: list[str]) -> Run:
         told = json.loads(done.stdout)
         won = {o["problem"]: (o["winner"]["variant"], o["winner"]["ratio"]) for o in told["outcomes"] if o["winner"]}
         with Database.for_reading(Path(home) / "measurements.db") as database:
-            pairs = {(m.problem, m.variant) for m in database if not m.variant.startswith("sdpa.")}
+            pairs = {(m.problem, m.variant) for m in database if not m.is_rival}
         tried = {o["problem"]: sum(p == o["problem"] for p, _ in pairs) for o in told["outcomes"]}
         return Run(seconds, won, tried, told["notes"])
 
@@ -100,8 +100,8 @@ def judged(problem: str, runs: list[Run], device: Device, worker: Worker) -> dic
     raced = {v: against(Problem.parse(problem), commonest, v, device, worker) for v in counts if v != commonest}
     tied = {v for v, ratio in raced.items() if ratio.low <= TIED and ratio.high >= 1 / TIED}
     same = sum(n for v, n in counts.items() if v == commonest or v in tied)
-    gains = [ratio for variant, ratio in named if not variant.startswith("sdpa.")]
-    torch_wins = any(variant.startswith("sdpa.") for variant, _ in named)
+    gains = [ratio for variant, ratio in named if backends.role(variant) == "candidate"]
+    torch_wins = any(backends.role(variant) == "rival" for variant, _ in named)
     return {
         "problem": problem, "agree": same / len(runs), "winners": dict(counts),
         "raced_against_commonest": {v: [ratio.median, ratio.low, ratio.high] for v, ratio in raced.items()},

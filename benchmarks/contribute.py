@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import exchange, layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import foreign, lines
+from elsa_tune.remember.database import Database
+from elsa_tune.remember.fetch import fetched
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = """# Devices that winners are shipped for
@@ -25,7 +26,7 @@ def shipped(measurements: list[Measurement]) -> dict[str, list[Measurement]]:
     """Device -> winners that beat torch's kernels."""
     found: dict[str, list[Measurement]] = {}
     for m in (w.measurement for w in Database.in_memory(measurements, "contributed").winners()):
-        if not m.variant.startswith("sdpa.") and m.error is not None:
+        if not m.is_rival and m.error is not None:
             found.setdefault(m.device, []).append(m)
     return found
 
@@ -34,7 +35,7 @@ def page(cache: Path) -> str:
     """The table of everything in ``cache``."""
     rows = []
     for path in sorted(cache.glob("*.jsonl")):
-        known = list(layers.read_lines(path))
+        known = list(lines.read(path))
         ratios = sorted(m.ratio or 0 for m in known)
         torch = ", ".join(sorted({str(m.provenance.get("torch", "unknown")) for m in known}))
         rows.append(
@@ -51,11 +52,11 @@ def main() -> None:
     refused: Counter[str] = Counter()
     found: list[Measurement] = []
     for source in options.exports:
-        with exchange.fetched(source) as path:
-            found += exchange.read(path, refused)
+        with fetched(source) as path:
+            found += foreign.read(path, refused)
     for device, winners in shipped(found).items():
         name = f"{device.replace(':', '-', 1)}.jsonl"
-        exchange.write(winners, options.into / "cache" / name)
+        lines.write(winners, options.into / "cache" / name)
         print(f"cache/{name}: {len(winners)} winners")
     for reason, count in refused.items():
         print(f"left out {count}: {reason}")

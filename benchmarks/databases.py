@@ -22,15 +22,15 @@ from elsa_tune.device import host_cpu
 from elsa_tune.generate import lawful
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import exchange, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import foreign, lines, repair
+from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 
 DISPATCH = """
 import time, torch, elsa_tune
-from elsa_tune import dispatch
+from elsa_tune.dispatch import attention as dispatch
 q = torch.randn(1, 2, 96, 16)
 start = time.perf_counter()
 elsa_tune.attention(q, q, q)
@@ -111,23 +111,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number in (1, 2):
-            exchange.write(invented(options.count, number), folder / f"{number}.jsonl")
+            lines.write(invented(options.count, number), folder / f"{number}.jsonl")
         with Database.for_writing(folder / "one.db") as database:
-            found["import_seconds"] = timed(lambda: exchange.import_from(str(folder / "1.jsonl"), database))
-            found["export_seconds"] = timed(lambda: exchange.write(database, folder / "again.jsonl"))
+            found["import_seconds"] = timed(lambda: foreign.import_from(str(folder / "1.jsonl"), database))
+            found["export_seconds"] = timed(lambda: lines.write(database, folder / "again.jsonl"))
             assert (folder / "again.jsonl").read_bytes() == (folder / "1.jsonl").read_bytes()
             database.pack()
             found["bytes_each"] = (folder / "one.db").stat().st_size / len(database)
         both = [str(folder / "1.jsonl"), str(folder / "2.jsonl")]
-        found["merge_seconds"] = timed(lambda: exchange.merge(both, folder / "both.jsonl"))
-        found["verify_seconds"] = timed(lambda: winners.verify(folder / "one.db"))
+        found["merge_seconds"] = timed(lambda: foreign.merge(both, folder / "both.jsonl"))
+        found["verify_seconds"] = timed(lambda: repair.verify(folder / "one.db"))
         home = folder / "home"
         os.environ["ELSA_TUNE_HOME"] = str(home)
         tune = "import elsa_tune.tuning.tune as t; r = t.tune(['fp32.d16@b1.h2.q96.k96'], budget=8); print(r.outcomes[0].winner.variant)"
         subprocess.run([sys.executable, "-c", tune], check=True)
         found["first_dispatch_ms_few"] = [round(1e3 * s, 1) for s in first_dispatch(home, 7)]
         with Database.for_writing(home / "measurements.db") as database:
-            exchange.import_from(str(folder / "1.jsonl"), database)
+            foreign.import_from(str(folder / "1.jsonl"), database)
         found["first_dispatch_ms"] = [round(1e3 * s, 1) for s in first_dispatch(home, 7)]
     print(json.dumps(found, indent=1))
     options.out.write_text(json.dumps(found, indent=1))

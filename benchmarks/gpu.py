@@ -26,7 +26,7 @@ from _gpu_lists import PROBLEMS, candidates
 from _gpu_log import Log
 from _gpu_session import CLOSING, Session, write
 from elsa_tune.device import Device, detect, host_cpu
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning.run import GRACE, LEAST_GRACE
 from elsa_tune.tuning.worker import Worker
 

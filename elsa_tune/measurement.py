@@ -14,6 +14,8 @@ KERNELS = 2
 
 STATUSES = ("ok", "wrong", "failed", "timeout", "pruned", "candidate")
 STAGES = ("trial", "final")
+ROLES = ("candidate", "rival")
+INCUMBENT_ROLES = ("rival", "yardstick")
 LONGEST_REASON = 2000
 
 DISTURBED = 0.25
@@ -31,7 +33,9 @@ class Measurement:
     ``samples`` and ``incumbent_samples`` are seconds per call, taken in turns in one run; ``ratio`` is the median of
     incumbent / variant with a bootstrap 95 % interval [ratio_low, ratio_high]: above 1 the variant is faster.
     ``error`` is relative to max|v| and ``constant`` is C of the bound, both against float64. ``stage`` says whether few
-    samples were taken (trial) or many, among finalists (final). Status candidate: compiled, never measured. ``created`` is seconds since 1970.
+    samples were taken (trial) or many, among finalists (final). Status candidate: compiled, never measured. ``role`` says whether
+    the variant is a candidate of ours or a rival, torch's own; ``incumbent_role`` whether the incumbent is a rival or the
+    yardstick of a kit, whose ratio says nothing of torch. ``created`` is seconds since 1970.
     """
 
     device: str
@@ -40,6 +44,7 @@ class Measurement:
     status: str
     digest: str = ""
     stage: str = "trial"
+    role: str = "candidate"
     reason: str = ""
     error: float | None = None
     constant: float | None = None
@@ -49,6 +54,7 @@ class Measurement:
     ratio_high: float | None = None
     samples: tuple[float, ...] = ()
     incumbent: str = ""
+    incumbent_role: str = "rival"
     incumbent_samples: tuple[float, ...] = ()
     resources: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, str | float] = field(default_factory=dict)
@@ -70,6 +76,16 @@ class Measurement:
     def family(self) -> str:
         """The problem's family."""
         return self.problem.partition("@")[0]
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether torch's own kernel was measured."""
+        return self.role == "rival"
+
+    @property
+    def is_hint(self) -> bool:
+        """Whether it ran against a kit's yardstick: a hint of what to try, its ratio says nothing of torch."""
+        return bool(self.incumbent) and self.incumbent_role != "rival"
 
     @property
     def is_of_faulty_code(self) -> bool:
@@ -102,7 +118,7 @@ class Measurement:
 
     @classmethod
     def from_line(cls, line: str) -> Measurement:
-        """The measurement that ``line`` wrote; foreign lines are read by elsa_tune.remember.exchange."""
+        """The measurement that ``line`` wrote; foreign lines are read by elsa_tune.remember.foreign."""
         return cls(**json.loads(line))
 
 
@@ -127,6 +143,11 @@ class Evidence:
     def device(self) -> str:
         """Where it was measured."""
         return self.measurement.device
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether torch's own kernel was measured."""
+        return self.measurement.is_rival
 
     @property
     def problem(self) -> str:

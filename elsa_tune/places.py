@@ -1,13 +1,20 @@
-"""Where things are: the visible folders of a checkout or a wheel, and the user's own folder."""
+"""Where things are, and how the tables among them are read: the visible folders of a checkout or a wheel, the user's own folder."""
 
 from __future__ import annotations
 
 import os
 import stat
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import platformdirs
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -17,6 +24,13 @@ def data(folder: str) -> Path:
     """The folder ``templates``, ``search_spaces`` or ``cache``, beside the package in a checkout, inside it in a wheel."""
     beside = PACKAGE.parent / folder
     return beside if (PACKAGE.parent / "pyproject.toml").is_file() and beside.is_dir() else PACKAGE / "data" / folder
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """One TOML file. Raises OSError, ValueError."""
+    with path.open("rb") as file:
+        content: dict[str, Any] = tomllib.load(file)
+        return content
 
 
 def home() -> Path:

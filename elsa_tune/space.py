@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
-from typing import Any
 
 from elsa_tune import places
 from elsa_tune.errors import BadVariant
 from elsa_tune.variant import Value, Variant
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """One TOML file."""
-    with path.open("rb") as file:
-        content: dict[str, Any] = tomllib.load(file)
-        return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +89,7 @@ class Space:
 @cache
 def _load(backend: str) -> Space:
     path = places.data("search_spaces") / f"{backend}.toml"
-    content = read_toml(path) if re.fullmatch(r"[a-z_]+", backend) and path.is_file() else {}
+    content = places.read_toml(path) if re.fullmatch(r"[a-z_]+", backend) and path.is_file() else {}
     if "axis" not in content:
         raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(names())}")
     axes = tuple(
@@ -115,7 +100,7 @@ def _load(backend: str) -> Space:
 
 def names() -> list[str]:
     """Every backend that has a space: files of ``search_spaces`` that list axes."""
-    return sorted(path.stem for path in places.data("search_spaces").glob("*.toml") if "axis" in read_toml(path))
+    return sorted(path.stem for path in places.data("search_spaces").glob("*.toml") if "axis" in places.read_toml(path))
 
 
 @lru_cache(maxsize=65536)

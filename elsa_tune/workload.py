@@ -8,7 +8,6 @@ from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem, BadWorkload
 from elsa_tune.problem import Problem
-from elsa_tune.space import read_toml
 
 
 def names() -> list[str]:
@@ -28,7 +27,7 @@ def read(name: str, device: Device) -> list[Problem]:
             f"workload {name!r} is neither a file nor one of {', '.join(names())}; give --workload one of them"
         )
     try:
-        sections = read_toml(path).values()
+        sections = places.read_toml(path).values()
         problems = [Problem.parse(text) for section in sections for text in section["problems"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BadProblem):

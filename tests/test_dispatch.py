@@ -23,11 +23,11 @@ from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import exactness, handovers, ladder
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
-from elsa_tune.generate import cpp
+from elsa_tune.generate import backends, cpp
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.order import arranged
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import doctor
 
 HERE = host_cpu()
@@ -47,6 +47,7 @@ def won(
     facts: dict[str, object] = dict(
         device=device, problem=problem, variant=variant, status="ok", stage="final", digest=built.digest if built else variant,
         error=1e-7, seconds=1e-3, ratio=ratio, ratio_low=ratio - 0.05, ratio_high=ratio + 0.05, incumbent="sdpa.flash", created=1.0,
+        role=backends.role(variant),
     )  # fmt: skip
     return Measurement(**{**facts, **more})  # type: ignore[arg-type]
 

@@ -32,9 +32,9 @@ from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check
-from elsa_tune.remember import exchange, layers
+from elsa_tune.remember import earlier, foreign, layers, lines, signatures
 from elsa_tune.remember import settings as configuration
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
 from elsa_tune.space import Space
 from elsa_tune.tuning import canaries, drift, recall
@@ -62,13 +62,15 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 def measurements(draw: st.DrawFn) -> Measurement:
     """Any measurement that a machine could have made."""
     samples = draw(st.lists(sample, max_size=6))
+    variant, incumbent = draw(st.sampled_from(VARIANTS)), draw(st.sampled_from(["", "plain", "sdpa.flash"]))
     return Measurement(
+        **earlier.roles(variant, incumbent),
         device=draw(st.sampled_from([str(HERE), "cpu:amd_f25m17-zen4-c8", "cuda:nvidia_h200-sm_90-c132-g140+d580.82_t12.8"])),
         problem=draw(st.sampled_from([SMALL, "fp16.d64.causal@b2.h8.kv2.q100.k1000.graph", "bf16.d40.v80.backward@b1.h1.q1.k1"])),
-        variant=draw(st.sampled_from(VARIANTS)), status=draw(st.sampled_from(STATUSES)), stage=draw(st.sampled_from(["trial", "final"])),
+        variant=variant, status=draw(st.sampled_from(STATUSES)), stage=draw(st.sampled_from(["trial", "final"])),
         digest=draw(st.text("0123456789abcdef", max_size=20)), reason=draw(texts), error=draw(st.none() | number),
         ratio=draw(st.none() | number), ratio_low=draw(st.none() | number), seconds=draw(st.none() | number), samples=tuple(samples),
-        incumbent=draw(st.sampled_from(["", "plain", "sdpa.flash"])), incumbent_samples=tuple(draw(st.lists(sample, max_size=20))),
+        incumbent=incumbent, incumbent_samples=tuple(draw(st.lists(sample, max_size=20))),
         resources=draw(st.dictionaries(st.sampled_from(["registers", "spills"]), st.integers(0, 1 << 40))),
         provenance=draw(st.dictionaries(st.sampled_from(["torch", "peak"]), texts | st.floats(-1e9, 1e9))), created=draw(st.floats(0, 1e10)),
     )  # fmt: skip
@@ -82,7 +84,7 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 @settings(patient, max_examples=200)
 def test_what_is_written_is_read_back_everywhere(rows: list[Measurement]) -> None:
     assert [Measurement.from_line(m.line) for m in rows] == rows
-    assert [exchange.sound(m.line) for m in rows] == rows
+    assert [foreign.sound(m.line) for m in rows] == rows
     database = Database.in_memory(rows, "test")
     assert {m.line for m in database} == {m.line for m in rows} and not database.damaged()
 
@@ -97,11 +99,11 @@ def test_merging_is_idempotent_commutative_and_associative(
 
     def merged(*names: str) -> bytes:
         target = "".join(("m", *names))
-        exchange.merge([str(file(name)) for name in names], file(target))
+        foreign.merge([str(file(name)) for name in names], file(target))
         return file(target).read_bytes()
 
     for name, rows in (("a", a), ("b", b), ("c", c)):
-        exchange.write(rows, file(name))
+        lines.write(rows, file(name))
     assert merged("a", "a") == file("a").read_bytes()
     assert merged("a", "b") == merged("b", "a")
     merged("b", "c")
@@ -114,7 +116,7 @@ def test_merging_is_idempotent_commutative_and_associative(
 def test_importing_is_merging(a: list[Measurement], b: list[Measurement]) -> None:
     both = Database.in_memory(a, "test")
     assert both.add(b) == len({m.id for m in b} - {m.id for m in a}) and both.add(a) == 0
-    assert layers.sorted_lines(both) == layers.sorted_lines([*b, *a])
+    assert lines.sorted_lines(both) == lines.sorted_lines([*b, *a])
 
 
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
@@ -122,7 +124,7 @@ def test_importing_is_merging(a: list[Measurement], b: list[Measurement]) -> Non
 def test_any_bytes_are_counted_never_believed(content: bytes) -> None:
     line = content.decode(errors="replace").replace("\n", " ")
     with pytest.raises(ValueError):
-        exchange.sound(line)
+        foreign.sound(line)
 
 
 @given(measurements(), st.data())
@@ -137,12 +139,12 @@ def test_a_changed_line_is_refused_or_sound(m: Measurement, data: st.DataObject)
     name = data.draw(st.sampled_from(sorted(Measurement.__dataclass_fields__)) | st.text(max_size=10))
     content[name] = data.draw(junk)
     try:
-        read = exchange.sound(json.dumps(content))
+        read = foreign.sound(json.dumps(content))
     except ValueError as error:
         assert len(str(error)) <= 200 and str(error).isprintable()
         return
     assert read.status in STATUSES and str(Problem.parse(read.problem)) == read.problem and read.variant in VARIANTS
-    assert exchange.sound(read.line) == read
+    assert foreign.sound(read.line) == read
     assert next(iter(Database.in_memory([read], "test"))) == read
 
 
@@ -210,17 +212,17 @@ def test_bombs_are_refused_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     endless.write_bytes(gzip.compress(b"[" * 200_000_000, 1))
     start = time.monotonic()
     with pytest.raises(BadMeasurements, match="endless"):
-        exchange.import_from(str(endless), Database.in_memory([], "test"))
+        foreign.import_from(str(endless), Database.in_memory([], "test"))
     assert time.monotonic() - start < 5  # the line is never read whole
-    monkeypatch.setattr(exchange, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(foreign, "MOST_BYTES", 1 << 20)
     many = tmp_path / "lines.jsonl.gz"
     many.write_bytes(gzip.compress(b"\n" * 3_000_000))
     with pytest.raises(BadMeasurements, match="unpacked"):
-        exchange.import_from(str(many), Database.in_memory([], "test"))
+        foreign.import_from(str(many), Database.in_memory([], "test"))
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(made(1).line.encode() * 100)[:-20])
     with pytest.raises(BadMeasurements):
-        exchange.import_from(str(cut), Database.in_memory([], "test"))
+        foreign.import_from(str(cut), Database.in_memory([], "test"))
 
 
 def test_a_database_from_elsewhere_is_foreign_too(tmp_path: Path) -> None:
@@ -229,11 +231,11 @@ def test_a_database_from_elsewhere_is_foreign_too(tmp_path: Path) -> None:
         theirs.record(made(1))
         theirs.record(replace(made(2), variant="cpp; rm -rf /"))
     mine = Database.in_memory([], "test")
-    found = exchange.import_from(str(tmp_path / "theirs.db"), mine)
+    found = foreign.import_from(str(tmp_path / "theirs.db"), mine)
     assert (found.sound, sum(found.refused.values())) == (1, 1) and mine.measurements(local=True) == []
     (tmp_path / "other.db").write_bytes((tmp_path / "theirs.db").read_bytes()[:5000])
     with pytest.raises((BadMeasurements, elsa_tune.errors.DatabaseUnusable)):
-        exchange.import_from(str(tmp_path / "other.db"), mine)
+        foreign.import_from(str(tmp_path / "other.db"), mine)
 
 
 def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_files_of_the_command_line(home: Path, tmp_path: Path) -> None:
     other = replace(
         made(3), ratio=4.0, ratio_low=3.9, ratio_high=4.1, created=99.0, variant="cpp.serial.avx512.l16.q3.k8.v8.n96"
     )
-    exchange.write([other], two)
+    lines.write([other], two)
     told = run("diff", one, two, code=1)
     assert "0 measurements in both, 5 only in the first, 1 only in the second" in told and other.variant in told
     assert "6 measurements, of 6 read" in run("merge", one, two, "-o", tmp_path / "both.jsonl")
@@ -303,22 +305,22 @@ def test_signed_exports(home: Path, tmp_path: Path, keys: tuple[Path, Path]) -> 
     assert done.exit_code == 0 and (tmp_path / "out.jsonl.sig").exists(), done.output
     target = Database.in_memory([], "test")
     trust(home, ours, theirs)
-    assert exchange.import_from(str(file), target).new == 1
+    assert foreign.import_from(str(file), target).new == 1
     trust(home, theirs)
     with pytest.raises(NotTrusted, match="not signed by anyone"):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     trust(home, ours)
     file.write_text(file.read_text() + made(2).line + "\n")
     with pytest.raises(NotTrusted):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     with pytest.raises(NotTrusted):
-        exchange.merge([str(file)], tmp_path / "merged.jsonl")
+        foreign.merge([str(file)], tmp_path / "merged.jsonl")
     (tmp_path / "out.jsonl.sig").unlink()
     with pytest.raises(NotTrusted, match="ask for its"):
-        exchange.import_from(str(file), target)
+        foreign.import_from(str(file), target)
     assert len(target) == 1
     with pytest.raises(NotTrusted, match="cannot be signed"):
-        exchange.sign(file, tmp_path / "no key")
+        signatures.sign(file, tmp_path / "no key")
 
 
 # Layers.
@@ -364,8 +366,8 @@ def test_a_team_serves_through_files_and_addresses(
     home: Path, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = tmp_path / "www" / "near.jsonl", tmp_path / "www" / "far.jsonl.gz"
-    exchange.write([won()], near)
-    exchange.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
+    lines.write([won()], near)
+    lines.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
     monkeypatch.setenv("ELSA_TUNE_DB", f"{near}; {server}/far.jsonl.gz")
     assert [x.database for x in layers.layers() if x.name == "team"] == [None, None]
     dispatch.explain(Problem.parse(SMALL), HERE)  # reads them beside its work
@@ -376,7 +378,7 @@ def test_a_team_serves_through_files_and_addresses(
         "order"
     )
     assert dispatch.explain(Problem.parse("fp32.d16@b1.h2.q777.k777"), HERE).rung == "exact"
-    exchange.write([won(ratio=2.5)], near)
+    lines.write([won(ratio=2.5)], near)
     os.utime(near, (time.time() + 5, time.time() + 5))
     assert layers.stale() == [str(near)] and layers.refresh_all() == []
     dispatch.refresh()
@@ -397,7 +399,7 @@ def test_a_team_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
     (tmp_path / "shared").mkdir()
-    exchange.write([won()], tmp_path / "shared" / "team.jsonl")
+    lines.write([won()], tmp_path / "shared" / "team.jsonl")
     monkeypatch.setenv("ELSA_TUNE_DB", str(tmp_path / "shared" / "team.jsonl"))
     monkeypatch.setattr(layers, "_kept", {})
     assert layers.refresh_all() == [] and layers.stale() == []
@@ -514,7 +516,7 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
     assert any("g++ 1.0 is now" in note for note in report.notes), report.notes
     told = next(note for note in report.notes if "timed again" in note)
     assert f"2 winners timed again, {sum(moved.values())} have moved" in told
-    assert moved.keys() == set(problems) and moved[SMALL] == (not winner.variant.startswith("sdpa."))
+    assert moved.keys() == set(problems) and moved[SMALL] == (not winner.is_rival)
     assert turned == {problem for problem, has in moved.items() if has}
 
 
@@ -551,4 +553,4 @@ def test_refused_reasons_are_counted_together(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps({**BASE, "status": "won"}) + "\n" for _ in range(7)))
     refused: Counter[str] = Counter()
-    assert list(exchange.read(file, refused)) == [] and list(refused.values()) == [7]
+    assert list(foreign.read(file, refused)) == [] and list(refused.values()) == [7]

@@ -22,11 +22,12 @@ from victim import DEVICE, made
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.errors import DatabaseUnusable
+from elsa_tune.errors import DatabaseUnusable, FolderTaken
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import exchange, layers, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import database as databases
+from elsa_tune.remember import layers, lines, repair
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning import tune as tuning
 
 KILLS = 200
@@ -72,7 +73,7 @@ def test_killed_tuning_goes_on_where_it_was(home: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if places.database().exists():
-            assert winners.verify().damaged == 0
+            assert repair.verify().damaged == 0
             with Database.for_reading(places.database()) as database:
                 assert len(database) >= before
                 before = len(database)
@@ -105,7 +106,7 @@ def test_flipped_bits_and_cut_files(tmp_path: Path) -> None:
                 assert {w.measurement.id for w in database.winners()} <= rows.keys()
         except (DatabaseUnusable, sqlite3.DatabaseError):
             pass
-        health = winners.verify(path)
+        health = repair.verify(path)
         with Database.for_reading(path) as database:
             kept = list(database)
             assert len(kept) == health.sound
@@ -126,8 +127,8 @@ import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from victim import made
-from elsa_tune.remember.winners import Database
-from elsa_tune.errors import DatabaseUnusable
+from elsa_tune.remember.database import Database
+from elsa_tune.errors import DatabaseUnusable, FolderTaken
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Database.for_writing(Path({str(tmp_path / "measurements.db")!r})) as database:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
@@ -184,7 +185,7 @@ def test_forty_processes_read_during_a_tune(home: Path) -> None:
     program = f"""
 import os, sys, time
 from pathlib import Path
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 path, done = Path({str(places.database())!r}), Path({str(home / "done")!r})
 for number in range({READERS}):
     if not os.fork():
@@ -215,40 +216,18 @@ print(*statuses)
 def test_a_clock_that_jumps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last measurement is the newest, whatever the clock said."""
     times = iter([2e9, 1.7e9, 1.8e9, 0.0])
-    monkeypatch.setattr(winners.time, "time", lambda: next(times))
+    monkeypatch.setattr(databases.time, "time", lambda: next(times))
     seen = []
     for _ in range(2):
         with Database.for_writing() as database:
             for _ in range(2):
                 seen.append(database.now())
                 database.record(
-                    Measurement(device=DEVICE, problem=SMALL, variant="sdpa.math", status="ok", created=seen[-1])
+                    Measurement(
+                        device=DEVICE, problem=SMALL, variant="sdpa.math", role="rival", status="ok", created=seen[-1]
+                    )
                 )
     assert seen == sorted(set(seen))
-
-
-def test_a_database_of_format_1_is_taken_over(home: Path) -> None:
-    """What the first version wrote, kits' lines among it."""
-    home.mkdir()
-    old = sqlite3.connect(places.database())
-    columns = [*["id", "device", "family", "problem", "variant", "digest", "stage", "status", "reason", "error", "constant", "seconds"],
-               *["ratio", "ratio_low", "ratio_high", "samples", "incumbent", "incumbent_samples", "resources", "provenance", "created"]]  # fmt: skip
-    old.execute(f"CREATE TABLE measurements ({', '.join(columns)})")
-    old.execute("CREATE VIEW winners AS SELECT * FROM measurements")
-    rows = [made(n) for n in range(3)]
-    for m, incumbent in zip(rows, ("sdpa.flash", "sdpa.flash", "plain"), strict=True):
-        facts = {name: getattr(m, name, "") for name in columns} | {"id": m.id, "incumbent": incumbent}
-        facts |= {"samples": json.dumps(m.samples), "incumbent_samples": json.dumps(m.incumbent_samples)}
-        facts |= {"resources": "{}", "provenance": json.dumps(dict(m.provenance))}
-        old.execute(f"INSERT INTO measurements VALUES ({', '.join('?' * len(columns))})", [facts[c] for c in columns])
-    old.execute("PRAGMA user_version = 1")
-    old.commit()
-    old.close()
-    with pytest.raises(DatabaseUnusable, match="format 1"):
-        Database.for_reading(places.database())
-    with Database.for_writing() as database:
-        assert database.measurements(local=True) == rows[:2]
-        assert [m.incumbent for m in database.measurements(local=False)] == ["plain"]
 
 
 def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
@@ -273,7 +252,7 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     program = f"""
 import os, sys, torch, elsa_tune
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.tuning import tune as tuning, race, worker
+from elsa_tune.tuning import tune, race, worker
 from elsa_tune.prove import check
 from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl
@@ -314,7 +293,7 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
         before = writer.installation
         with monkeypatch.context() as patch:
             patch.setattr(Database, "damaged", lambda self: [1])
-            assert winners.verify().aside
+            assert repair.verify().aside
         writer.record(made(1))
         writer.note("name", "value")
         writer.add(map(made, range(2, 5)))
@@ -326,15 +305,15 @@ def test_a_file_set_aside_beside_a_writer(home: Path, monkeypatch: pytest.Monkey
 
 def test_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.jsonl"
-    exchange.write([made(1)], target)
+    lines.write([made(1)], target)
     before = target.read_bytes()
 
     def fail(self: Path, data: bytes) -> int:
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(exchange.FolderTaken, match="no space left"):
-        exchange.write(map(made, range(3)), target)
+    with pytest.raises(FolderTaken, match="no space left"):
+        lines.write(map(made, range(3)), target)
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 

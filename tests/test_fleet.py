@@ -23,7 +23,7 @@ from rehearsal import RECORDED, Rehearsal
 from elsa_tune.device import Device
 from elsa_tune.errors import FleetUnreachable
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
 from elsa_tune.tuning import fleet
 from elsa_tune.tuning import tune as tuning

@@ -28,7 +28,7 @@ from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import contender as contenders

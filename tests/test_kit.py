@@ -19,7 +19,7 @@ from elsa_tune import space
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, FolderTaken, KernelMissing
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli
 from elsa_tune.ship import export, kit
 from elsa_tune.tuning import recall

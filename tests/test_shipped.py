@@ -12,8 +12,8 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.generate import lawful
 from elsa_tune.problem import Problem
-from elsa_tune.remember import layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import lines
+from elsa_tune.remember.database import Database
 
 CACHE = Path(__file__).resolve().parent.parent / "cache"
 FILES = sorted(CACHE.glob("*.jsonl"))
@@ -44,8 +44,8 @@ def test_contributions_are_reviewed_files_and_a_table(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_shipped_winners(path: Path, tmp_path: Path) -> None:
-    rows = list(layers.read_lines(path))
-    layers.write_lines(rows, tmp_path / path.name)
+    rows = list(lines.read(path))
+    lines.write(rows, tmp_path / path.name)
     assert (tmp_path / path.name).read_bytes() == path.read_bytes(), "written by the program, not edited by hand"
     devices = {m.device for m in rows}
     assert devices == {path.stem.replace("-", ":", 1)}

@@ -14,7 +14,7 @@ from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning import noise, recall
 from elsa_tune.tuning.contender import check_family, check_shape
 from elsa_tune.tuning.effort import EFFORTS

@@ -21,7 +21,7 @@ from elsa_tune.errors import BadDevice, BadProblem, ElsaTuneError
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate.backends import Built
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning import drift
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning.effort import Effort

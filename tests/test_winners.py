@@ -15,8 +15,9 @@ from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import layers, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import database as databases
+from elsa_tune.remember import layers, lines
+from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 PROBLEM = "fp32.d64@b1.h8.q1024.k1024"
@@ -31,7 +32,7 @@ def measured(variant: str, low: float, high: float, **more: object) -> Measureme
     return Measurement(**{**facts, **more})  # type: ignore[arg-type]
 
 
-SDPA = measured("sdpa.flash", 1, 1)
+SDPA = measured("sdpa.flash", 1, 1, role="rival")
 
 
 def winner(*rows: Measurement) -> str | None:
@@ -132,7 +133,7 @@ def test_one_damaged_final_does_not_count(home: Path) -> None:
     with Database.for_writing() as database:
         for row in (SDPA, measured("cpp.a", 1.9, 2.1), measured("cpp.a", 1.9, 2.1, created=2.0)):
             database.record(row)
-        database._connection.execute("UPDATE records SET ratio = 9.0 WHERE created = 2.0")
+        database._connection.execute("UPDATE recorded SET ratio = 9.0 WHERE created = 2.0")
         (found,) = database.winners()
     assert (found.variant, found.ratio, found.finals) == ("cpp.a", 2.0, 1)
 
@@ -180,12 +181,10 @@ def test_kin_answer_in_order(home: Path) -> None:
 
 def test_lines_are_read_back_and_sorted(tmp_path: Path) -> None:
     rows = [measured(f"cpp.{name}", 1.9, 2.1, resources={"hot_spills": 1}) for name in "cab"]
-    layers.write_lines(rows, tmp_path / "one.jsonl")
-    layers.write_lines(rows[::-1], tmp_path / "two.jsonl")
+    lines.write(rows, tmp_path / "one.jsonl")
+    lines.write(rows[::-1], tmp_path / "two.jsonl")
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
-    assert sorted(layers.read_lines(tmp_path / "one.jsonl"), key=lambda m: m.variant) == sorted(
-        rows, key=lambda m: m.variant
-    )
+    assert sorted(lines.read(tmp_path / "one.jsonl"), key=lambda m: m.variant) == sorted(rows, key=lambda m: m.variant)
 
 
 def _write_many(home: str, writer: int) -> None:
@@ -213,10 +212,10 @@ def test_a_writer_waits_for_a_lock_that_sqlite_does_not_wait_for(home: Path, mon
     holder = sqlite3.connect(places.database(), check_same_thread=False)
     holder.execute("CREATE TABLE another (x)")
     holder.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(winners, "PATIENCE", 0.0)
+    monkeypatch.setattr(databases, "PATIENCE", 0.0)
     with pytest.raises(DatabaseUnusable, match="locked"):
         Database.for_writing()
-    monkeypatch.setattr(winners, "PATIENCE", 30.0)
+    monkeypatch.setattr(databases, "PATIENCE", 30.0)
     release = threading.Timer(0.3, holder.rollback)
     release.start()
     _recorded(1)
@@ -308,7 +307,7 @@ def test_a_home_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_network_file_systems_get_no_write_ahead_log(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winners, "_on_network", lambda path: True)
+    monkeypatch.setattr(databases, "_on_network", lambda path: True)
     _recorded()
     with sqlite3.connect(places.database()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"

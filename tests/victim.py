@@ -15,9 +15,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import sqlite_utils as _sqlite_utils  # noqa: F401  what a child imports is no time to be killed in
+
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import exchange, winners
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import foreign, lines, repair
+from elsa_tune.remember.database import Database
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 
@@ -43,9 +45,9 @@ def recording(folder: Path, first: int, tell: int) -> None:
 def importing(folder: Path, first: int, tell: int) -> None:
     source = folder / f"import-{first}.jsonl"
     rows = [made(number) for number in range(first, first + 300)]
-    exchange.write(rows, source)
+    lines.write(rows, source)
     with Database.for_writing(folder / "measurements.db") as database:
-        database.add(exchange.read(source, Counter()), at_once=50)
+        database.add(foreign.read(source, Counter()), at_once=50)
         for measurement in rows:
             os.write(tell, measurement.id.encode())
     time.sleep(60)
@@ -53,16 +55,16 @@ def importing(folder: Path, first: int, tell: int) -> None:
 
 def merging(folder: Path, first: int, tell: int) -> None:
     for number in (first, first + 100):
-        exchange.write([made(n) for n in range(number, number + 100)], folder / f"merge-{number}.jsonl")
+        lines.write([made(n) for n in range(number, number + 100)], folder / f"merge-{number}.jsonl")
     while True:
-        exchange.merge([str(folder / f"merge-{n}.jsonl") for n in (first, first + 100)], folder / "merged.jsonl")
+        foreign.merge([str(folder / f"merge-{n}.jsonl") for n in (first, first + 100)], folder / "merged.jsonl")
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     acknowledged: list[str] = []
     interrupted: Counter[str] = Counter()
-    exchange.write([made(0)], folder / "merged.jsonl")
+    lines.write([made(0)], folder / "merged.jsonl")
     for turn in range(kills):
         what = (recording, recording, importing, merging)[turn % 4]
         ear, mouth = os.pipe()
@@ -88,8 +90,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
         interrupted[what.__name__] += 1
         whole = len(heard) // 24 * 24
         acknowledged += [heard[i : i + 24].decode() for i in range(0, whole, 24)]
-        assert len(list(exchange._lines(folder / "merged.jsonl"))) in (1, 200), "half a merge"
-    health = winners.verify(folder / "measurements.db")
+        assert len(list(foreign._lines(folder / "merged.jsonl"))) in (1, 200), "half a merge"
+    health = repair.verify(folder / "measurements.db")
     print(
         json.dumps(
             {"acknowledged": acknowledged, "kills": interrupted, "damaged": health.damaged, "aside": len(health.aside)}

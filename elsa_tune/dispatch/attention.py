@@ -25,7 +25,7 @@ from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
-from elsa_tune.remember import winners
+from elsa_tune.remember import layers
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _FLOAT32 = torch.float32
@@ -273,7 +273,7 @@ def refresh() -> None:
         _gradients.clear()
 
 
-winners.listeners.append(refresh)
+layers.listeners.append(refresh)
 
 
 def current() -> Shelf:

@@ -53,8 +53,12 @@ def asked() -> float | None:
 def torchs_error(measured: Iterable[Measurement]) -> float | None:
     """The error of torch's fastest kernel among a problem's measurements, relative to max|v|, or None if nobody measured it."""
     rows = list(measured)
-    raced = {m.incumbent for m in rows if m.status == "ok" and m.incumbent.startswith("sdpa.")}
-    errors = {m.variant: m.error for m in rows if m.status == "ok" and m.variant in raced and m.error is not None}
+    raced = {m.incumbent for m in rows if m.status == "ok" and m.incumbent and not m.is_hint}
+    errors = {
+        m.variant: m.error
+        for m in rows
+        if m.is_rival and m.status == "ok" and m.variant in raced and m.error is not None
+    }
     return min(errors.values(), default=None)
 
 
@@ -62,8 +66,8 @@ def as_exact(measured: Iterable[Measurement], times: float) -> list[Measurement]
     """The newest measurement of each generated variant that errs at most ``times`` torch's error, fastest first."""
     rows = list(measured)
     limit = torchs_error(rows)
-    against = [m for m in rows if not m.incumbent or m.incumbent.startswith("sdpa.")]  # a kit's own kernel is no torch
-    ours = [m for m in against if not m.variant.startswith("sdpa.") and not m.disturbed]
+    against = [m for m in rows if not m.is_hint]
+    ours = [m for m in against if not m.is_rival and not m.disturbed]
     newest = {m.variant: m for m in sorted(ours, key=lambda m: m.status != "ok" or m.stage == "final")}  # over trials
     if limit is None:
         return []

@@ -38,7 +38,7 @@ class Choice:
     @property
     def by_sdpa(self) -> bool:
         """Whether torch serves."""
-        return self.variant is None or not backends.get(self.variant.backend).generated
+        return self.variant is None or backends.role(str(self.variant)) == "rival"
 
 
 def distance(a: Problem, b: Problem) -> float:
@@ -149,7 +149,7 @@ def _doubt(winner: Winner, problem: Problem, device: Device) -> str:
     far = distance(Problem.parse(winner.problem), problem)
     if far > NEAR:
         return f"{far:.1f} octaves away, more than {NEAR:g}"
-    if not winner.variant.startswith("sdpa.") and winner.ratio_low < LARGE_ADVANTAGE:
+    if not winner.measurement.is_rival and winner.ratio_low < LARGE_ADVANTAGE:
         return f"its advantage of {winner.ratio_low:.2f} is below {LARGE_ADVANTAGE}, too little to carry over"
     return _refusal(winner, problem, device)
 

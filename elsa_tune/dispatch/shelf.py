@@ -17,7 +17,7 @@ from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.measurement import Winner
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check
-from elsa_tune.remember import layers, winners
+from elsa_tune.remember import layers
 from elsa_tune.variant import Variant
 
 MOST_SHAPES = 4096
@@ -87,7 +87,7 @@ class _Known:
 
 def _reread(source: str) -> None:
     layers.refresh(source)
-    for forget in winners.listeners:
+    for forget in layers.listeners:
         forget()
 
 

@@ -194,4 +194,16 @@ def get(name: str) -> Backend:
 
 def rivals() -> tuple[str, ...]:
     """Those whose kernels are not ours: what is raced against, and what serves where nothing of ours does."""
-    return tuple(name for name in names() if not get(name).generated)
+    return tuple(name for name in names() if _role(name) == "rival")
+
+
+def role(variant: str) -> str:
+    """Who a spelled variant is in a race, as the search space of its backend says: ``rival``, torch's own, or ``candidate``,
+    which those of backends that only another version has are too. Imports no backend."""
+    return _role(variant.partition(".")[0])
+
+
+@cache
+def _role(name: str) -> str:
+    found = places.read_toml(places.data("search_spaces") / f"{name}.toml") if name in names() else {}
+    return str(found.get("role", "candidate"))

@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from elsa_tune import places
 from elsa_tune.errors import KernelCacheUnsafe
+
+RECENT = 3600.0
+"""Seconds for which a kernel stays, whatever names it: somebody may be about to time it."""
 
 CHECKED = "checked"
 """The file beside a built kernel that names devices on which it was found right."""
@@ -75,3 +79,13 @@ def note_checked(digest: str, device: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (folder / CHECKED).open("a") as file:
             file.write(f"{device}\n")
+
+
+def remove_all_but(digests: Collection[str]) -> int:
+    """Remove built kernels of other digests that are not RECENT; how many."""
+    removed = 0
+    for folder in places.kernels().iterdir() if places.kernels().is_dir() else ():
+        if folder.name not in digests and time.time() - folder.lstat().st_mtime > RECENT:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+    return removed

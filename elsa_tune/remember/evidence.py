@@ -20,15 +20,14 @@ NARROWEST = 0.02
 # counted by each installation); clean ones, where there is a clean one. They weigh by the inverse square of their spread.
 POOLED = f"""
 WITH finals AS (
-  SELECT * FROM records WHERE status = 'ok' AND stage = 'final' AND ratio > 0 {{where}}
+  SELECT * FROM recorded WHERE status = 'ok' AND stage = 'final' AND ratio > 0 {{where}}
 ), said AS (
-  SELECT finals.*, spelled.content AS spelling, spelled.content LIKE 'sdpa.%' AS torchs,
+  SELECT finals.*, spelled.content AS spelling,
     COALESCE(json_extract(p.content, '$.torch'), '') AS torch,
     COALESCE(json_extract(p.content, '$.disturbed'), 0) > {DISTURBED} AS disturbed,
     COALESCE(json_extract(p.content, '$.era'), 0) AS era, json_extract(p.content, '$.installation') AS place
-  FROM finals JOIN words spelled ON spelled.id = variant
-  LEFT JOIN words against ON against.id = incumbent LEFT JOIN words p ON p.id = provenance
-  WHERE spelled.content LIKE 'sdpa.%' OR against.content LIKE 'sdpa.%'
+  FROM finals JOIN texts spelled ON spelled.number = variant LEFT JOIN texts p ON p.number = provenance
+  WHERE role = 'rival' OR (incumbent IS NOT NULL AND incumbent_role = 'rival')
 ), now AS (
   SELECT *, MAX(era) OVER (PARTITION BY device, problem, place) AS last_era FROM said
 ), newest AS (
@@ -43,7 +42,7 @@ WITH finals AS (
   SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem, variant ORDER BY created DESC, id) AS age
   FROM same WHERE disturbed = least
 ), pooled AS (
-  SELECT id, device, problem, variant, spelling, torchs, disturbed, error, resources, MIN(age) AS age,
+  SELECT number, id, device, problem, variant, role, spelling, disturbed, error, resources, MIN(age) AS age,
     COUNT(*) AS finals, GROUP_CONCAT(number) AS members, SUM(sharp * sharp * ratio) / SUM(sharp * sharp) AS ratio,
     SUM(sharp * sharp * COALESCE(ratio_low, 0)) / SUM(sharp * sharp) AS ratio_low,
     SUM(sharp * sharp * COALESCE(ratio_high, 2 * ratio)) / SUM(sharp * sharp) AS ratio_high
@@ -56,17 +55,17 @@ EVERY = f"{POOLED} SELECT * FROM pooled"
 # outvote a clean one. Among variants tied with the best, those of the smallest error win, then fewer stack accesses, then who is within 2 % of the best,
 # then the spelling, so that noise names nobody.
 WINNERS = f"""{POOLED}, eligible AS (
-  SELECT *, MIN(CASE WHEN torchs THEN 1 ELSE disturbed END) OVER (PARTITION BY device, problem) AS least
-  FROM pooled WHERE torchs OR ratio_low > 1
+  SELECT *, MIN(CASE role WHEN 'rival' THEN 1 ELSE disturbed END) OVER (PARTITION BY device, problem) AS least
+  FROM pooled WHERE role = 'rival' OR ratio_low > 1
 ), ranked AS (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY device, problem ORDER BY ratio DESC, id) AS place
-  FROM eligible WHERE torchs OR disturbed = least
+  SELECT *, FIRST_VALUE(ratio) OVER best AS best_ratio, FIRST_VALUE(ratio_low) OVER best AS best_low
+  FROM eligible WHERE role = 'rival' OR disturbed = least
+  WINDOW best AS (PARTITION BY device, problem ORDER BY ratio DESC, id)
 ), tied AS (
-  SELECT r.*, MIN(r.error) OVER (PARTITION BY r.device, r.problem) AS least_error, r.ratio < {TIED} * best.ratio AS behind,
+  SELECT r.*, MIN(r.error) OVER (PARTITION BY r.device, r.problem) AS least_error, r.ratio < {TIED} * best_ratio AS behind,
     COALESCE(json_extract(facts.content, '$.hot_spills'), 0) AS spills
-  FROM ranked r JOIN ranked best ON best.device = r.device AND best.problem = r.problem AND best.place = 1
-  LEFT JOIN words facts ON facts.id = r.resources
-  WHERE r.ratio >= {TIED} * best.ratio OR (r.ratio >= {FAR} * best.ratio AND r.ratio_high >= best.ratio_low)
+  FROM ranked r LEFT JOIN texts facts ON facts.number = r.resources
+  WHERE r.ratio >= {TIED} * best_ratio OR (r.ratio >= {FAR} * best_ratio AND r.ratio_high >= best_low)
 ), chosen AS (
   SELECT *, ROW_NUMBER() OVER (
     PARTITION BY device, problem ORDER BY error > {ALIKE} * least_error, spills, behind, spelling

@@ -13,13 +13,17 @@ from pathlib import Path
 from elsa_tune import places, space
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Evidence, Measurement, Winner
+from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
-from elsa_tune.remember import settings
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember import lines, settings
+from elsa_tune.remember.database import Database
+from elsa_tune.remember.reading import Reader
 
 REFRESH_SECONDS = 24 * 3600.0
 """How old a copy of a remote database may grow before it is fetched again."""
+
+listeners: list[Callable[[], None]] = []
+"""Called when this process has finished changing its own database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Layer:
 
     name: str
     place: str
-    database: Database | None
+    database: Reader | None
     problem: str = ""
     local: bool | None = None
 
@@ -37,6 +41,17 @@ class Layer:
         if self.database is None:
             return []
         return self.database.winners(self.local, devices, families, _is_understood, **equal)
+
+    def inventory(self) -> Iterator[str]:
+        """One line on the layer, and one for each device in it."""
+        if self.database is None:
+            yield f"{self.name}: {self.place}: {self.problem}"
+            return
+        counts = self.database.counts(self.local)
+        yield f"{self.name}: {self.place}: {sum(counts.values())} measurements"
+        for device in sorted({device for device, _ in counts}):
+            of_status = ", ".join(f"{n} {status}" for (one, status), n in sorted(counts.items()) if one == device)
+            yield f"  {device}: {of_status}; {len(self.winners([device]))} winners"
 
 
 def _is_understood(variant: str) -> bool:
@@ -68,7 +83,7 @@ def _own() -> Iterator[Layer]:
         try:
             if problem := places.unsafe(path):
                 raise DatabaseUnusable(problem)
-            database = Database.for_reading(path)
+            database = Reader.for_reading(path)
             yield Layer("own", str(path), database, local=True)
             yield Layer("imported", str(path), database, local=False)
             return
@@ -88,7 +103,7 @@ def _team() -> Iterator[Layer]:
             copy = _copy_of(source)
             if source not in _kept and (problem := copy.exists() and places.unsafe(copy)):
                 raise DatabaseUnusable(problem)
-            yield Layer("team", source, _kept.get(source) or Database.for_reading(copy))
+            yield Layer("team", source, _kept.get(source) or Reader.for_reading(copy))
         except (DatabaseUnusable, OSError):
             yield Layer(
                 "team", source, None, "not read yet; elsa-tune db info reads it, dispatch does so beside its work"
@@ -98,37 +113,15 @@ def _team() -> Iterator[Layer]:
 def _shipped() -> Layer:
     folder = places.data("cache")
     try:
-        rows = [m for path in sorted(folder.glob("*.jsonl")) for m in read_lines(path)]
+        rows = [m for path in sorted(folder.glob("*.jsonl")) for m in lines.read(path)]
         return Layer("shipped", str(folder), Database.in_memory(rows, str(folder)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Layer("shipped", str(folder), None, f"{error}; reinstall elsa-tune")
 
 
-def read_lines(path: Path) -> Iterator[Measurement]:
-    """Measurements from JSON lines of our own writing, as `cache/` ships them."""
-    for line in path.read_text().splitlines():
-        if line.strip():
-            yield Measurement.from_line(line)
-
-
-def write_lines(measurements: Iterable[Measurement], path: Path) -> None:
-    """Write measurements as sorted JSON lines, so that equal content is equal bytes and a change is a readable diff."""
-    path.write_text("".join(f"{line}\n" for line in sorted_lines(measurements)))
-
-
-def sorted_lines(measurements: Iterable[Measurement]) -> list[str]:
-    """Canonical lines, each once, by device, problem, variant and content."""
-    return [line for *_, line in sorted(set(map(place_of, measurements)))]
-
-
-def place_of(m: Measurement) -> tuple[str, str, str, str]:
-    """What lines are sorted by; the last is the line itself."""
-    return m.device, m.problem, m.variant, m.line
-
-
 # The team's databases: read as foreign, kept as a copy.
 
-_kept: dict[str, Database] = {}  # source -> its measurements, where no copy can be written
+_kept: dict[str, Reader] = {}  # source -> its measurements, where no copy can be written
 
 
 def _copy_of(source: str) -> Path:
@@ -161,7 +154,7 @@ def refresh(source: str) -> None:
 
     Raises BadMeasurements, NotTrusted, CompilerMissing's kin for a missing library: whatever reading it raises.
     """
-    from elsa_tune.remember import exchange  # pydantic is for foreign lines only
+    from elsa_tune.remember import foreign  # pydantic is for foreign lines only
 
     started = time.time()
     copy = _copy_of(source)
@@ -169,13 +162,13 @@ def refresh(source: str) -> None:
     try:
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with Database.for_writing(work) as database:
-            exchange.import_from(source, database)
+            foreign.import_from(source, database)
             database.pack()
         os.utime(work, (started, started))
         work.replace(copy)
     except (DatabaseUnusable, OSError):
         memory = Database.in_memory([], source)
-        exchange.import_from(source, memory)
+        foreign.import_from(source, memory)
         _kept[source] = memory
     finally:
         for left in copy.parent.glob(f"{work.name}*") if copy.parent.is_dir() else ():

@@ -7,7 +7,6 @@ from typing import Any
 
 from elsa_tune import places
 from elsa_tune.errors import BadSettings
-from elsa_tune.space import read_toml
 
 SEPARATOR = ";"
 """Between paths or URLs in ELSA_TUNE_DB: neither has one."""
@@ -32,7 +31,7 @@ def _strings(name: str) -> list[str]:
     if not path.is_file():
         return []
     try:
-        content: dict[str, Any] = read_toml(path)
+        content: dict[str, Any] = places.read_toml(path)
     except (OSError, ValueError) as error:
         raise BadSettings(f"{path}: {error}; mend or remove it") from error
     found = content.get(name, [])

@@ -13,7 +13,7 @@ import click
 from elsa_tune.errors import ElsaTuneError
 
 if TYPE_CHECKING:
-    from elsa_tune.remember.exchange import Imported
+    from elsa_tune.remember.foreign import Imported
 
 EXIT_INCOMPLETE, EXIT_MISTAKE = 1, 2
 
@@ -53,8 +53,8 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
     from elsa_tune import places
     from elsa_tune.device import Device
     from elsa_tune.problem import Problem
-    from elsa_tune.remember import exchange, layers
-    from elsa_tune.remember.winners import Database
+    from elsa_tune.remember import lines, signatures
+    from elsa_tune.remember.database import Database
 
     wanted = {"device": str(Device.parse(device))} if device else {}
     wanted |= {"problem": str(Problem.parse(problem))} if problem else {}
@@ -65,12 +65,12 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
             f"nothing was measured here of {', '.join(wanted.values())}; elsa-tune db export prints everything"
         )
     if output is None:
-        for line in layers.sorted_lines(found):
+        for line in lines.sorted_lines(found):
             click.echo(line)
         return
-    click.echo(f"{output}: {exchange.write(found, output)} measurements")
+    click.echo(f"{output}: {lines.write(found, output)} measurements")
     if key is not None:
-        click.echo(f"{exchange.sign(output, key)}: signed")
+        click.echo(f"{signatures.sign(output, key)}: signed")
 
 
 @db.command("import")
@@ -78,13 +78,13 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
 @mistakes_are_messages
 def import_files(sources: tuple[str, ...]) -> None:
     """Take measurements of others, as candidates. What is not sound is counted and left out."""
-    from elsa_tune.remember import exchange
-    from elsa_tune.remember.winners import Database
+    from elsa_tune.remember import foreign
+    from elsa_tune.remember.database import Database
 
     complete = True
     with Database.for_writing() as database:
         for source in sources:
-            found = exchange.import_from(source, database)
+            found = foreign.import_from(source, database)
             click.echo(f"{source}: {found.sound} measurements, {found.new} of them new")
             complete &= _say_what_was_refused(found) and found.sound > 0
     sys.exit(0 if complete else EXIT_INCOMPLETE)
@@ -102,9 +102,9 @@ def _say_what_was_refused(found: Imported) -> bool:
 @mistakes_are_messages
 def merge(sources: tuple[str, ...], output: Path) -> None:
     """Write what any of the sources holds, each measurement once; their order changes nothing."""
-    from elsa_tune.remember import exchange
+    from elsa_tune.remember import foreign
 
-    found = exchange.merge(sources, output)
+    found = foreign.merge(sources, output)
     click.echo(f"{output}: {found.new} measurements, of {found.sound} read")
     sys.exit(0 if _say_what_was_refused(found) else EXIT_INCOMPLETE)
 
@@ -115,10 +115,10 @@ def merge(sources: tuple[str, ...], output: Path) -> None:
 @mistakes_are_messages
 def diff(first: str, second: str) -> None:
     """Compare two files: what only one of them holds, and where they name other winners. Exit 1 if they differ."""
-    from elsa_tune.remember import exchange
+    from elsa_tune.remember import foreign
     from elsa_tune.shell import report
 
-    found = exchange.diff(first, second)
+    found = foreign.diff(first, second)
     report.print_difference(report.console(), found)
     sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
 
@@ -127,9 +127,9 @@ def diff(first: str, second: str) -> None:
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
-    from elsa_tune.remember import winners
+    from elsa_tune.remember import repair
 
-    health = winners.verify()
+    health = repair.verify()
     click.echo(f"{health.sound} measurements are what was recorded")
     for path in health.aside:
         click.echo(f"set aside: {path}")
@@ -161,24 +161,30 @@ def race(device: str, budget: float) -> None:
 @mistakes_are_messages
 def gc() -> None:
     """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
-    from elsa_tune.remember import upkeep
+    from elsa_tune import places
+    from elsa_tune.generate import kernel_cache
+    from elsa_tune.remember.database import Database
 
-    found = upkeep.collect()
-    click.echo(
-        f"{found.kernels} kernels removed; the database takes {found.after >> 10} KiB, before {found.before >> 10}"
-    )
+    path = places.database()
+    with Database.for_writing(path) as database:
+        before = path.stat().st_size
+        kept = {m.digest for m in database if m.stage == "final" or m.status == "candidate"}
+        database.pack()
+    removed = kernel_cache.remove_all_but(kept)
+    click.echo(f"{removed} kernels removed; the database takes {path.stat().st_size >> 10} KiB, before {before >> 10}")
 
 
 @db.command()
 @mistakes_are_messages
 def info() -> None:
     """Say what each layer holds. The team's databases that have changed are read again first."""
-    from elsa_tune.remember import layers, upkeep
+    from elsa_tune.remember import layers
 
     for trouble in layers.refresh_all():
         click.echo(f"elsa-tune: {trouble}", err=True)
-    for line in upkeep.inventory():
-        click.echo(line)
+    for layer in layers.layers():
+        for line in layer.inventory():
+            click.echo(line)
 
 
 @db.command()

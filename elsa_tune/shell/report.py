@@ -19,7 +19,7 @@ from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember.exchange import Difference
+from elsa_tune.remember.foreign import Difference
 from elsa_tune.shell import whole_models
 from elsa_tune.tuning.fleet import Member
 from elsa_tune.tuning.offline import Ranking, Target, occupancy

@@ -8,7 +8,6 @@ from functools import cache
 
 from elsa_tune import places
 from elsa_tune.problem import Problem
-from elsa_tune.space import read_toml
 from elsa_tune.tuning.report import Outcome
 
 
@@ -41,7 +40,7 @@ class Gain:
 @cache
 def models() -> tuple[Model, ...]:
     """Those of search_spaces/models.toml."""
-    found = read_toml(places.data("search_spaces") / "models.toml")["model"]
+    found = places.read_toml(places.data("search_spaces") / "models.toml")["model"]
     return tuple(Model(m["name"], Problem.parse(m["problem"]), m["layers"], m["weights"]) for m in found)
 
 

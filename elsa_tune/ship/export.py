@@ -16,7 +16,7 @@ from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.reading import Reader
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
@@ -94,14 +94,14 @@ def best(problem: Problem, device: Device) -> list[Variant]:
     return found
 
 
-def _of_kits(database: Database, problem: Problem, device: Device) -> list[Measurement]:
+def _of_kits(database: Reader, problem: Problem, device: Device) -> list[Measurement]:
     """What was measured on such a device without torch, fastest first, then unmeasured candidates."""
     rows = [
         m
         for m in database.measurements(family=problem.family)
         if device.kinship(Device.parse(m.device)) not in (None, "family")
     ]
-    measured = [m for m in rows if m.status == "ok" and m.seconds and not m.incumbent.startswith("sdpa.")]
+    measured = [m for m in rows if m.status == "ok" and m.seconds and (m.is_hint or not m.incumbent)]
     same = [m for m in measured if m.problem == str(problem)]
     return [*sorted(same or measured, key=lambda m: -(m.ratio or 0)), *(m for m in rows if m.status == "candidate")]
 

@@ -42,7 +42,7 @@ def look_for_drift(run: Run) -> None:
 def has_moved(run: Run, task: Task) -> bool:
     """Whether a problem's winner, raced again, is not as fast as it was."""
     before = run.winner(task)
-    if before is None or before.variant.startswith("sdpa."):
+    if before is None or before.is_rival:
         return False
     with suppress(BadVariant):  # of a version whose space had other values
         variant = parse(before.variant)

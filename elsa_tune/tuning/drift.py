@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence, Measurement
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 
 MOVED = 1.05
 """A ratio has moved if its interval no longer meets the old one, by at least this factor."""
@@ -64,7 +64,7 @@ def contested(database: Database, device: Device) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for m in _others(database, device):
         mine = own.get((m.problem, m.variant))
-        if not m.variant.startswith("sdpa.") and (mine is None or moved(m, mine)):
+        if not m.is_rival and (mine is None or moved(m, mine)):
             found.setdefault(m.problem, [])
             if m.variant not in found[m.problem]:
                 found[m.problem].append(m.variant)

@@ -24,9 +24,9 @@ from elsa_tune.generate.gpu.limits import REGISTERS
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
-from elsa_tune.remember.layers import write_lines
-from elsa_tune.remember.winners import Database
-from elsa_tune.space import Space, read_toml
+from elsa_tune.remember import lines
+from elsa_tune.remember.database import Database
+from elsa_tune.space import Space
 from elsa_tune.tuning.contender import build
 from elsa_tune.tuning.search import Search
 from elsa_tune.tuning.trial import BUILD_SECONDS
@@ -72,7 +72,7 @@ class Target:
 def targets() -> Mapping[str, Target]:
     """Every target that can be ranked for, by its name (``sm_80``, ``gfx942``)."""
     found = {}
-    for arch, facts in read_toml(places.data("search_spaces") / "targets.toml").items():
+    for arch, facts in places.read_toml(places.data("search_spaces") / "targets.toml").items():
         device = Device(
             kind="hip" if arch.startswith("gfx") else "cuda",
             model=re.sub(r"[^a-z0-9]+", "_", facts["name"].lower()),
@@ -265,7 +265,7 @@ def hand_over(rankings: Sequence[Ranking], device: str, folder: Path) -> int:
     with Database.for_reading(places.database()) as database:
         known = database.measurements(status="candidate", device=str(target(device).device))
     spelled = {(str(c.problem), str(c.variant), c.built.digest) for c in made}
-    write_lines([m for m in known if (m.problem, m.variant, m.digest) in spelled], folder / MANIFEST)
+    lines.write([m for m in known if (m.problem, m.variant, m.digest) in spelled], folder / MANIFEST)
     return len(made)
 
 

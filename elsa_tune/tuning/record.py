@@ -8,7 +8,7 @@ from elsa_tune.device import Device
 from elsa_tune.generate import backends
 from elsa_tune.measurement import KERNELS, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning import drift
 from elsa_tune.tuning.telemetry import Reading
 from elsa_tune.variant import Variant
@@ -23,7 +23,11 @@ class Recorder:
 
     def versions(self, backend: str) -> dict[str, str]:
         """The software that a measurement of a backend depends on."""
-        return {**backends.get("sdpa").toolchain(), **backends.get(backend).toolchain(self.device)}
+        incumbents = [backends.get(name).toolchain() for name in backends.rivals()]
+        return {
+            **{k: v for found in incumbents for k, v in found.items()},
+            **backends.get(backend).toolchain(self.device),
+        }
 
     def record(
         self,
@@ -50,6 +54,7 @@ class Recorder:
             problem=str(problem),
             variant=str(variant),
             status=status,
+            role=backends.role(str(variant)),
             provenance={**versions, **self.limits, **(reading or {})},
             created=self.database.now(),
             **facts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence
 from elsa_tune.problem import Problem
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.tuning.limits import least_seconds
 
 

@@ -44,7 +44,7 @@ class Task:
 
     def ranked(self) -> list[str]:
         """Variants that were timed, the best first, without torch's own."""
-        return sorted((v for v in self.latest if not v.startswith("sdpa.")), key=self.ratio, reverse=True)
+        return sorted((v for v in self.latest if not self.latest[v].is_rival), key=self.ratio, reverse=True)
 
     @property
     def wants_trials(self) -> bool:
@@ -70,14 +70,14 @@ class Task:
 
     def note(self, m: Measurement) -> None:
         """Take a measurement into account."""
-        if m.incumbent and not m.incumbent.startswith("sdpa."):
-            return  # timed by a kit beside a plain kernel: a hint of what to try, no ratio to compare with
+        if m.is_hint:
+            return
         self.counts[m.status] = self.counts.get(m.status, 0) + 1
         if m.no_verdict:
             return
         if m.status == "ok":
             self.latest[m.variant] = m
-        if m.variant.startswith("sdpa."):
+        if m.is_rival:
             return
         self.trials += m.stage == "trial"
         self.finals += m.stage == "final" and not m.disturbed

@@ -21,7 +21,7 @@ from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.remember.winners import Database
+from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 from elsa_tune.tuning import noise
 from elsa_tune.tuning.contender import Contender, build, check_family, check_shape

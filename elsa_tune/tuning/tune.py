@@ -14,8 +14,8 @@ from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.problem import Problem
-from elsa_tune.remember.layers import refresh_all
-from elsa_tune.remember.winners import Database, listeners
+from elsa_tune.remember.database import Database
+from elsa_tune.remember.layers import listeners, refresh_all
 from elsa_tune.space import parse
 from elsa_tune.tuning import drift
 from elsa_tune.tuning.canaries import look_for_drift

@@ -1,18 +1,12 @@
-"""Measurements from elsewhere: read as foreign text, judged by a schema, merged by content.
-
-The only file that imports pydantic and fsspec.
-"""
+"""Measurements from elsewhere: read as foreign text, judged by a schema, merged by content."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,25 +14,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from elsa_tune import places, space
+from elsa_tune import space
 from elsa_tune.device import Device
-from elsa_tune.errors import BadMeasurements, ElsaTuneError, FolderTaken, NotTrusted
-from elsa_tune.measurement import STAGES, STATUSES, Evidence, Measurement
+from elsa_tune.errors import BadMeasurements
+from elsa_tune.measurement import INCUMBENT_ROLES, ROLES, STAGES, STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.remember import settings
-from elsa_tune.remember.layers import place_of, sorted_lines
-from elsa_tune.remember.winners import Database
-
-SCHEMES = ("s3", "gs", "hf", "https", "http")
-"""Where remote files may lie; what opens them comes with the extras ``remote``, ``s3``, ``gs`` and ``hf``."""
+from elsa_tune.remember import earlier, settings
+from elsa_tune.remember.database import Database
+from elsa_tune.remember.fetch import MOST_BYTES, fetched
+from elsa_tune.remember.lines import place_of, write_lines
+from elsa_tune.remember.signatures import check_signature
 
 MOST_LINE = 1 << 16
-MOST_BYTES = 1 << 32
 MOST_GARBAGE = 1 << 24
-"""Of one line, of a whole file after decompression, and of what may come before a file is taken for garbage."""
-
-NAMESPACE = "elsa-tune"
-"""What a signature is for, as ssh-keygen -Y keeps apart."""
+"""Of one line, and of what may come before a file is taken for garbage."""
 
 
 def _spelled(parse: Callable[[str], object]) -> AfterValidator:
@@ -72,6 +61,8 @@ class Line(BaseModel):
     variant: Annotated[str, Field(max_length=200), _spelled(space.parse)]
     status: Literal[STATUSES]  # type: ignore[valid-type]
     stage: Literal[STAGES] = "trial"  # type: ignore[valid-type]
+    role: Literal[ROLES] | None = None  # type: ignore[valid-type]
+    incumbent_role: Literal[INCUMBENT_ROLES] | None = None  # type: ignore[valid-type]
     digest: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,200}$")] = ""
     reason: Annotated[str, Field(max_length=2000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")] = ""
     error: _Number | None = None
@@ -98,7 +89,12 @@ def sound(line: str) -> Measurement:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise ValueError(f"{ascii(first['loc'][0])[1:-1] if first['loc'] else 'line'}: {first['msg']}"[:160]) from None
-    measurement = Measurement(**found.__dict__)
+    roles = earlier.roles(found.variant, found.incumbent)  # which earlier versions do not say
+    if wrong := [name for name, role in roles.items() if found.__dict__[name] not in (None, role)]:
+        raise ValueError(
+            f"{wrong[0]}: not that of {found.variant if wrong[0] == 'role' else found.incumbent or 'nobody'}"
+        )
+    measurement = Measurement(**{**found.__dict__, **roles})
     if measurement.line != line:  # another's spelling of the same content, unless it says something twice
         try:
             json.loads(line, object_pairs_hook=_once)
@@ -116,39 +112,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # Reading.
-
-
-@contextmanager
-def fetched(source: str) -> Iterator[Path]:
-    """A local copy of a remote file, for as long as it is needed; a local one as it is. Raises BadMeasurements."""
-    scheme, apart, _ = source.partition("://")
-    if not apart:
-        yield Path(source).expanduser()
-        return
-    if scheme not in SCHEMES or "::" in source:
-        raise BadMeasurements(f"{source}: use a path, or a URL that begins with one of {', '.join(SCHEMES)}")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "fetched"
-        try:
-            import fsspec
-
-            with fsspec.open(source, "rb") as remote, target.open("wb") as local:
-                while portion := remote.read(1 << 20):
-                    if local.tell() > MOST_BYTES:
-                        raise BadMeasurements(
-                            f"{source} is larger than {MOST_BYTES >> 30} GiB; give a file of measurements"
-                        )
-                    local.write(portion)
-        except ImportError as error:
-            extra = scheme if scheme in ("s3", "gs", "hf") else "remote"
-            raise BadMeasurements(f"{source}: {error}; pip install 'elsa-tune[{extra}]'") from error
-        except ElsaTuneError:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise BadMeasurements(
-                f"{source}: {type(error).__name__}: {error}; check the address and your access"
-            ) from error
-        yield target
 
 
 @contextmanager
@@ -217,24 +180,7 @@ def import_from(source: str, database: Database) -> Imported:
     return found
 
 
-# Writing.
-
-
-def write(measurements: Iterable[Measurement], path: Path) -> int:
-    """Write canonical, sorted lines, packed where the name ends in .gz: equal content is equal bytes. How many."""
-    return _write(sorted_lines(measurements), path)
-
-
-def _write(lines: list[str], path: Path) -> int:
-    text = "".join(f"{line}\n" for line in lines).encode()
-    work = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        work.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-        work.replace(path)
-    except OSError as error:
-        work.unlink(missing_ok=True)
-        raise FolderTaken(f"{path}: {error}; name a file that can be written with -o") from error
-    return len(lines)
+# Files of measurements: merged, compared.
 
 
 def merge(sources: Sequence[str], output: Path) -> Imported:
@@ -247,7 +193,7 @@ def merge(sources: Sequence[str], output: Path) -> Imported:
                 lines.add(place_of(measurement))
                 total.sound += 1
     total.new = len(lines)
-    _write([line for *_, line in sorted(lines)], output)
+    write_lines([line for *_, line in sorted(lines)], output)
     return total
 
 
@@ -278,40 +224,3 @@ def diff(first: str, second: str) -> Difference:
         [m for name, m in a.items() if name not in b], [m for name, m in b.items() if name not in a],
         len(a.keys() & b.keys()), differing,
     )  # fmt: skip
-
-
-# Signatures: OpenSSH's own, so that anyone's key serves.
-
-
-def sign(path: Path, key: Path) -> Path:
-    """Sign a file with an OpenSSH key; the signature lies beside it. Raises NotTrusted."""
-    target = path.with_name(path.name + ".sig")
-    target.unlink(missing_ok=True)
-    _ssh_keygen(["-Y", "sign", "-q", "-n", NAMESPACE, "-f", str(key), str(path)], f"{path} cannot be signed with {key}")
-    return target
-
-
-def check_signature(source: str, path: Path) -> None:
-    """Whether one of the trusted signed what lies at ``path``; its signature lies beside ``source``. Raises NotTrusted."""
-    with tempfile.TemporaryDirectory() as folder:
-        signers = Path(folder) / "signers"
-        signers.write_text("".join(f'* namespaces="{NAMESPACE}" {key}\n' for key in settings.trusted()))
-        remedy = f"{source} is not signed by anyone on the trusted list in {places.settings().name}"
-        try:
-            with fetched(f"{source}.sig") as signature:
-                content = signature.read_bytes()
-        except (BadMeasurements, OSError) as error:
-            raise NotTrusted(f"{remedy}: {error}; ask for its .sig file, or empty the list") from error
-        (Path(folder) / "signature").write_bytes(content[:MOST_LINE])
-        who = ["-I", NAMESPACE, "-n", NAMESPACE, "-s", str(Path(folder) / "signature")]
-        _ssh_keygen(["-Y", "verify", "-q", "-f", str(signers), *who], remedy, path)
-
-
-def _ssh_keygen(arguments: list[str], trouble: str, given: Path | None = None) -> None:
-    try:
-        with given.open("rb") if given else open(os.devnull, "rb") as stdin:
-            subprocess.run(["ssh-keygen", *arguments], stdin=stdin, capture_output=True, text=True, check=True)
-    except FileNotFoundError as error:
-        raise NotTrusted(f"{trouble}: ssh-keygen is missing; install OpenSSH") from error
-    except subprocess.CalledProcessError as error:
-        raise NotTrusted(f"{trouble}: {(error.stderr or error.stdout).strip()[:300]}") from error
