@@ -26,6 +26,7 @@ from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp2, scan
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -209,6 +210,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
+            "state": states.get(str(axes["state"])),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
