@@ -29,6 +29,7 @@ from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
 from elsa_tune.generate.triton.laws import DOTS, LAWS, parts, version
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import scan
+from elsa_tune.parts import state as states
 from elsa_tune.parts.scan import Round
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -72,6 +73,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": grid,
             "merges": _merges(grid.total(splits), splits),
+            "operator": "softmax",
+            "state": states.get(str(axes["state"])),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,

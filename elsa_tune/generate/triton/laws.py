@@ -17,6 +17,7 @@ from elsa_tune.generate.laws import (
     shared_bytes,
 )
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 
 
@@ -178,8 +179,9 @@ def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) ->
     )
 
 
-def pair_adds_apart(state: str, accumulate: str) -> str | None:
-    return "a normalised output takes a leaf in whole" if state == "pair" and accumulate == "running" else None
+def normalised_adds_apart(state: str, accumulate: str) -> str | None:
+    whole = states.get(state).normalised
+    return "a normalised output takes a leaf in whole" if whole and accumulate == "running" else None
 
 
 def fma_adds_apart(dot: str, accumulate: str) -> str | None:
@@ -242,7 +244,7 @@ LAWS = (
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
-    pair_adds_apart,
+    normalised_adds_apart,
     fma_adds_apart,
     parts_differ_from_padding,
     longest_is_causal,
