@@ -18,8 +18,9 @@ from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, Wr
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.parts import exp2
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts.exp import polynomial
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.space import Space
@@ -101,7 +102,7 @@ def test_every_pattern_of_a_narrow_element_is_widened_and_narrowed(dtype: str) -
     problem = Problem.parse(f"{dtype}.d64@b1.h1024.q1.k1")
     kernel, values = (
         kernel_of(here("cpp.serial.{isa}.q1.k4.v4.n16.packed"), problem),
-        _every_pattern(reference.torch_dtype(problem)),
+        _every_pattern(elements.get(problem.dtype).dtype),
     )
     query = torch.zeros_like(values)
     assert torch.equal(kernel(query, query, values).nan_to_num(7.0), values.nan_to_num(7.0))
@@ -147,7 +148,7 @@ def test_error_of_tree_and_fold_within_the_bound(variant: str, kv_len: int) -> N
     out = kernel_of(here(variant), problem)(inputs.query, inputs.key, inputs.value, inputs.scale)
     error = float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max())
     levels = kv_len / block_n / states + math.log2(states)
-    exp_units = exp2.relative_error(int(axes["exp_degree"])) / reference.UNIT
+    exp_units = polynomial.relative_error(int(axes["exp_degree"])) / reference.UNIT
     bound = reference.UNIT * (2 * (exp_units + 2) * levels + block_n + 1) * float(inputs.value.mean(2).max())
     assert error <= bound
     if states > 1:  # a tree stays near the bound's unit where the fold's grows with its length
@@ -194,20 +195,20 @@ def test_heads_too_large_to_be_packed_are_read_where_they_are() -> None:
         assert torch.equal(unpacked(*x.tensors), packed(*x.tensors))
 
 
-@pytest.mark.parametrize("degree", sorted(exp2.COEFFICIENTS))
+@pytest.mark.parametrize("degree", sorted(polynomial.COEFFICIENTS))
 def test_exp2_polynomials_are_minimax(degree: int) -> None:
-    derived = exp2.remez(degree)
-    stored = [float(c) for c in exp2.COEFFICIENTS[degree]]
+    derived = polynomial.remez(degree)
+    stored = [float(c) for c in polynomial.COEFFICIENTS[degree]]
     assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < 2e-7
     assert stored[0] == derived[0] == 1
-    assert exp2.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
+    assert polynomial.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
 
 
 def test_a_polynomial_that_is_not_1_at_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     variant, problem = space.parse(here(SAMPLED[0][0])), Problem.parse(SAMPLED[0][1])
     assert Space.load("cpp").refusal(variant, problem, HERE) is None
-    almost = ("1.00000012", *exp2.COEFFICIENTS[5][1:])
-    monkeypatch.setitem(exp2.COEFFICIENTS, 5, almost)
+    almost = ("1.00000012", *polynomial.COEFFICIENTS[5][1:])
+    monkeypatch.setitem(polynomial.COEFFICIENTS, 5, almost)
     assert "2^0" in str(Space.load("cpp").refusal(variant, problem, HERE))
 
 

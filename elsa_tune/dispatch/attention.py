@@ -495,7 +495,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     """
     wanted = Problem.parse(problem) if isinstance(problem, str) else problem
     found = detect(device)
-    here = next((d for d in found if wanted.dtype == "fp32" or d.is_gpu), found[0])
+    here = next((d for d in found if not elements.get(wanted.dtype).narrow or d.is_gpu), found[0])
     chosen = _shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:

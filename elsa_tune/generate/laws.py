@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+
+from elsa_tune import places
 from elsa_tune.device import Device
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
-from elsa_tune.parts.mask import NONE
+from elsa_tune.parts.bound import EVERY_KEY, Bound
 from elsa_tune.problem import Problem
+from elsa_tune.space import Law
 
 SCRATCH_BYTES = 256 << 20
 """At most this much of a GPU's memory for the states of splits."""
@@ -15,9 +20,37 @@ LARGEST_DIM = 256
 """Of heads and values, that kernels are generated for."""
 
 
+def has_text(language: str, kind: str, value: str) -> bool:
+    """Whether a language has a text of a part: templates/<language>/<kind>/<value>.j2."""
+    return (places.data("templates") / language / kind / f"{value}.j2").is_file()
+
+
+def family_has_text(language: str, problem: Problem) -> str | None:
+    """Why a language cannot say what the problem's family is of, or None. What it has no text of is never taken for another."""
+    for kind, value in (("operator", problem.operator), ("element", problem.dtype)):
+        if not has_text(language, kind, value):
+            return f"no text for the {kind} {value} in templates/{language}"
+    return None
+
+
+def axis_has_text(language: str, kind: str) -> Law:
+    """The law that a language has a text of the axis' value, whose parts are a kind."""
+
+    def law(**known: str) -> str | None:
+        value = known[kind]
+        return None if has_text(language, kind, value) else f"no text for the {kind} {value} in templates/{language}"
+
+    law.__name__ = f"{kind}_has_text"
+    parameter = inspect.Parameter(kind, inspect.Parameter.KEYWORD_ONLY)
+    law.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    return law
+
+
 def mask_has_text(problem: Problem) -> str | None:
     """Why what knows no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
-    return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
+    mask = masks.get(problem.mask)
+    told = not mask.cuts_front and mask.high in (EVERY_KEY, Bound("position + 1"))
+    return None if told else f"no text for the mask {problem.mask}"
 
 
 def dims_are_generated(problem: Problem) -> str | None:
@@ -86,7 +119,7 @@ RUNNING_KEYS = 4096
 def running_sum_is_short(accumulate: str, workers: int, splits: int, problem: Problem) -> str | None:
     """The error of a running sum grows with its keys where that of leaves summed apart grows with their number. Classes that
     round weights to halves do not see it."""
-    each, exact = problem.kv_len // (workers * splits), problem.precision in ("strict", "fp32")
+    each, exact = problem.kv_len // (workers * splits), elements.precision(problem.precision).exact
     if accumulate == "running" and each > RUNNING_KEYS and exact and problem.direction == "forward":
         return f"a running sum over {each} keys errs more than {problem.precision} allows; sum leaves apart"
     return None

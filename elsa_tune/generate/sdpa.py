@@ -19,10 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.block_masks import block_mask
+from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import logsumexp
 from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:
@@ -45,13 +47,13 @@ def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
         return None if kernel in ("flash", "math") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
         return "cuDNN runs on NVIDIA GPUs"
-    if kernel in ("flash", "cudnn") and problem.dtype == "fp32":
+    if kernel in ("flash", "cudnn") and not elements.get(problem.dtype).narrow:
         return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not float32"
     return None
 
 
 def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
-    if problem.precision == "strict" and device.is_gpu and kernel != "math":
+    if elements.precision(problem.precision).ieee and device.is_gpu and kernel != "math":
         return f"torch's {kernel} kernel may use matrix units for float32"
     return None
 
@@ -74,7 +76,9 @@ generated = False
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """torch serves every problem."""
+    """torch serves every problem whose operator it computes."""
+    if "sdpa" not in operators.get(problem.operator).rivals:
+        return f"torch's attention is softmax, not {problem.operator}"
     return None
 
 

@@ -62,7 +62,7 @@ def refusal(problem: Problem, language: str) -> str | None:
     """Why no header can call kernels of the problem, or None."""
     if untold := mask_has_text(problem):
         return f"a header's function has no place for integers or masks but causal: {untold}"
-    return "a C++ header's function takes floats" if language == "cpp" and problem.dtype != "fp32" else None
+    return "a C++ header's function takes floats" if language == "cpp" and elements.get(problem.dtype).narrow else None
 
 
 def compile_flags(variant: Variant) -> list[str]:

@@ -11,6 +11,7 @@ from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing, FolderTake
 from elsa_tune.generate import backends, cpp, cuda
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.render import write
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.ship import archs, export
 from elsa_tune.ship.export import LANGUAGES, Header
@@ -19,9 +20,6 @@ from elsa_tune.variant import Variant
 
 SHORTLIST = 5
 """Kernels for each family."""
-
-ALLOWED = {"strict": 2.0**-18, "fp32": 2.0**-18, "fp16": 2.0**-10, "bf16": 2.0**-7, "approx": 2.0**-7}
-"""Error of a kernel on normal inputs, relative to max|v|, that the runner lets pass, by precision class."""
 
 NEEDS = {
     "cuda": "nvcc 10.2 or later",
@@ -52,7 +50,8 @@ def make(
         raise KernelMissing(f"no kernel serves these problems on {goal}; give --problem one of float32 or float16")
     language = LANGUAGES[goal.kind]
     context = {
-        "target": device, "arch": goal.arch, "language": language, "needs": NEEDS[language], "problems": wanted, "allowed": ALLOWED,
+        "target": device, "arch": goal.arch, "language": language, "needs": NEEDS[language], "problems": wanted,
+        "allowed": {p.precision: _allowed(p) for p in wanted},
         "version": elsa_tune.__version__, "flags": " ".join(export.compile_flags(headers[0].variant)) if language == "cpp" else "",
         "kernels": [
             {"name": h.name, "variant": h.variant, "family": h.problem.family, "digest": _digest(h)} for h in headers
@@ -66,6 +65,12 @@ def make(
     (folder / "Makefile").write_text(write("kit/Makefile.j2", context))
     (folder / "README.md").write_text(write("kit/README.md.j2", context))
     return headers
+
+
+def _allowed(problem: Problem) -> float:
+    """Error of a kernel on normal inputs, relative to max|v|, that the runner lets pass."""
+    precision = elements.precision(problem.precision)
+    return max(64 * elements.UNIT, (8 if precision.rounds_sums else 2) * precision.unit)
 
 
 def _serves(problem: Problem, device: Device) -> bool:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from elsa_tune.device import Device
+from elsa_tune.parts import element as elements
 from elsa_tune.tuning.gauge import Gauge, Reading
 
 Call = Callable[[], object]
@@ -190,9 +191,10 @@ def gpu_peak(device: Device) -> dict[str, float]:
     if device.capability >= 80 and torch.backends.cudnn.allow_tf32:
         image, weight = x.view(1, n, 64, 64), x.view(n, n, 1, 1)
         found["tf32"] = rate(lambda: torch.nn.functional.conv2d(image, weight), 2.0 * n**3)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        y = square(dtype)
-        found[name] = rate(lambda y=y: y @ y, 2.0 * n**3)  # type: ignore[misc]
+    for element in map(elements.get, elements.names()):
+        if element.narrow:
+            y = square(element.dtype)
+            found[element.name] = rate(lambda y=y: y @ y, 2.0 * n**3)  # type: ignore[misc]
     memory = torch.empty(max(1 << 28, 8 * device.last_cache) // 4, device=device.torch)
     found["gbytes"] = rate(lambda: memory.sum(), 4.0 * memory.numel())
     return found

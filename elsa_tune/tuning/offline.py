@@ -23,6 +23,7 @@ from elsa_tune.generate.cuda import wavefronts as _wavefronts
 from elsa_tune.generate.cuda.laws import Tiling
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import exp as exps
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import write_lines
 from elsa_tune.remember.winners import Database
@@ -60,9 +61,6 @@ _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6
 
 _MIX = 1.12
 """Instructions for each multiply-add of a CUDA C kernel's hottest loop, where no disassembler reads it."""
-
-_EXP = {"library": 4, "native": 1, "polynomial": 11}
-"""Instructions of a 2^x in CUDA C: the library's is the special-function unit's between two guards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, in
     mix = resources["loop_all"] / hottest if hottest else _MIX
     return {
         "loop_fma": products + 2 * scores,
-        "loop_all": round(products * mix) + (6 + _EXP[str(variant.axes["exp"])]) * scores + 6 * copied,
+        "loop_all": round(products * mix) + (6 + exps.get(str(variant.axes["exp"])).instructions) * scores + 6 * copied,
         "wavefronts": _wavefronts.of_turn(tiling),
         "loop_exp": scores + tiling.rows,
         "loop_matrix": 0,

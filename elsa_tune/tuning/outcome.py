@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.remember.winners import Database
 
@@ -50,13 +51,14 @@ def outcome(database: Database, problem: Problem, device: Device) -> Outcome:
 def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:
     """What operations and bytes allow at measured ``peak_*`` rates, or None where those are unknown.
 
-    float32 class products may be three TF32 products each.
+    A product of a class may be several of the kind that matrix units multiply.
     """
-    rates = {name: float(peaks.get(f"peak_{name}", 0)) for name in ("gflops", "fp32", "tf32", "fp16", "bf16", "gbytes")}
-    multiply_adds = rates["gflops"] or rates["fp32"]
-    compute = {
-        "strict": multiply_adds,
-        "fp32": max(multiply_adds, rates["tf32"] / 3),
-        "tf32": max(multiply_adds, rates["tf32"]),
-    }.get(problem.precision, rates.get(problem.precision, 0.0))
-    return max(problem.flops / compute, problem.bytes / rates["gbytes"]) / 1e9 if compute and rates["gbytes"] else None
+
+    def peak(name: str) -> float:
+        return float(peaks.get(f"peak_{name}", 0))
+
+    precision, narrow = elements.precision(problem.precision), elements.get(problem.dtype).narrow
+    multiply_adds = 0.0 if narrow else peak("gflops") or peak("fp32")
+    compute = max(multiply_adds, peak(precision.peak) / precision.products)
+    gbytes = peak("gbytes")
+    return max(problem.flops / compute, problem.bytes / gbytes) / 1e9 if compute and gbytes else None

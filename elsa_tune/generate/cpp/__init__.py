@@ -20,12 +20,14 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.laws import dims_are_generated, scan_has_states
+from elsa_tune.generate.laws import axis_has_text, dims_are_generated, family_has_text, scan_has_states
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
-from elsa_tune.parts import exp2, scan
+from elsa_tune.parts import exp as exps
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan
 from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -34,6 +36,8 @@ TEMPLATE = "cpp/attention.cpp.j2"
 LIBRARY = "kernel.so"
 SCRATCH_BYTES = 64 << 20
 SPILL_SHARE = 0.1
+EXP = exps.get("polynomial")
+"""No CPU has a unit for 2^x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
 
 
 def narrow_elements_are_packed(packing: str, problem: Problem) -> str | None:
-    if packing == "direct" and problem.dtype != "fp32":
+    if packing == "direct" and elements.get(problem.dtype).narrow:
         return f"keys and values of {problem.dtype} are widened as they are packed"
     return None
 
@@ -158,10 +162,10 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
 
 
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
-    if float(exp2.COEFFICIENTS[exp_degree][0]) != 1:
+    if float(EXP.coefficients(exp_degree)[0]) != 1:
         return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
-    error = exp2.relative_error(exp_degree)
-    if problem.precision in ("strict", "fp32") and error > 8 * 2.0**-24:
+    error = EXP.error(exp_degree)
+    if error > 8 * elements.precision(problem.precision).unit:
         return f"a polynomial of degree {exp_degree} errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
     return None
 
@@ -175,6 +179,7 @@ LAWS = (
     leaf_holds_key_tiles,
     value_tile_fits,
     scan_has_states,
+    axis_has_text("cpp", "state"),
     packed_heads_are_read_again,
     packed_heads_fit,
     narrow_elements_are_packed,
@@ -188,14 +193,12 @@ def refusal(problem: Problem, device: Device) -> str | None:
     """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
-    if problem.precision not in elements.get(problem.dtype).classes or problem.precision not in (
-        "strict",
-        problem.dtype,
-    ):
+    precision = elements.precision(problem.precision)
+    if precision not in elements.get(problem.dtype).precisions or precision.rounds_products:
         return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
-    return dims_are_generated(problem)
+    return family_has_text("cpp", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -211,14 +214,15 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
             "state": states.get(str(axes["state"])),
+            "operator": operators.get(problem.operator),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
             "mask": masks.get(problem.mask),
-            "dtype": problem.dtype,
+            "element": elements.get(problem.dtype),
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
-            "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
+            "exp": EXP,
             "scratch_bytes": SCRATCH_BYTES,
         },
     )

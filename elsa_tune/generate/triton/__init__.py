@@ -22,12 +22,13 @@ from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
 from elsa_tune.generate.counters import cleared
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, mask_has_text
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
-from elsa_tune.generate.triton.laws import DOTS, LAWS, parts, version
+from elsa_tune.generate.triton.laws import LAWS, dots, parts, version
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
 from elsa_tune.parts import state as states
 from elsa_tune.parts.scan import Round
@@ -49,12 +50,10 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"Triton runs on GPUs, not on {device}"
     if device.kind == "cuda" and device.capability < 70:
         return f"Triton serves sm_70 and later, not {device.arch}"
-    if problem.precision not in DOTS:
-        return f"no Triton kernel is of class {problem.precision}"
-    if problem.dtype != "fp32" and problem.precision != problem.dtype:
-        return f"{problem.dtype} tensors have no class {problem.precision}"
+    if not dots(problem):
+        return f"no Triton kernel of {problem.dtype} tensors is of class {problem.precision}"
     untold = mask_has_text(problem) if problem.direction == "backward" else None
-    return untold or dims_are_generated(problem)
+    return untold or family_has_text("triton", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -73,8 +72,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": grid,
             "merges": _merges(grid.total(splits), splits),
-            "operator": "softmax",
             "state": states.get(str(axes["state"])),
+            "operator": operators.get(problem.operator),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,

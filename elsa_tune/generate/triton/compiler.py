@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import torch_dtype
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
 """The kernel of a module that does most of the work."""
@@ -65,7 +65,7 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     """What the launcher of a module takes, for tensors of the problem's shape that have no memory."""
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
-        return torch.empty(problem.batch, heads, length, dim, dtype=torch_dtype(problem), device="meta")
+        return torch.empty(problem.batch, heads, length, dim, dtype=elements.get(problem.dtype).dtype, device="meta")
 
     query = rows(problem.heads, problem.q_len, problem.head_dim)
     key = rows(problem.kv_heads, problem.kv_len, problem.head_dim)

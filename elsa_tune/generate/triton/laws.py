@@ -9,6 +9,7 @@ from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.generate.laws import (
     SCRATCH_BYTES,
+    axis_has_text,
     longest_is_causal,
     running_sum_is_short,
     scan_has_states,
@@ -29,14 +30,23 @@ def version() -> str:
         raise CompilerMissing("Triton is not installed; pip install 'elsa-tune[triton]'") from None
 
 
-DOTS = {
-    "strict": ("ieee", "fma"),
-    "fp32": ("ieee", "fma", "tf32x3", "bf16x6"),
-    "tf32": ("ieee", "fma", "tf32x3", "bf16x6", "bf16x3", "tf32"),
-    "fp16": ("half", "fma"),
-    "bf16": ("half", "fma"),
-}
-"""The arithmetic of products that each precision class allows."""
+MULTIPLY_ADDS = ("ieee", "fma")
+SPLIT = ("tf32x3", "bf16x6")
+ROUNDED = ("bf16x3", "tf32")
+HALVES = ("half", "fma")
+"""The arithmetic of products: of floats IEEE's, of floats as sums of several operands that a matrix unit takes, as good as exact; of
+rounded ones; and of halves, whose products are exact in float32."""
+
+
+def dots(problem: Problem) -> tuple[str, ...]:
+    """The arithmetic of products that the problem's precision class allows; none for a class that its element has not."""
+    element, precision = elements.get(problem.dtype), elements.precision(problem.precision)
+    if precision not in element.precisions or precision.rounds_sums:
+        return ()
+    if element.narrow:
+        return HALVES
+    return (*MULTIPLY_ADDS, *(() if precision.ieee else SPLIT), *(ROUNDED if precision.rounds_operands else ()))
+
 
 LONGEST_PRODUCT = 8192
 """Multiply-adds of a thread in a row: sixteen bytes each, they fill what GPUs since Volta cache of a program."""
@@ -69,7 +79,7 @@ def parts(dim: int, how: str) -> tuple[Part, ...]:
 
 
 def dot_suits_class(dot: str, problem: Problem) -> str | None:
-    allowed = DOTS.get(problem.precision, ())
+    allowed = dots(problem)
     return None if dot in allowed else f"class {problem.precision} allows {', '.join(allowed)}, not {dot}"
 
 
@@ -242,6 +252,8 @@ LAWS = (
     shared_memory_holds_stages,
     threads_have_work,
     scan_has_states,
+    axis_has_text("triton", "state"),
+    axis_has_text("triton", "schedule"),
     schedule_has_splits,
     scratch_is_bounded,
     normalised_adds_apart,

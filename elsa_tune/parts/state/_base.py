@@ -17,6 +17,7 @@ Cells = tuple["Tensor", ...]
 class State:
     """``spelled`` as in a text about it. ``scalars``: floats of a row in memory, beside one for each value column; registers may
     carry more, what rounding leaves over. ``normalised``: its columns are the output itself, and a leaf enters as a whole.
+    ``operator``: what it is a state of.
 
     ``leaf`` makes the state of scores [rows, keys] and values [keys, value_dim], of which -inf are hidden; ``merge`` that of two
     disjoint sets of keys; ``total`` the output and the log-sum-exp. No key at all is ``leaf`` of hidden ones, the identity.
@@ -28,6 +29,7 @@ class State:
     spelled: str
     scalars: int
     normalised: bool
+    operator: str
     leaf: Callable[[Tensor, Tensor], Cells]
     merge: Callable[[Cells, Cells], Cells]
     total: Callable[[Cells], tuple[Tensor, Tensor]]

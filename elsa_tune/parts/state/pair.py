@@ -28,4 +28,4 @@ def total(x: Cells) -> tuple[Tensor, Tensor]:
     return x[1], x[0]
 
 
-STATE = State("pair", "log-sum-exp and output", "(lambda, O)", 1, True, leaf, merge, total)
+STATE = State("pair", "log-sum-exp and output", "(lambda, O)", 1, True, "softmax", leaf, merge, total)

@@ -30,4 +30,4 @@ def total(x: Cells) -> tuple[Tensor, Tensor]:
     return w / s.masked_fill(s == 0, 1.0)[:, None], m + s.log()
 
 
-STATE = State("triple", "maximum, sum and weighted sum", "(m, S, W)", 2, False, leaf, merge, total)
+STATE = State("triple", "maximum, sum and weighted sum", "(m, S, W)", 2, False, "softmax", leaf, merge, total)
