@@ -30,6 +30,7 @@ from elsa_tune.generate.triton.laws import LAWS, dots, parts, version
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import state as states
 from elsa_tune.parts.scan import Round
 from elsa_tune.problem import Problem
@@ -72,6 +73,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": grid,
             "merges": _merges(grid.total(splits), splits),
+            "schedule": schedules.get(str(axes["schedule"])),
             "state": states.get(str(axes["state"])),
             "operator": operators.get(problem.operator),
             "variant": variant,
@@ -93,7 +95,7 @@ def _finish(variant: Variant, problem: Problem) -> tuple[int, int]:
     of all splits take FINISH_REGISTERS registers of a thread, unless one row takes more."""
     axes = variant.axes
     columns = sum(part.size for part in parts(problem.value_dim, str(axes["dims"])))
-    if axes["schedule"] == "last_block":
+    if schedules.get(str(axes["schedule"])).counts:
         return min(16, int(axes["block_m"])), int(axes["warps"])
     fit = FINISH_REGISTERS * 32 * 4 // (columns * int(axes["splits"]))
     rows = 1 << (max(1, min(16, fit)).bit_length() - 1)

@@ -25,6 +25,7 @@ DEVICE float larger(float a, float b) { return fmax(a, b); }
 DEVICE float round_up(float x) { return ceil(x); }
 DEVICE float float_of(unsigned bits) { return as_float(bits); }
 DEVICE unsigned bits_of(float x) { return as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2(x); }
 DEVICE float log2_library(float x) { return log2(x); }
 
@@ -79,6 +80,7 @@ DEVICE float exp2_of(float x) {
   const float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
   return x < -126.0f ? 0.0f : y;
 }
+
 // What shared memory holds, 2 at once.
 typedef float stored;
 typedef float2 vec;

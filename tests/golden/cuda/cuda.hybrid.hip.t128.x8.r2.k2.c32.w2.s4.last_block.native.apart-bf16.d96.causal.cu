@@ -37,6 +37,7 @@ DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 extern "C" __device__ float __ocml_native_exp2_f32(float);
 DEVICE float exp2_native(float x) { return __ocml_native_exp2_f32(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 DEVICE void fence() { __threadfence(); }
@@ -74,6 +75,7 @@ DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays N
 }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
 DEVICE float exp2_of(float x) { return exp2_native(x); }
+
 // What shared memory holds, 4 at once.
 typedef float stored;
 typedef float4 vec;

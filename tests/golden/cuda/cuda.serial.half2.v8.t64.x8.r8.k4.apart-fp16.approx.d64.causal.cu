@@ -27,6 +27,7 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 
@@ -90,6 +91,7 @@ DEVICE unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) { unsigne
 #endif
 DEVICE float high_of(unsigned x) { return low_of(x >> 16); }
 DEVICE float exp2_of(float x) { return exp2_library(x); }
+
 // What shared memory holds, 8 at once.
 typedef element stored;
 typedef uint4 vec;

@@ -26,6 +26,7 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 #ifndef ELSA_EMULATED
@@ -66,6 +67,7 @@ DEVICE float float_from(element x) { return x; }
 DEVICE element element_from(float x) { return x; }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
 DEVICE float exp2_of(float x) { return exp2_library(x); }
+
 // What shared memory holds, 4 at once.
 typedef float stored;
 typedef float4 vec;

@@ -176,3 +176,4 @@ def cleared(device, count):
 def nowhere(device):
     """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
     return cleared(device, 4).view(torch.float32)
+
