@@ -8,6 +8,8 @@ from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
 from elsa_tune.parts.bound import EVERY_KEY, Bound
 from elsa_tune.problem import Problem
 from elsa_tune.space import Law
@@ -71,14 +73,16 @@ def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
 
 
 def schedule_has_splits(schedule: str, splits: int) -> str | None:
-    if schedule == "fold" and splits > 1:
+    merges = schedules.get(schedule).splits
+    if not merges and splits > 1:
         return f"{splits} splits leave states that somebody must merge"
-    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
+    return "one split leaves nothing to merge" if merges and splits == 1 else None
 
 
 def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
     rows = problem.q_len * problem.group
-    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
+    each = max(states.get(name).floats(problem.value_dim) for name in states.names())
+    size = 4 * splits * rows * each if splits > 1 else 0
     return (
         f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
     )

@@ -14,6 +14,7 @@ from elsa_tune.generate.laws import SCRATCH_BYTES, mask_has_text
 from elsa_tune.generate.render import write
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
 from elsa_tune.remember.winners import Database
@@ -51,7 +52,7 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
     context = {
         "name": name, "variant": variant, "problem": problem, "language": language, "device": device,
         "text": source.text, "bytes": elements.get(problem.dtype).bytes, "splits": int(axes["splits"]),
-        "schedule": axes.get("schedule", "fold"), "scratch_bytes": SCRATCH_BYTES,
+        "schedule": schedules.get(str(axes.get("schedule", schedules.FOLD))), "scratch_bytes": SCRATCH_BYTES,
         "tiling": cuda_laws.Tiling.of(axes, problem) if variant.backend == "cuda" else None,
         "flags": " ".join(compile_flags(variant)) if variant.backend == "cpp" else "",
     }  # fmt: skip

@@ -24,6 +24,7 @@ from elsa_tune.generate.cuda.laws import Tiling
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import write_lines
 from elsa_tune.remember.winners import Database
@@ -152,7 +153,7 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     again = tiles * turns * step * (problem.head_dim + problem.value_dim) * width  # read by tiles, mostly from cache
     states = 8 * pairs * rows * (problem.value_dim + 2) * axes["splits"] if axes["splits"] > 1 else 0
     moved = max((problem.bytes + states) / goal.gbytes, again / (4 * goal.gbytes)) / 1e9
-    return max(busy, moved) + LAUNCH * (2 if variant.axes["schedule"] == "two_kernels" else 1)
+    return max(busy, moved) + LAUNCH * schedules.get(str(variant.axes["schedule"])).launches
 
 
 def _geometry(variant: Variant, problem: Problem) -> dict[str, int]:

@@ -30,6 +30,8 @@ from elsa_tune.parts import exp as exps
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
+from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -38,6 +40,7 @@ generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 FINISH_THREADS = 128
+STATE = states.get("triple")
 _ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
 _MOST_PLANS = 64
 
@@ -70,6 +73,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
             "operator": operators.get(problem.operator),
+            "schedule": schedules.get(str(axes["schedule"])),
+            "state": STATE,
             "variant": variant,
             "family": problem.family,
             "element": elements.get(problem.dtype),
@@ -161,7 +166,7 @@ class CudaKernel:
 
     def __init__(self, runtime: Runtime, variant: Variant, problem: Problem) -> None:
         self._runtime, self._problem = runtime, problem
-        self._splits, self._schedule = int(variant.axes["splits"]), str(variant.axes["schedule"])
+        self._splits, self._schedule = int(variant.axes["splits"]), schedules.get(str(variant.axes["schedule"]))
         self._tiling = Tiling.of(variant.axes, problem)
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
@@ -205,7 +210,7 @@ class CudaKernel:
         if plan.scratch:
             partial = self._runtime.floats(query, plan.scratch)
         for turn in plan.turns:
-            if self._schedule == "last_block":
+            if self._schedule.counts:
                 arrivals = self._runtime.counters(query, turn.tiles)
             given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *operands)
             types = _ATTEND + "q" * len(operands)
@@ -227,7 +232,7 @@ class CudaKernel:
         group, pairs = heads // kv_heads, batch * kv_heads
         rows = group * q_len
         tiles = -(-rows // tiling.block_m)
-        floats = splits * rows * (value_dim + 2) if splits > 1 else 0
+        floats = splits * rows * STATE.floats(value_dim) if splits > 1 else 0
         slots = max(1, min(pairs, SCRATCH_BYTES // (4 * floats))) if floats else pairs
         outer = [n for stride in strides for n in stride[:3]]
         shapes = (query_shape, (batch, kv_heads, kv_len), (batch, kv_heads, kv_len))
@@ -239,7 +244,7 @@ class CudaKernel:
         for first in range(0, pairs, slots):
             now = min(slots, pairs - first)
             plain = (c, sign, *outer, kv_heads, group, q_len, kv_len, first, now, *aligned)
-            finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule == "two_kernels" else 0
+            finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule.launches > 1 else 0
             merged = (*strides[3][:3], kv_heads, group, q_len, first, now)
             turns.append(Turn(now * tiles * splits, now * tiles, plain, finish, merged))
         return Plan(slots * floats, turns)

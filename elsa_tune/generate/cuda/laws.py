@@ -20,6 +20,7 @@ from elsa_tune.generate.laws import (
     shared_bytes,
 )
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Value
 
@@ -315,8 +316,8 @@ def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: 
 
 def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
     """OpenCL 1.2, section 3.3.1: no guarantees of memory consistency between work-groups."""
-    if schedule == "last_block" and dialect == "opencl":
-        return "OpenCL 1.2 orders no memory between work-groups; two_kernels merges their states"
+    if schedules.get(schedule).counts and dialect == "opencl":
+        return "OpenCL 1.2 orders no memory between work-groups; a second kernel merges their states"
     return None
 
 

@@ -213,6 +213,7 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+
 // Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
 DEVICE index_t least(index_t x, index_t y) { return x < y ? x : y; }
 DEVICE index_t most(index_t x, index_t y) { return x > y ? x : y; }
