@@ -197,7 +197,7 @@ def test_axes_and_templates_agree_both_ways() -> None:
 
 def test_triton_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.load("triton").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "operator"}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element"}
     derived = {"block_scan", "grid_scan", "merges", "head_parts", "value_parts", "scratch_bytes"}
     derived |= {"finish_m", "finish_warps"}
     used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}

@@ -499,6 +499,8 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     chosen = _shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
+        if reason := backends.get("sdpa").refusal(wanted, here):
+            raise KernelMissing(f"nothing serves {wanted}: {reason}")
         variant = chosen.variant or next(Space.load("sdpa").variants(wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:

@@ -76,9 +76,11 @@ generated = False
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """torch serves every problem whose operator it computes."""
+    """torch serves every problem whose operator it computes, of tensors that it has."""
     if "sdpa" not in operators.get(problem.operator).rivals:
         return f"torch's attention is softmax, not {problem.operator}"
+    if not hasattr(torch, elements.get(problem.dtype).torch):
+        return f"torch has no tensors of dtype {problem.dtype}"
     return None
 
 

@@ -10,11 +10,13 @@ from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate.cuda import laws as cuda_laws
-from elsa_tune.generate.laws import SCRATCH_BYTES, mask_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, family_has_text, mask_has_text
 from elsa_tune.generate.render import write
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
 from elsa_tune.remember.winners import Database
@@ -51,7 +53,8 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
     name = name or f"attention_{re.sub('[^a-z0-9]+', '_', problem.family)}"
     context = {
         "name": name, "variant": variant, "problem": problem, "language": language, "device": device,
-        "text": source.text, "bytes": elements.get(problem.dtype).bytes, "splits": int(axes["splits"]),
+        "text": source.text, "mask": masks.get(problem.mask),
+        "state": states.get(str(axes.get("state", "triple"))), "bytes": elements.get(problem.dtype).bytes, "splits": int(axes["splits"]),
         "schedule": schedules.get(str(axes.get("schedule", schedules.FOLD))), "scratch_bytes": SCRATCH_BYTES,
         "tiling": cuda_laws.Tiling.of(axes, problem) if variant.backend == "cuda" else None,
         "flags": " ".join(compile_flags(variant)) if variant.backend == "cpp" else "",
@@ -61,6 +64,8 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
 
 def refusal(problem: Problem, language: str) -> str | None:
     """Why no header can call kernels of the problem, or None."""
+    if unknown := family_has_text("kit", problem):
+        return f"a header cannot say it: {unknown}"
     if untold := mask_has_text(problem):
         return f"a header's function has no place for integers or masks but causal: {untold}"
     return "a C++ header's function takes floats" if language == "cpp" and elements.get(problem.dtype).narrow else None

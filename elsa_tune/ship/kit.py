@@ -12,6 +12,7 @@ from elsa_tune.generate import backends, cpp, cuda
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.render import write
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.ship import archs, export
 from elsa_tune.ship.export import LANGUAGES, Header
@@ -42,15 +43,18 @@ def make(
     if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():
         raise FolderTaken(f"folder {folder} is not empty and no kit; name another with -o")
     given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, goal)]
-    wanted = [p for p in dict.fromkeys(given) if _serves(p, goal)]
+    doubts = {p: _refusal(p, goal) for p in given}
+    wanted = [p for p, doubt in doubts.items() if not doubt]
     headers = [header for p in {p.family: p for p in wanted}.values() for header in _shortlist(p, goal)]
     served = {header.problem.family for header in headers}
     wanted = [p for p in wanted if p.family in served]
     if not wanted:
-        raise KernelMissing(f"no kernel serves these problems on {goal}; give --problem one of float32 or float16")
+        doubt = next(filter(None, doubts.values()), "no variant is lawful")
+        raise KernelMissing(f"no kernel serves these problems on {goal}: {doubt}; give --problem another")
     language = LANGUAGES[goal.kind]
     context = {
         "target": device, "arch": goal.arch, "language": language, "needs": NEEDS[language], "problems": wanted,
+        "operator": wanted[0].operator, "dtypes": sorted({p.dtype for p in wanted}), "masks": {p.mask: masks.get(p.mask) for p in wanted},
         "allowed": {p.precision: _allowed(p) for p in wanted},
         "version": elsa_tune.__version__, "flags": " ".join(export.compile_flags(headers[0].variant)) if language == "cpp" else "",
         "kernels": [
@@ -73,10 +77,10 @@ def _allowed(problem: Problem) -> float:
     return max(64 * elements.UNIT, (8 if precision.rounds_sums else 2) * precision.unit)
 
 
-def _serves(problem: Problem, device: Device) -> bool:
+def _refusal(problem: Problem, device: Device) -> str | None:
+    """Why no kit can hold a kernel of the problem, or None."""
     backend = cpp if device.kind == "cpu" else cuda
-    untold = export.refusal(problem, LANGUAGES[device.kind])
-    return untold is None and backend.refusal(problem, device) is None
+    return export.refusal(problem, LANGUAGES[device.kind]) or backend.refusal(problem, device)
 
 
 def _shortlist(problem: Problem, device: Device) -> list[Header]:

@@ -27,6 +27,7 @@ from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
 from elsa_tune.generate.triton.laws import LAWS, dots, parts, version
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
@@ -76,6 +77,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "schedule": schedules.get(str(axes["schedule"])),
             "state": states.get(str(axes["state"])),
             "operator": operators.get(problem.operator),
+            "element": elements.get(problem.dtype),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from elsa_tune.errors import BadProblem
+
 if TYPE_CHECKING:
     from torch import dtype as Dtype
 
@@ -58,10 +60,12 @@ class Element:
 
     @property
     def dtype(self) -> Dtype:
-        """What torch calls it."""
+        """What torch calls it. Raises BadProblem."""
         import torch
 
-        found: Dtype = getattr(torch, self.torch)
+        found: Dtype | None = getattr(torch, self.torch, None)
+        if found is None:
+            raise BadProblem(f"torch {torch.__version__} has no {self.torch}, of which dtype {self.name} is")
         return found
 
     @property
