@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import state as states
 from elsa_tune.parts.bound import EVERY_KEY, Bound
@@ -22,6 +24,7 @@ LARGEST_DIM = 256
 """Of heads and values, that kernels are generated for."""
 
 
+@cache
 def has_text(language: str, kind: str, value: str) -> bool:
     """Whether a language has a text of a part: templates/<language>/<kind>/<value>.j2."""
     return (places.data("templates") / language / kind / f"{value}.j2").is_file()
@@ -46,6 +49,22 @@ def axis_has_text(language: str, kind: str) -> Law:
     parameter = inspect.Parameter(kind, inspect.Parameter.KEYWORD_ONLY)
     law.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return law
+
+
+def state_is_of_operator(state: str, problem: Problem) -> str | None:
+    operator = operators.get(problem.operator)
+    return (
+        None
+        if state in operator.states
+        else f"{operator.name} is computed with {', '.join(operator.states)}, not {state}"
+    )
+
+
+def exp_errs_little(error: float, problem: Problem) -> str | None:
+    """Why a 2^x of that relative error is no part of the problem's class, or None."""
+    if error > 8 * elements.precision(problem.precision).unit:
+        return f"2^x errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
+    return None
 
 
 def mask_has_text(problem: Problem) -> str | None:

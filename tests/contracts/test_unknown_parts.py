@@ -18,7 +18,8 @@ import elsa_tune
 from elsa_tune import parts
 from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem, BadVariant, ElsaTuneError, KernelMissing
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, laws
+from elsa_tune.generate.cuda import laws as cuda_laws
 from elsa_tune.parts.bound import Bound
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -218,3 +219,16 @@ def test_every_value_of_an_axis_is_a_part_with_a_text(kind: str, backend: str) -
         assert {path.stem for path in texts.glob("*.j2")} == set(values), (
             "a text that no axis offers, or none for a value"
         )
+
+
+def test_a_state_is_carried_for_its_own_operator(plant: Plant) -> None:
+    problem = planted_problem("operator", plant)
+    assert PLANTED in str(laws.state_is_of_operator("triple", problem))
+    assert laws.state_is_of_operator("triple", Problem(head_dim=64)) is None
+
+
+def test_a_rough_way_to_an_exponential_is_in_no_exact_class(plant: Plant) -> None:
+    plant("exp", "native", error=lambda degree: 0.03)
+    for family in ("fp32.d64", "fp16.d64", "fp32.strict.d64"):
+        assert "errs" in str(cuda_laws.exp_is_exact(PLANTED, Problem.parse(family)))
+    assert cuda_laws.exp_is_exact("native", Problem.parse("fp32.strict.d64")) is None

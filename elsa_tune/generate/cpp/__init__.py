@@ -20,7 +20,14 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.laws import axis_has_text, dims_are_generated, family_has_text, scan_has_states
+from elsa_tune.generate.laws import (
+    axis_has_text,
+    dims_are_generated,
+    exp_errs_little,
+    family_has_text,
+    scan_has_states,
+    state_is_of_operator,
+)
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
@@ -164,10 +171,7 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
     if float(EXP.coefficients(exp_degree)[0]) != 1:
         return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
-    error = EXP.error(exp_degree)
-    if error > 8 * elements.precision(problem.precision).unit:
-        return f"a polynomial of degree {exp_degree} errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
-    return None
+    return exp_errs_little(EXP.error(exp_degree), problem)
 
 
 LAWS = (
@@ -180,6 +184,7 @@ LAWS = (
     value_tile_fits,
     scan_has_states,
     axis_has_text("cpp", "state"),
+    state_is_of_operator,
     packed_heads_are_read_again,
     packed_heads_fit,
     narrow_elements_are_packed,

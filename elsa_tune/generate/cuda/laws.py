@@ -12,6 +12,7 @@ from typing import Any
 from elsa_tune.device import Device
 from elsa_tune.generate.laws import (
     axis_has_text,
+    exp_errs_little,
     longest_is_causal,
     running_sum_is_short,
     scan_has_states,
@@ -20,6 +21,7 @@ from elsa_tune.generate.laws import (
     shared_bytes,
 )
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import exp as exps
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Value
@@ -314,6 +316,10 @@ def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: 
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
 
+def exp_is_exact(exp: str, problem: Problem) -> str | None:
+    return exp_errs_little(exps.get(exp).error(exps.DEGREE), problem)
+
+
 def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
     """OpenCL 1.2, section 3.3.1: no guarantees of memory consistency between work-groups."""
     if schedules.get(schedule).counts and dialect == "opencl":
@@ -383,6 +389,7 @@ LAWS = (
     blocks_fit_together,
     scan_has_states,
     axis_has_text("cuda", "exp"),
+    exp_is_exact,
     axis_has_text("cuda", "schedule"),
     schedule_has_splits,
     blocks_see_each_other,

@@ -16,6 +16,7 @@ from elsa_tune.generate.laws import (
     schedule_has_splits,
     scratch_is_bounded,
     shared_bytes,
+    state_is_of_operator,
 )
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import state as states
@@ -253,6 +254,7 @@ LAWS = (
     threads_have_work,
     scan_has_states,
     axis_has_text("triton", "state"),
+    state_is_of_operator,
     axis_has_text("triton", "schedule"),
     schedule_has_splits,
     scratch_is_bounded,
