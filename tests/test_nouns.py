@@ -208,7 +208,7 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
 def test_cuda_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.load("cuda").axes}
     family = {"head_dim", "value_dim", "mask", "element", "family", "variant", "operator"}
-    derived = {"block_scan", "grid_scan", "tiling", "parts", "exp_degree", "exp_of", "operator_of"}
+    derived = {"block_scan", "grid_scan", "tiling", "parts", "exp_degree", "state", "exp_of", "scheduled", "carried"}
     for name in cuda.TEMPLATES.values():
         assert undeclared(name) == axes - {"slice"} | family | derived, "slice decides tiling"
 
