@@ -11,11 +11,12 @@ from elsa_tune.errors import BadProblem
 from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PRECISIONS = ("strict", "fp32", "tf32", "fp16", "bf16", "approx")
+PRECISIONS = elements.precisions()
 DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
 LARGEST = 2**40
@@ -23,7 +24,7 @@ LARGEST = 2**40
 
 _MASKS = "|".join(sorted(masks.names(), key=len, reverse=True))
 _FAMILY = re.compile(
-    rf"(?P<dtype>{'|'.join(elements.names())})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
+    rf"((?P<operator>{'|'.join(operators.names())})\.)?(?P<dtype>{'|'.join(elements.names())})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
     rf"(\.(?P<mask>({_MASKS})(\+({_MASKS}))*))?(\.(?P<direction>backward))?",
     re.ASCII,
 )
@@ -42,9 +43,9 @@ class Problem:
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` names one of elsa_tune.parts.mask, or several joined by ``+``; ``integers``
     are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant.
-    ``precision`` is the arithmetic class; by default the dtype's own. ``order`` is how query, key and value lie in memory
-    (elsa_tune.order): one word for all, or three, and the plainest among those that are alike for these lengths. ``launch`` is how a GPU is told: call by call
-    (eager), or as part of a captured graph.
+    ``precision`` is the arithmetic class; by default the dtype's own. ``operator`` names one of elsa_tune.parts.operator. ``order`` is
+    how query, key and value lie in memory (elsa_tune.order): one word for all, or three, and the plainest among those that are alike
+    for these lengths. ``launch`` is how a GPU is told: call by call (eager), or as part of a captured graph.
     """
 
     dtype: str = "fp32"
@@ -61,12 +62,19 @@ class Problem:
     order: str = CONTIGUOUS
     integers: tuple[int, ...] = ()
     launch: str = "eager"
+    operator: str = operators.SOFTMAX
 
     def __post_init__(self) -> None:
         for name, default in (("value_dim", self.head_dim), ("kv_heads", self.heads), ("precision", self.dtype)):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
-        words = {"dtype": elements.names(), "precision": PRECISIONS, "direction": DIRECTIONS, "launch": LAUNCHES}
+        words = {
+            "operator": operators.names(),
+            "dtype": elements.names(),
+            "precision": PRECISIONS,
+            "direction": DIRECTIONS,
+            "launch": LAUNCHES,
+        }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
@@ -101,6 +109,7 @@ class Problem:
         return ".".join(
             part
             for part in (
+                self.operator if self.operator != operators.SOFTMAX else "",
                 self.dtype,
                 self.precision if self.precision != self.dtype else "",
                 f"d{self.head_dim}",
@@ -164,8 +173,8 @@ class Problem:
             other = Problem.parse(family)
         except BadProblem:  # of another version
             return False
-        mine = (self.dtype, self.mask, self.precision, self.direction)
-        return (other.dtype, other.mask, other.precision, other.direction) == mine
+        mine = (self.operator, self.dtype, self.mask, self.precision, self.direction)
+        return (other.operator, other.dtype, other.mask, other.precision, other.direction) == mine
 
     @property
     def flops(self) -> int:

@@ -19,9 +19,9 @@ from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
-from elsa_tune.generate.tensors import torch_dtype
-from elsa_tune.parts import exp2
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts.exp import polynomial
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.space import Space
@@ -66,6 +66,10 @@ SAMPLED = [
     ("cpp.serial.{isa}.c{lanes}.q4.k1.v4.n32", "fp32.d64@b1.h4.kv1.q1.k64"),
     ("cpp.blelloch.{isa}.c2.q2.k4.v4.n32.s4", "fp32.d256@b1.h4.kv2.q2.k64"),
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp32.d80.causal@b1.h3.kv1.q2.k64"),
+    ("cpp.serial.{isa}.q3.k4.v4.n16.pair", "fp32.d64@b1.h4.kv2.q64.k64"),
+    ("cpp.hybrid.{isa}.q2.k4.v4.n16.w4.s4.pair.packed", "fp32.d80.v48.causal+window@b1.h4.kv1.q64.k64.left40.right0"),
+    ("cpp.blelloch.{isa}.c4.q2.k4.v4.n32.s4.pair", "fp32.d64@b1.h4.kv2.q1.k64"),
+    ("cpp.serial.{isa}.q1.k6.v6.n24.pair.head", "bf16.d48.v72@b1.h2.q64.k64"),
     ("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.causal@b1.h4.kv2.q64.k64"),
     ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp16.d48.v72@b1.h2.q64.k64"),
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp16.d80.causal+window@b1.h3.kv1.q2.k64.left9.right0"),
@@ -104,7 +108,7 @@ def test_every_pattern_of_a_narrow_element_is_widened_and_narrowed(dtype: str) -
     problem = Problem.parse(f"{dtype}.d64@b1.h1024.q1.k1")
     kernel, values = (
         kernel_of(here("cpp.serial.{isa}.q1.k4.v4.n16.packed"), problem),
-        _every_pattern(torch_dtype(problem)),
+        _every_pattern(elements.get(problem.dtype).dtype),
     )
     query = torch.zeros_like(values)
     assert torch.equal(kernel(query, query, values).nan_to_num(7.0), values.nan_to_num(7.0))
@@ -150,7 +154,7 @@ def test_error_of_tree_and_fold_within_the_bound(variant: str, kv_len: int) -> N
     out = kernel_of(here(variant), problem)(inputs.query, inputs.key, inputs.value, inputs.scale)
     error = float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max())
     levels = kv_len / block_n / states + math.log2(states)
-    exp_units = exp2.relative_error(int(axes["exp_degree"])) / reference.UNIT
+    exp_units = polynomial.relative_error(int(axes["exp_degree"])) / reference.UNIT
     bound = reference.UNIT * (2 * (exp_units + 2) * levels + block_n + 1) * float(inputs.value.mean(2).max())
     assert error <= bound
     if states > 1:  # a tree stays near the bound's unit where the fold's grows with its length
@@ -197,20 +201,20 @@ def test_heads_too_large_to_be_packed_are_read_where_they_are() -> None:
         assert torch.equal(unpacked(*x.tensors), packed(*x.tensors))
 
 
-@pytest.mark.parametrize("degree", sorted(exp2.COEFFICIENTS))
+@pytest.mark.parametrize("degree", sorted(polynomial.COEFFICIENTS))
 def test_exp2_polynomials_are_minimax(degree: int) -> None:
-    derived = exp2.remez(degree)
-    stored = [float(c) for c in exp2.COEFFICIENTS[degree]]
+    derived = polynomial.remez(degree)
+    stored = [float(c) for c in polynomial.COEFFICIENTS[degree]]
     assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < 2e-7
     assert stored[0] == derived[0] == 1
-    assert exp2.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
+    assert polynomial.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
 
 
 def test_a_polynomial_that_is_not_1_at_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     variant, problem = space.parse(here(SAMPLED[0][0])), Problem.parse(SAMPLED[0][1])
     assert lawful.refusal(variant, problem, HERE) is None
-    almost = ("1.00000012", *exp2.COEFFICIENTS[5][1:])
-    monkeypatch.setitem(exp2.COEFFICIENTS, 5, almost)
+    almost = ("1.00000012", *polynomial.COEFFICIENTS[5][1:])
+    monkeypatch.setitem(polynomial.COEFFICIENTS, 5, almost)
     assert "2^0" in str(lawful.refusal(variant, problem, HERE))
 
 

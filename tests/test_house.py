@@ -11,18 +11,22 @@ try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+from importlib import import_module
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from elsa_tune import errors
 from elsa_tune.generate import backends
-from elsa_tune.parts import element, mask, scan
 from elsa_tune.shell import cli
 from elsa_tune.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "elsa_tune").rglob("*.py"))
+KINDS = sorted(path.parent.name for path in (ROOT / "elsa_tune" / "parts").glob("*/__init__.py"))
+"""Kinds of parts."""
+
 NOUNS = {"problem", "device", "variant", "measurement", "errors"}
 OWNERS = {
     "jinja2": "render.py",
@@ -72,7 +76,7 @@ FOLDERS = (
 )
 """Arrows point down: a file imports from its own folder and from the rows below."""
 
-CIRCLES = []
+CIRCLES: list[set[str]] = []
 """Knots that are not untied yet. Strike them out; add none."""
 
 
@@ -125,6 +129,88 @@ def test_arrows_between_folders_point_down() -> None:
         for other in arrows(module) - {"elsa_tune"}:
             below, its = row(other)
             assert below > here or its == folder, f"{module} imports {other}"
+
+
+def names_of(kind: str) -> set[str]:
+    """The names of a kind of parts."""
+    return set(import_module(f"elsa_tune.parts.{kind}").names())
+
+
+def told_apart(tree: jinja2.nodes.Template, kind: str) -> set[str]:
+    """Names of a kind that a template holds as a string, its own or one of the language it writes, or as a file of that kind."""
+    strings = {str(node.value) for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+    for text in tree.find_all(jinja2.nodes.TemplateData):
+        strings |= set(re.findall(r"[\"']([a-z0-9_]+)[\"']", text.data))
+    return {name for name in names_of(kind) if name in strings or any(f"/{kind}/{name}." in s for s in strings)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_template_but_a_kinds_own_tells_its_parts_apart(kind: str) -> None:
+    """Facts may be asked: a name that a template compares makes every other name the other one."""
+    for path in (ROOT / "templates").rglob("*.j2"):
+        if path.parent.name != kind:
+            found = told_apart(jinja2.Environment().parse(path.read_text()), kind)
+            assert not found, f"{path.relative_to(ROOT)} tells {kind} apart by name: {', '.join(found)}"
+
+
+def listed(tree: ast.AST, names: set[str]) -> set[str]:
+    """Names that a list, set, tuple, dict, chain of comparisons or match of a file holds two or more of."""
+    for node in ast.walk(tree):
+        within: list[ast.AST | None] = []
+        if isinstance(node, ast.List | ast.Set | ast.Tuple):
+            within = [*node.elts]
+        elif isinstance(node, ast.Dict):
+            within = [*node.keys, *node.values]
+        elif isinstance(node, ast.BoolOp):
+            within = [
+                x for value in node.values if isinstance(value, ast.Compare) for x in (value.left, *value.comparators)
+            ]
+        elif isinstance(node, ast.Match):
+            within = [x for case in node.cases for x in ast.walk(case.pattern)]
+        held = {x.value for x in within if isinstance(x, ast.Constant) and isinstance(x.value, str)} & names
+        if len(held) > 1:
+            return held
+    return set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_but_a_kinds_own_lists_its_parts(kind: str) -> None:
+    for path in SOURCES:
+        if path.parent != ROOT / "elsa_tune" / "parts" / kind:
+            found = listed(ast.parse(path.read_text()), names_of(kind))
+            assert not found, f"{path.relative_to(ROOT)} lists {kind}: {', '.join(found)}"
+
+
+def test_the_rules_about_parts_see_what_breaks_them() -> None:
+    parse = jinja2.Environment().parse
+    for text in (
+        '{% if schedule == "last_block" %}x{% endif %}',
+        '{% include "cuda/schedule/last_block.j2" %}',
+        "if (s == 'last_block')",
+    ):
+        assert told_apart(parse(text), "schedule") == {"last_block"}
+    assert not told_apart(parse('{% include "cuda/schedule/" ~ schedule.name ~ ".j2" %}'), "schedule")
+    for program in (
+        '["fp16", "x", "bf16"]',
+        '{"fp16": 1, "bf16": 2}',
+        'x == "fp16" or x == "bf16"',
+        'x in ("fp16", "bf16")',
+    ):
+        assert listed(ast.parse(program), names_of("element")) == {"fp16", "bf16"}
+    assert not listed(ast.parse('x == "fp16" or y == 3'), names_of("element"))
+
+
+def test_generating_never_imports_what_proves_or_tunes() -> None:
+    above = tuple(f"elsa_tune.{folder}" for folder in ("prove", "tuning", "remember", "dispatch", "ship", "shell"))
+    for path in SOURCES:
+        if "generate" in path.parts or "parts" in path.parts:
+            assert not [name for name in imported(path) if name.startswith(above)], path
+
+
+def test_parts_import_nothing_of_ours_but_errors_and_parts() -> None:
+    for path in (ROOT / "elsa_tune" / "parts").rglob("*.py"):
+        ours = {name for name in imported(path) if name.startswith("elsa_tune.")}
+        assert all(name.startswith(("elsa_tune.errors", "elsa_tune.parts")) for name in ours), (path, ours)
 
 
 def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
@@ -216,8 +302,9 @@ def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
     for name in backends.names():
         for axis in Space.load(name).axes:
             assert f"`{axis.name}`" in docs, axis.name
-    for part in (*scan.names(), *mask.names(), *element.names()):
-        assert f"`{part}`" in docs, part
+    for kind in KINDS:
+        for part in names_of(kind):
+            assert f"`{part}`" in docs, (kind, part)
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.ElsaTuneError):
             assert f"`{error.__name__}`" in docs, error.__name__

@@ -12,6 +12,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built, Kernel
 from elsa_tune.generate.render import Source
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -60,11 +61,13 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     """
     wanted = Problem.parse(problem) if isinstance(problem, str) else problem
     found = detect(device)
-    here = next((d for d in found if wanted.dtype == "fp32" or d.is_gpu), found[0])
+    here = next((d for d in found if not elements.get(wanted.dtype).narrow or d.is_gpu), found[0])
     shelf = dispatch.current()
     chosen = shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
+        if reason := backends.get("sdpa").refusal(wanted, here):
+            raise KernelMissing(f"nothing serves {wanted}: {reason}")
         variant = chosen.variant or next(lawful.variants(Space.load("sdpa"), wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:

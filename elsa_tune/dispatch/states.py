@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import WrongArguments
-from elsa_tune.generate.tensors import logsumexp
+from elsa_tune.generate.logsumexp import logsumexp
 
 
 def attention_with_lse(

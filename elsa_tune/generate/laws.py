@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
+
+from elsa_tune import places
+from elsa_tune.generate.backends import Law
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
-from elsa_tune.parts.mask import NONE
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
+from elsa_tune.parts.bound import EVERY_KEY, Bound
 from elsa_tune.problem import Problem
 
 SCRATCH_BYTES = 256 << 20
@@ -14,9 +23,54 @@ LARGEST_DIM = 256
 """Of heads and values, that kernels are generated for."""
 
 
+@cache
+def has_text(language: str, kind: str, value: str) -> bool:
+    """Whether a language has a text of a part: templates/<language>/<kind>/<value>.j2."""
+    return (places.data("templates") / language / kind / f"{value}.j2").is_file()
+
+
+def family_has_text(language: str, problem: Problem) -> str | None:
+    """Why a language cannot say what the problem's family is of, or None. What it has no text of is never taken for another."""
+    for kind, value in (("operator", problem.operator), ("element", problem.dtype)):
+        if not has_text(language, kind, value):
+            return f"no text for the {kind} {value} in templates/{language}"
+    return None
+
+
+def axis_has_text(language: str, kind: str) -> Law:
+    """The law that a language has a text of the axis' value, whose parts are a kind."""
+
+    def law(**known: str) -> str | None:
+        value = known[kind]
+        return None if has_text(language, kind, value) else f"no text for the {kind} {value} in templates/{language}"
+
+    law.__name__ = f"{kind}_has_text"
+    parameter = inspect.Parameter(kind, inspect.Parameter.KEYWORD_ONLY)
+    law.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    return law
+
+
+def state_is_of_operator(state: str, problem: Problem) -> str | None:
+    operator = operators.get(problem.operator)
+    return (
+        None
+        if state in operator.states
+        else f"{operator.name} is computed with {', '.join(operator.states)}, not {state}"
+    )
+
+
+def exp_errs_little(error: float, problem: Problem) -> str | None:
+    """Why a 2^x of that relative error is no part of the problem's class, or None."""
+    if error > 8 * elements.precision(problem.precision).unit:
+        return f"2^x errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
+    return None
+
+
 def mask_has_text(problem: Problem) -> str | None:
     """Why what knows no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
-    return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
+    mask = masks.get(problem.mask)
+    told = not mask.cuts_front and mask.high in (EVERY_KEY, Bound("position + 1"))
+    return None if told else f"no text for the mask {problem.mask}"
 
 
 def dims_are_generated(problem: Problem) -> str | None:
@@ -37,14 +91,16 @@ def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
 
 
 def schedule_has_splits(schedule: str, splits: int) -> str | None:
-    if schedule == "fold" and splits > 1:
+    merges = schedules.get(schedule).splits
+    if not merges and splits > 1:
         return f"{splits} splits leave states that somebody must merge"
-    return "one split leaves nothing to merge" if schedule != "fold" and splits == 1 else None
+    return "one split leaves nothing to merge" if merges and splits == 1 else None
 
 
 def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
     rows = problem.q_len * problem.group
-    size = 4 * splits * rows * (problem.value_dim + 2) if splits > 1 else 0
+    each = max(states.get(name).floats(problem.value_dim) for name in states.names())
+    size = 4 * splits * rows * each if splits > 1 else 0
     return (
         f"states of one head take {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}" if size > SCRATCH_BYTES else None
     )
@@ -63,7 +119,7 @@ RUNNING_KEYS = 4096
 def running_sum_is_short(accumulate: str, workers: int, splits: int, problem: Problem) -> str | None:
     """The error of a running sum grows with its keys where that of leaves summed apart grows with their number. Classes that
     round weights to halves do not see it."""
-    each, exact = problem.kv_len // (workers * splits), problem.precision in ("strict", "fp32")
+    each, exact = problem.kv_len // (workers * splits), elements.precision(problem.precision).exact
     if accumulate == "running" and each > RUNNING_KEYS and exact and problem.direction == "forward":
         return f"a running sum over {each} keys errs more than {problem.precision} allows; sum leaves apart"
     return None

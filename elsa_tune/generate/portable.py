@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elsa_tune.generate.render import Source
+from elsa_tune.parts.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """How blocks are started: threads of one, query rows of its tile, numbers of a vector (rows that begin at multiples of it are
-    aligned), bytes of shared memory; splits of the keys and who merges their states, with at most ``scratch_bytes`` of memory
+    aligned), bytes of shared memory; splits of the keys, who merges their states, floats of one, with at most ``scratch_bytes`` of memory
     for them, and threads of a block of the second kernel, where there is one."""
 
     threads: int
@@ -18,7 +19,8 @@ class Blocks:
     vector: int
     shared_bytes: int
     splits: int
-    schedule: str
+    schedule: Schedule
+    state_floats: int
     scratch_bytes: int
     finish_threads: int
 

@@ -107,7 +107,7 @@ def version(backend: str) -> str:
 
 def undeclared(template: str) -> set[str]:
     """Every name that a template and the ones it includes read from the context."""
-    from jinja2 import meta
+    from jinja2 import meta, nodes
 
     names: set[str] = set()
     pending, seen = [template], set()
@@ -116,5 +116,11 @@ def undeclared(template: str) -> set[str]:
         seen.add(name)
         tree = _environment().parse((places.data("templates") / name).read_text())
         names |= meta.find_undeclared_variables(tree)
-        pending += [t for t in meta.find_referenced_templates(tree) if t and t not in seen]
+        referenced = {t for t in meta.find_referenced_templates(tree) if t}
+        for node in tree.find_all(nodes.Concat):  # "cpp/state/" ~ state.name ~ ".j2": any of the folder
+            first = node.nodes[0]
+            start = str(first.value) if isinstance(first, nodes.Const) else ""
+            if start.endswith("/"):
+                referenced |= {f"{start}{path.name}" for path in (places.data("templates") / start).glob("*.j2")}
+        pending += sorted(referenced - seen)
     return names - set(_environment().globals)

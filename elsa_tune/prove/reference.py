@@ -9,20 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from elsa_tune.generate.tensors import hidden, logsumexp, torch_dtype
+from elsa_tune.generate.logsumexp import hidden, logsumexp
 from elsa_tune.order import arranged
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts.element import UNIT
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
-
-UNIT = 2.0**-24
-"""Unit round-off of float32."""
-
-CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8, "approx": 2.0**-10}
-"""Unit round-off of what each precision class rounds weights and outputs to."""
-
-ROUNDS_PRODUCTS = ("tf32", "approx")
-"""Classes whose products are of rounded operands, or are summed rounded; the others' are exact in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +108,16 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
     query = inputs.query[rows.batch, rows.head, rows.position].double() * scale
     position = rows.position.to(query.device)[:, None]
-    total = torch.full((len(query),), -math.inf, dtype=torch.float64, device=query.device)
-    out = torch.zeros(len(query), problem.value_dim, dtype=torch.float64, device=query.device)
-    for first in range(0, problem.kv_len, KEYS_AT_ONCE):
-        key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
-        logits = query @ key.T
-        if problem.mask != NONE:
-            logits = logits.masked_fill(hidden(problem, position, first, len(key)), -math.inf)
-        merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
-        origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
-        out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
-        total = merged
+
+    def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, problem.kv_len, KEYS_AT_ONCE):
+            key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
+            logits = query @ key.T
+            if problem.mask != NONE:
+                logits = logits.masked_fill(hidden(problem, position, first, len(key)), -math.inf)
+            yield logits, value
+
+    out, total = operators.get(problem.operator).rows(some_keys())
     return out.cpu(), total.cpu()
 
 
@@ -138,7 +131,7 @@ def every_row(problem: Problem) -> Rows:
 
 def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
     """Standard normal tensors of the problem's shape and dtype."""
-    p, dtype = problem, torch_dtype(problem)
+    p, dtype = problem, elements.get(problem.dtype).dtype
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -186,7 +179,7 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
     masked = problem.mask != NONE
     keys = min(longest, math.isqrt(_MASKED_PAIRS // problem.group)) if masked else longest
     shaped = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=keys if masked else 3, kv_len=keys)
-    dtype = torch_dtype(problem)
+    dtype = elements.get(problem.dtype).dtype
     turns = torch.tensor([1.0, 0.0, -1.0]).repeat(-(-shaped.q_len // 3))[: shaped.q_len]
     query = torch.zeros(1, shaped.heads, shaped.q_len, shaped.head_dim, dtype=dtype)
     query[..., 0] = turns.to(dtype)
@@ -282,7 +275,8 @@ class Error:
 
 def _product_unit(problem: Problem) -> float:
     """What a logit's products are rounded to, together; halves multiply exactly in float32."""
-    return 2 * CLASS_UNITS[problem.precision] if problem.precision in ROUNDS_PRODUCTS else UNIT
+    precision = elements.precision(problem.precision)
+    return 2 * precision.unit if precision.rounds_products else UNIT
 
 
 LARGEST_CONSTANT = 4.0
@@ -299,8 +293,8 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     if math.isnan(difference):
         return Error(math.inf, math.inf, False)
     largest = float(inputs.value.abs().max()) or 1.0
-    u = CLASS_UNITS[problem.precision]
-    unit = u * (1 + math.log2(problem.kv_len)) * largest
+    u = elements.precision(problem.precision).unit
+    unit = operators.get(problem.operator).bound(u, problem.kv_len) * largest
     more = (2 * _logit_error(problem, inputs) + UNIT * inputs.additions) * largest
     rounding = u * float(truth.abs().max()) / largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + more, rounding)
@@ -356,7 +350,7 @@ def _weights(
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
     at = rows.to(inputs.query.device)
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
-    p = torch.exp(scores - lse[b, h, at, None].to(wide))
+    p = operators.get(problem.operator).weights(scores, lse[b, h, at].to(wide))
     if problem.mask != NONE:
         p = p.masked_fill(hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
     return p, scale
@@ -375,7 +369,7 @@ def gradient_truth(problem: Problem, inputs: Inputs, b: int, h: int) -> tuple[Te
             p, scale = _weights(problem, inputs, lse, b, head, rows, wide)
             g = grad[b, head, first : first + 256].double()
             delta = (g * output[b, head, first : first + 256].double()).sum(-1, keepdim=True)
-            ds = p * (g @ value.T - delta) * scale
+            ds = operators.get(problem.operator).score_gradient(p, g @ value.T, delta) * scale
             dv += p.T @ g
             dk += ds.T @ inputs.query[b, head, first : first + 256].double()
             if head == h * problem.group:
@@ -390,7 +384,8 @@ def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], 
     Allowed is C u (1 + log2 n) of it, and what rounding the logits costs, as for outputs, with a factor 4 for the three
     products that each gradient passes through.
     """
-    unit = CLASS_UNITS[problem.precision] * (1 + math.log2(max(problem.kv_len, problem.q_len)))
+    u = elements.precision(problem.precision).unit
+    unit = operators.get(problem.operator).bound(u, max(problem.kv_len, problem.q_len))
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     assert inputs.forward is not None
 
@@ -410,4 +405,4 @@ def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], 
                 return Error(math.inf, math.inf, False)
             worst = max(worst, difference / largest if largest else (math.inf if difference > unit else 0.0))
     allowed = 4 * (LARGEST_CONSTANT * unit + 2 * _logit_error(problem, inputs))
-    return Error(worst, worst / unit, worst <= allowed, CLASS_UNITS[problem.precision])
+    return Error(worst, worst / unit, worst <= allowed, u)

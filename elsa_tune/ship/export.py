@@ -10,10 +10,12 @@ from elsa_tune import places, space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
 from elsa_tune.generate import backends, lawful
+from elsa_tune.generate.laws import family_has_text
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import write
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
 from elsa_tune.remember.reading import Reader
@@ -42,7 +44,7 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
         raise KernelMissing(f"{variant} cannot be a header; headers are written in {', '.join(languages())}")
     name = name or f"attention_{re.sub('[^a-z0-9]+', '_', problem.family)}"
     context = {
-        "name": name, "variant": variant, "problem": problem, "language": made.language, "device": device,
+        "name": name, "variant": variant, "problem": problem, "mask": masks.get(problem.mask), "language": made.language, "device": device,
         "text": made.source.text, "bytes": elements.get(problem.dtype).bytes, "launch": made.launch,
         "flags": " ".join(made.flags),
     }  # fmt: skip
@@ -56,6 +58,8 @@ def languages() -> list[str]:
 
 def refusal(problem: Problem, device: Device) -> str | None:
     """Why no kernel for the problem can be a header for the device, or None."""
+    if unknown := family_has_text("kit", problem):
+        return f"a header cannot say it: {unknown}"
     reasons = []
     for name in speakers(device):
         if reason := backends.get(name).no_header(problem) or backends.get(name).refusal(problem, device):

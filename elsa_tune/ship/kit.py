@@ -7,21 +7,20 @@ from pathlib import Path
 
 import elsa_tune
 from elsa_tune import device as devices
-from elsa_tune import places
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, FolderTaken, KernelMissing
 from elsa_tune.generate import backends
+from elsa_tune.generate.laws import family_has_text
 from elsa_tune.generate.render import write
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.ship import export
 from elsa_tune.ship.export import Header
 
 SHORTLIST = 5
 """Kernels for each family."""
-
-ALLOWED = {"strict": 2.0**-18, "fp32": 2.0**-18, "fp16": 2.0**-10, "bf16": 2.0**-7, "approx": 2.0**-7}
-"""Error of a kernel on normal inputs, relative to max|v|, that the runner lets pass, by precision class."""
 
 
 def make(
@@ -48,8 +47,9 @@ def make(
         raise KernelMissing(f"no kernel serves these problems on {goal}: {told}; give --problem another")
     first = headers[0].kernel
     context = {
-        "target": device, "arch": goal.arch, "language": first.language, "problems": wanted, "allowed": ALLOWED,
-        "version": elsa_tune.__version__, "flags": " ".join(first.flags), "elements": stored(),
+        "target": device, "arch": goal.arch, "language": first.language, "problems": wanted, "allowed": {p.precision: _allowed(p) for p in wanted},
+        "version": elsa_tune.__version__, "flags": " ".join(first.flags), "elements": sorted({p.dtype for p in wanted}),
+        "masks": {p.mask: masks.get(p.mask) for p in wanted}, "operator": wanted[0].operator,
         "kernels": [
             {"name": h.name, "variant": h.variant, "family": h.problem.family, "digest": h.kernel.source.digest}
             for h in headers
@@ -64,18 +64,15 @@ def make(
     return headers
 
 
-def stored() -> list[str]:
-    """Elements that the runner converts: one text each."""
-    return sorted(path.stem for path in (places.data("templates") / "kit" / "element").glob("*.j2"))
+def _allowed(problem: Problem) -> float:
+    """Error of a kernel on normal inputs, relative to max|v|, that the runner lets pass."""
+    precision = elements.precision(problem.precision)
+    return max(64 * elements.UNIT, (8 if precision.rounds_sums else 2) * precision.unit)
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
     """Why a kit for the device has no place for the problem, or None."""
-    if problem.dtype not in stored():
-        return f"a kit's runner converts {', '.join(stored())}, not {problem.dtype}"
-    if problem.precision not in ALLOWED:
-        return f"a kit's runner knows no bound for class {problem.precision}"
-    return export.refusal(problem, device)
+    return family_has_text("kit", problem) or export.refusal(problem, device)
 
 
 def _shortlist(problem: Problem, device: Device) -> list[Header]:

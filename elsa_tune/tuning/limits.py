@@ -9,6 +9,7 @@ from typing import Any
 
 from elsa_tune.device import Device, tf32_allowed
 from elsa_tune.generate import backends
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.tuning.telemetry import Gauge, Reading
 from elsa_tune.tuning.timing import between_events, repeat
@@ -17,16 +18,16 @@ from elsa_tune.tuning.timing import between_events, repeat
 def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:
     """What operations and bytes allow at measured ``peak_*`` rates, or None where those are unknown.
 
-    float32 class products may be three TF32 products each.
+    A product of a class may be several of the kind that matrix units multiply.
     """
-    rates = {name: float(peaks.get(f"peak_{name}", 0)) for name in ("gflops", "fp32", "tf32", "fp16", "bf16", "gbytes")}
-    multiply_adds = rates["gflops"] or rates["fp32"]
-    compute = {
-        "strict": multiply_adds,
-        "fp32": max(multiply_adds, rates["tf32"] / 3),
-        "tf32": max(multiply_adds, rates["tf32"]),
-    }.get(problem.precision, rates.get(problem.precision, 0.0))
-    return max(problem.flops / compute, problem.bytes / rates["gbytes"]) / 1e9 if compute and rates["gbytes"] else None
+
+    def rate(name: str) -> float:
+        return float(peaks.get(f"peak_{name}", 0))
+
+    precision, narrow = elements.precision(problem.precision), elements.get(problem.dtype).narrow
+    multiply_adds = 0.0 if narrow else rate("gflops") or rate("fp32")
+    compute, gbytes = max(multiply_adds, rate(precision.peak) / precision.products), rate("gbytes")
+    return max(problem.flops / compute, problem.bytes / gbytes) / 1e9 if compute and gbytes else None
 
 
 def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
@@ -88,9 +89,10 @@ def _gpu_peak(device: Device) -> dict[str, float]:
     if device.capability >= 80 and torch.backends.cudnn.allow_tf32:
         image, weight = x.view(1, n, 64, 64), x.view(n, n, 1, 1)
         found["tf32"] = rate(lambda: torch.nn.functional.conv2d(image, weight), 2.0 * n**3)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        y = square(dtype)
-        found[name] = rate(lambda y=y: y @ y, 2.0 * n**3)  # type: ignore[misc]
+    for element in map(elements.get, elements.names()):
+        if element.narrow:
+            y = square(element.dtype)
+            found[element.name] = rate(lambda y=y: y @ y, 2.0 * n**3)  # type: ignore[misc]
     memory = torch.empty(max(1 << 28, 8 * device.last_cache) // 4, device=device.torch)
     found["gbytes"] = rate(lambda: memory.sum(), 4.0 * memory.numel())
     return found

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate.backends import Call, Kernel
-from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.order import ORDERS
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
@@ -103,7 +103,7 @@ def allowed_of_lse(problem: Problem) -> float:
 def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
     """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
     generator = torch.Generator().manual_seed(3)
-    dtype, posed = torch_dtype(problem), with_example(problem).reshaped(q_len=29, kv_len=53)
+    dtype, posed = elements.get(problem.dtype).dtype, with_example(problem).reshaped(q_len=29, kv_len=53)
 
     def tensor(heads: int, length: int, dim: int) -> Tensor:
         x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
@@ -115,7 +115,7 @@ def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Ten
     scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
     scores = _hidden(posed, scores)
     truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(2, 1)
-    of_out, of_lse = 64 * reference.CLASS_UNITS[problem.precision], allowed_of_lse(problem)
+    of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)
     difference = torch.where(lse == sums, 0.0, lse - sums)  # -inf where no key is seen
     error = max(float((out - truth).abs().max()) / of_out, float(difference.abs().max()) / of_lse)

@@ -20,13 +20,15 @@ from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import build_text, find
 from elsa_tune.generate.cpp.call import CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
-from elsa_tune.generate.cpp.laws import ISAS, LAWS, SCRATCH_BYTES
-from elsa_tune.generate.laws import dims_are_generated, mask_has_text
+from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES
+from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
-from elsa_tune.parts import exp2, scan
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -39,14 +41,12 @@ def refusal(problem: Problem, device: Device) -> str | None:
     """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
-    if problem.precision not in elements.get(problem.dtype).classes or problem.precision not in (
-        "strict",
-        problem.dtype,
-    ):
+    precision = elements.precision(problem.precision)
+    if precision not in elements.get(problem.dtype).precisions or precision.rounds_products:
         return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
-    return dims_are_generated(problem)
+    return family_has_text("cpp", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -61,14 +61,16 @@ def source(variant: Variant, problem: Problem) -> Source:
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
+            "state": states.get(str(axes["state"])),
+            "operator": operators.get(problem.operator),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
             "mask": masks.get(problem.mask),
-            "dtype": problem.dtype,
+            "element": elements.get(problem.dtype),
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
-            "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
+            "exp": EXP,
             "scratch_bytes": SCRATCH_BYTES,
         },
     )
@@ -151,7 +153,7 @@ def speaks(device: Device) -> str:
 
 def no_header(problem: Problem) -> str | None:
     """A header's function takes floats, and neither integers nor masks but causal."""
-    if problem.dtype != "fp32":
+    if elements.get(problem.dtype).narrow:
         return f"a C++ header's function takes floats, not {problem.dtype}"
     return mask_has_text(problem)
 

@@ -6,12 +6,16 @@ import math
 from dataclasses import dataclass
 
 from elsa_tune.device import Device
-from elsa_tune.generate.laws import scan_has_states
-from elsa_tune.parts import exp2
+from elsa_tune.generate.laws import axis_has_text, exp_errs_little, scan_has_states, state_is_of_operator
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import exp as exps
 from elsa_tune.problem import Problem
 
 SCRATCH_BYTES = 64 << 20
 """At most this much memory for packed heads and the states of splits."""
+
+EXP = exps.get("polynomial")
+"""No CPU has a unit for 2^x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
 
 
 def narrow_elements_are_packed(packing: str, problem: Problem) -> str | None:
-    if packing == "direct" and problem.dtype != "fp32":
+    if packing == "direct" and elements.get(problem.dtype).narrow:
         return f"keys and values of {problem.dtype} are widened as they are packed"
     return None
 
@@ -124,12 +128,9 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
 
 
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
-    if float(exp2.COEFFICIENTS[exp_degree][0]) != 1:
+    if float(EXP.coefficients(exp_degree)[0]) != 1:
         return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
-    error = exp2.relative_error(exp_degree)
-    if problem.precision in ("strict", "fp32") and error > 8 * 2.0**-24:
-        return f"a polynomial of degree {exp_degree} errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
-    return None
+    return exp_errs_little(EXP.error(exp_degree), problem)
 
 
 LAWS = (
@@ -141,6 +142,8 @@ LAWS = (
     leaf_holds_key_tiles,
     value_tile_fits,
     scan_has_states,
+    axis_has_text("cpp", "state"),
+    state_is_of_operator,
     packed_heads_are_read_again,
     packed_heads_fit,
     narrow_elements_are_packed,

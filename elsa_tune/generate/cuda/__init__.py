@@ -16,16 +16,20 @@ from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
 from elsa_tune.generate.cuda import turn as _turn
-from elsa_tune.generate.cuda.call import FINISH_THREADS, CudaKernel
+from elsa_tune.generate.cuda.call import FINISH_THREADS, STATE, CudaKernel
 from elsa_tune.generate.cuda.laws import LAWS
 from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.gpu.work import Work
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, mask_has_text
 from elsa_tune.generate.portable import Blocks, Portable
 from elsa_tune.generate.render import Source, render
-from elsa_tune.parts import exp2, scan
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import exp as exps
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -35,7 +39,6 @@ TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "ope
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 HEADERS = {"cuda": "cu", "opencl": "cpp"}
 """Dialects that headers are written in, and how a program that includes one ends."""
-PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16", "approx"), "bf16": ("bf16",)}
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -43,13 +46,14 @@ def refusal(problem: Problem, device: Device) -> str | None:
     devices."""
     if device.kind not in TEMPLATES:
         return f"the CUDA C backend runs on GPUs and OpenCL devices, not on {device}"
-    if problem.precision not in PRECISIONS[problem.dtype]:
+    element, precision = elements.get(problem.dtype), elements.precision(problem.precision)
+    if precision not in element.precisions or precision.rounds_operands:
         return f"the CUDA C backend multiplies and adds without a matrix unit; {problem.dtype} has no class {problem.precision} there"
-    if problem.dtype != "fp32" and problem.precision != "approx" and device.kind == "cuda" and device.capability >= 80:
+    if element.narrow and not precision.rounds_sums and device.kind == "cuda" and device.capability >= 80:
         return f"{device.arch} multiplies {problem.dtype} on a matrix unit, which multiply-adds alone do not reach; Triton uses it"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
-    return dims_are_generated(problem)
+    return family_has_text("cuda", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -64,15 +68,19 @@ def source(variant: Variant, problem: Problem) -> Source:
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
+            "operator": operators.get(problem.operator),
+            "schedule": schedules.get(str(axes["schedule"])),
+            "state": STATE,
             "variant": variant,
             "family": problem.family,
-            "dtype": problem.dtype,
+            "element": elements.get(problem.dtype),
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
             "mask": masks.get(problem.mask),
             "tiling": tiling,
             "parts": [""] if tiling.words == 1 else [".x", ".y", ".z", ".w"][: tiling.words],
-            "exp2_coefficients": exp2.COEFFICIENTS[5],
+            "exp": exps.get(str(axes["exp"])),
+            "exp_degree": exps.DEGREE,
         },
     )
 
@@ -181,7 +189,7 @@ def portable(variant: Variant, problem: Problem) -> Portable | None:
     tiling = Tiling.of(axes, problem)
     launch = Blocks(
         tiling.threads, tiling.block_m, tiling.vector, tiling.shared_bytes,
-        int(axes["splits"]), str(axes["schedule"]), SCRATCH_BYTES, FINISH_THREADS,
+        int(axes["splits"]), schedules.get(str(axes["schedule"])), STATE.floats(problem.value_dim), SCRATCH_BYTES, FINISH_THREADS,
     )  # fmt: skip
     return Portable(dialect, HEADERS[dialect], source(variant, problem), launch=launch)
 

@@ -13,10 +13,13 @@ from elsa_tune.generate.cuda.launch import Launch, Runtime
 from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.generate.laws import SCRATCH_BYTES
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 FINISH_THREADS = 128
+STATE = states.get("triple")
 _ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
 _MOST_PLANS = 64
 
@@ -44,7 +47,7 @@ class CudaKernel:
 
     def __init__(self, runtime: Runtime, variant: Variant, problem: Problem) -> None:
         self._runtime, self._problem = runtime, problem
-        self._splits, self._schedule = int(variant.axes["splits"]), str(variant.axes["schedule"])
+        self._splits, self._schedule = int(variant.axes["splits"]), schedules.get(str(variant.axes["schedule"]))
         self._tiling = Tiling.of(variant.axes, problem)
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
@@ -88,7 +91,7 @@ class CudaKernel:
         if plan.scratch:
             partial = self._runtime.floats(query, plan.scratch)
         for turn in plan.turns:
-            if self._schedule == "last_block":
+            if self._schedule.counts:
                 arrivals = self._runtime.counters(query, turn.tiles)
             given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *operands)
             types = _ATTEND + "q" * len(operands)
@@ -110,7 +113,7 @@ class CudaKernel:
         group, pairs = heads // kv_heads, batch * kv_heads
         rows = group * q_len
         tiles = -(-rows // tiling.block_m)
-        floats = splits * rows * (value_dim + 2) if splits > 1 else 0
+        floats = splits * rows * STATE.floats(value_dim) if splits > 1 else 0
         slots = max(1, min(pairs, SCRATCH_BYTES // (4 * floats))) if floats else pairs
         outer = [n for stride in strides for n in stride[:3]]
         shapes = (query_shape, (batch, kv_heads, kv_len), (batch, kv_heads, kv_len))
@@ -122,7 +125,7 @@ class CudaKernel:
         for first in range(0, pairs, slots):
             now = min(slots, pairs - first)
             plain = (c, sign, *outer, kv_heads, group, q_len, kv_len, first, now, *aligned)
-            finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule == "two_kernels" else 0
+            finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule.launches > 1 else 0
             merged = (*strides[3][:3], kv_heads, group, q_len, first, now)
             turns.append(Turn(now * tiles * splits, now * tiles, plain, finish, merged))
         return Plan(slots * floats, turns)

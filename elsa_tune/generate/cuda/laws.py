@@ -12,12 +12,17 @@ from elsa_tune.device import Device
 from elsa_tune.generate.cuda.tiling import TILED, Tiling, padded
 from elsa_tune.generate.gpu.limits import MOST_REGISTERS, REGISTERS, shared_bytes, shared_bytes_together
 from elsa_tune.generate.laws import (
+    axis_has_text,
+    exp_errs_little,
     longest_is_causal,
     running_sum_is_short,
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
 )
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import exp as exps
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 
 
@@ -46,7 +51,7 @@ def dialect_is_the_devices(dialect: str, device: Device) -> str | None:
 def halves_are_asked_for(arithmetic: str, vector: int, problem: Problem, device: Device) -> str | None:
     if arithmetic == "float":
         return "no vector is of eight floats" if vector == 8 else None
-    if problem.precision != "approx":
+    if not elements.precision(problem.precision).rounds_sums:
         return f"sums in halves are of class approx, not {problem.precision}"
     if device.kind != "cuda" or device.capability < 53:
         return f"{device.arch} does not multiply pairs of halves"
@@ -83,7 +88,7 @@ def copies_are_there(copies: str, stages: int, arithmetic: str, device: Device, 
         return f"registers hold one slice on its way, not {stages - 1}" if stages > 2 else None
     if device.kind != "cuda" or device.capability < 80:
         return f"{device.arch} has no asynchronous copies"
-    if problem.dtype != "fp32" and arithmetic == "float":
+    if elements.get(problem.dtype).narrow and arithmetic == "float":
         return f"an asynchronous copy cannot make floats of {problem.dtype}"
     return "an asynchronous copy needs a second place to go to" if stages == 1 else None
 
@@ -95,7 +100,7 @@ def leaf_holds_vectors(lanes: int, keys: int, vector: int, layout: str) -> str |
 
 def lane_adds_several_weights(keys: int, problem: Problem) -> str | None:
     """To a sum of 1 and more, single weights of 2^-25 add nothing, however many come."""
-    exact = problem.precision in ("strict", "fp32")
+    exact = elements.precision(problem.precision).exact
     return f"a lane adds single weights to its sum, which {problem.precision} notices" if keys == 1 and exact else None
 
 
@@ -129,10 +134,14 @@ def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: 
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
 
+def exp_is_exact(exp: str, problem: Problem) -> str | None:
+    return exp_errs_little(exps.get(exp).error(exps.DEGREE), problem)
+
+
 def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
     """OpenCL 1.2, section 3.3.1: no guarantees of memory consistency between work-groups."""
-    if schedule == "last_block" and dialect == "opencl":
-        return "OpenCL 1.2 orders no memory between work-groups; two_kernels merges their states"
+    if schedules.get(schedule).counts and dialect == "opencl":
+        return "OpenCL 1.2 orders no memory between work-groups; a second kernel merges their states"
     return None
 
 
@@ -195,6 +204,9 @@ LAWS = (
     shared_memory_holds_tile,
     blocks_fit_together,
     scan_has_states,
+    axis_has_text("cuda", "exp"),
+    exp_is_exact,
+    axis_has_text("cuda", "schedule"),
     schedule_has_splits,
     blocks_see_each_other,
     scratch_is_bounded,

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from elsa_tune.generate.cuda import wavefronts as _wavefronts
 from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.generate.gpu.work import Work
+from elsa_tune.parts import exp as exps
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 _MIX = 1.12
 """Instructions for each multiply-add of a kernel's hottest loop, where no disassembler reads it."""
-
-_EXP = {"library": 4, "native": 1, "polynomial": 11}
-"""Instructions of a 2^x: the library's is the special-function unit's between two guards."""
 
 
 def of(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work:
@@ -28,11 +27,11 @@ def of(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work
     mix = resources["loop_all"] / hottest if hottest else _MIX
     turn = {
         "loop_fma": products + 2 * scores,
-        "loop_all": round(products * mix) + (6 + _EXP[str(axes["exp"])]) * scores + 6 * copied,
+        "loop_all": round(products * mix) + (6 + exps.get(str(axes["exp"])).instructions) * scores + 6 * copied,
         "wavefronts": _wavefronts.of_turn(tiling),
         "loop_exp": scores + tiling.rows,
         "loop_matrix": 0,
     }
-    launches = 2 if axes["schedule"] == "two_kernels" else 1
+    launches = schedules.get(str(axes["schedule"])).launches
     step = tiling.block_n * int(axes["workers"])
     return Work(tiling.block_m, step, int(axes["splits"]), tiling.stages, launches, 0.0, turn)

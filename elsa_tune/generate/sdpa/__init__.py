@@ -10,6 +10,8 @@ from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Kernel
 from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, FlexKernel, SdpaKernel
 from elsa_tune.generate.sdpa.laws import LAWS
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import operator as operators
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -26,7 +28,11 @@ generated = False
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """torch serves every problem."""
+    """torch serves every problem whose operator it computes, of tensors that it has."""
+    if "sdpa" not in operators.get(problem.operator).rivals:
+        return f"torch's attention is softmax, not {problem.operator}"
+    if not hasattr(torch, elements.get(problem.dtype).torch):
+        return f"torch has no tensors of dtype {problem.dtype}"
     return None
 
 

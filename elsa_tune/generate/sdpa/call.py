@@ -17,8 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
+from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.sdpa.block_masks import block_mask
-from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from elsa_tune.device import Device
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
         return None if kernel in ("flash", "math") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
         return "cuDNN runs on NVIDIA GPUs"
-    if kernel in ("flash", "cudnn") and problem.dtype == "fp32":
+    if kernel in ("flash", "cudnn") and not elements.get(problem.dtype).narrow:
         return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not float32"
     return None
 
 
 def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
-    if problem.precision == "strict" and device.is_gpu and kernel != "math":
+    if elements.precision(problem.precision).ieee and device.is_gpu and kernel != "math":
         return f"torch's {kernel} kernel may use matrix units for float32"
     return None
 

@@ -18,17 +18,21 @@ from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Finding, Gradients, Kernel
 from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.gpu.work import Work
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.triton.call import TritonGradients, TritonKernel
 from elsa_tune.generate.triton.columns import parts
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
 from elsa_tune.generate.triton.kinds import kinds, known
-from elsa_tune.generate.triton.laws import DOTS, LAWS
+from elsa_tune.generate.triton.laws import LAWS, dots
 from elsa_tune.generate.triton.merging import finish, merges
 from elsa_tune.generate.triton.version import version
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
+from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -47,11 +51,9 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"Triton runs on GPUs, not on {device}"
     if device.kind == "cuda" and device.capability < 70:
         return f"Triton serves sm_70 and later, not {device.arch}"
-    if problem.precision not in DOTS:
-        return f"no Triton kernel is of class {problem.precision}"
-    if problem.dtype != "fp32" and problem.precision != problem.dtype:
-        return f"{problem.dtype} tensors have no class {problem.precision}"
-    return dims_are_generated(problem)
+    if not dots(problem):
+        return f"no Triton kernel of {problem.dtype} tensors is of class {problem.precision}"
+    return family_has_text("triton", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -70,6 +72,10 @@ def source(variant: Variant, problem: Problem) -> Source:
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": grid,
             "merges": merges(grid.total(splits), splits),
+            "schedule": schedules.get(str(axes["schedule"])),
+            "state": states.get(str(axes["state"])),
+            "operator": operators.get(problem.operator),
+            "element": elements.get(problem.dtype),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
@@ -184,7 +190,7 @@ def examine() -> Iterator[Finding]:
 def work(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work | None:
     """As the compiler's report counts it."""
     axes = variant.axes
-    launches, step = 2 if axes["schedule"] == "two_kernels" else 1, int(axes["block_n"]) * int(axes["workers"])
+    launches, step = schedules.get(str(axes["schedule"])).launches, int(axes["block_n"]) * int(axes["workers"])
     turn = {**resources, "wavefronts": 2 * resources["loop_shared"]}
     product = _PRODUCTS.get(str(axes["dot"]), 8.0)
     return Work(int(axes["block_m"]), step, int(axes["splits"]), int(axes["stages"]), launches, product, turn)

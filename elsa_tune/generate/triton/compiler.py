@@ -64,7 +64,7 @@ def _driver_of(device: Device) -> Iterator[None]:
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """What the launcher of a module takes, for tensors of the problem's shape that have no memory."""
 
-    dtype: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
+    dtype = elements.get(problem.dtype).dtype
 
     def rows(heads: int, length: int, dim: int) -> Tensor:
         return torch.empty(problem.batch, heads, length, dim, dtype=dtype, device="meta")

@@ -7,25 +7,37 @@ from elsa_tune.errors import CompilerMissing
 from elsa_tune.generate.gpu.limits import shared_bytes
 from elsa_tune.generate.laws import (
     SCRATCH_BYTES,
+    axis_has_text,
     longest_is_causal,
     running_sum_is_short,
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
+    state_is_of_operator,
 )
 from elsa_tune.generate.triton.columns import parts
 from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 
-DOTS = {
-    "strict": ("ieee", "fma"),
-    "fp32": ("ieee", "fma", "tf32x3", "bf16x6"),
-    "tf32": ("ieee", "fma", "tf32x3", "bf16x6", "bf16x3", "tf32"),
-    "fp16": ("half", "fma"),
-    "bf16": ("half", "fma"),
-}
-"""The arithmetic of products that each precision class allows."""
+MULTIPLY_ADDS = ("ieee", "fma")
+SPLIT = ("tf32x3", "bf16x6")
+ROUNDED = ("bf16x3", "tf32")
+HALVES = ("half", "fma")
+"""The arithmetic of products: of floats IEEE's, of floats as sums of several operands that a matrix unit takes, as good as exact; of
+rounded ones; and of halves, whose products are exact in float32."""
+
+
+def dots(problem: Problem) -> tuple[str, ...]:
+    """The arithmetic of products that the problem's precision class allows; none for a class that its element has not."""
+    element, precision = elements.get(problem.dtype), elements.precision(problem.precision)
+    if precision not in element.precisions or precision.rounds_sums:
+        return ()
+    if element.narrow:
+        return HALVES
+    return (*MULTIPLY_ADDS, *(() if precision.ieee else SPLIT), *(ROUNDED if precision.rounds_operands else ()))
+
 
 LONGEST_PRODUCT = 8192
 """Multiply-adds of a thread in a row: sixteen bytes each, they fill what GPUs since Volta cache of a program."""
@@ -35,7 +47,7 @@ LONGEST_PRODUCT = 8192
 
 
 def dot_suits_class(dot: str, problem: Problem) -> str | None:
-    allowed = DOTS.get(problem.precision, ())
+    allowed = dots(problem)
     return None if dot in allowed else f"class {problem.precision} allows {', '.join(allowed)}, not {dot}"
 
 
@@ -145,8 +157,9 @@ def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) ->
     )
 
 
-def pair_adds_apart(state: str, accumulate: str) -> str | None:
-    return "a normalised output takes a leaf in whole" if state == "pair" and accumulate == "running" else None
+def normalised_adds_apart(state: str, accumulate: str) -> str | None:
+    whole = states.get(state).normalised
+    return "a normalised output takes a leaf in whole" if whole and accumulate == "running" else None
 
 
 def fma_adds_apart(dot: str, accumulate: str) -> str | None:
@@ -207,9 +220,12 @@ LAWS = (
     shared_memory_holds_stages,
     threads_have_work,
     scan_has_states,
+    axis_has_text("triton", "state"),
+    state_is_of_operator,
+    axis_has_text("triton", "schedule"),
     schedule_has_splits,
     scratch_is_bounded,
-    pair_adds_apart,
+    normalised_adds_apart,
     fma_adds_apart,
     parts_differ_from_padding,
     longest_is_causal,

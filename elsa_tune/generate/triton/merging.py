@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elsa_tune.generate.triton.columns import parts
+from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts.scan import Round
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -19,7 +20,7 @@ def finish(variant: Variant, problem: Problem) -> tuple[int, int]:
     of all splits take FINISH_REGISTERS registers of a thread, unless one row takes more."""
     axes = variant.axes
     columns = sum(part.size for part in parts(problem.value_dim, str(axes["dims"])))
-    if axes["schedule"] == "last_block":
+    if schedules.get(str(axes["schedule"])).counts:
         return min(16, int(axes["block_m"])), int(axes["warps"])
     fit = FINISH_REGISTERS * 32 * 4 // (columns * int(axes["splits"]))
     rows = 1 << (max(1, min(16, fit)).bit_length() - 1)

@@ -6,9 +6,9 @@ from functools import cache
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.parts._registry import files_of, found
-from elsa_tune.parts.element._base import Element
+from elsa_tune.parts.element._base import UNIT, Element, Precision
 
-__all__ = ["Element", "get", "names"]
+__all__ = ["UNIT", "Element", "Precision", "get", "names", "precision", "precisions"]
 
 
 @cache
@@ -24,3 +24,20 @@ def get(name: str) -> Element:
         raise BadProblem(f"dtype {name[:60]!r} is unknown; use one of {', '.join(names())}")
     element: Element = found(__name__, name, "ELEMENT")
     return element
+
+
+@cache
+def precisions() -> tuple[str, ...]:
+    """Every precision class's name, the widest element's first."""
+    widest = sorted(map(get, names()), key=lambda element: -element.bytes)
+    return tuple(name for element in widest for name in element.classes)
+
+
+@cache
+def precision(name: str) -> Precision:
+    """The precision class called ``name``. Raises BadProblem."""
+    for element in map(get, names()):
+        for one in element.precisions:
+            if one.name == name:
+                return one
+    raise BadProblem(f"precision {name[:60]!r} is unknown; use one of {', '.join(precisions())}")

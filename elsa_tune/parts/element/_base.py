@@ -3,14 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elsa_tune.errors import BadProblem
+
+if TYPE_CHECKING:
+    from torch import dtype as Dtype
+
+UNIT = 2.0**-24
+"""Unit round-off of float32, which states are of, whatever the element."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A class of arithmetic: ``unit``, the unit round-off of what weights and outputs are rounded to.
+
+    ``ieee``: IEEE multiply-adds alone, proven from the machine code. ``rounds_operands``: products may be of operands rounded to
+    ``unit``. ``rounds_sums``: products may be summed rounded to it. Else products are exact in float32, or as good as that.
+    ``peak``, ``products``: the rate of matrix units that serves it, by the name that measured peaks have, and how many products of
+    that kind one of the class may take; without, multiply-adds alone do.
+    """
+
+    name: str
+    unit: float
+    ieee: bool = False
+    rounds_operands: bool = False
+    rounds_sums: bool = False
+    peak: str = ""
+    products: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether weights and outputs are float32's."""
+        return self.unit == UNIT
+
+    @property
+    def rounds_products(self) -> bool:
+        """Whether products are of rounded operands, or are summed rounded."""
+        return self.rounds_operands or self.rounds_sums
 
 
 @dataclass(frozen=True)
 class Element:
-    """``bytes`` of one number, the name of its dtype in ``torch``, and the precision ``classes`` that its tensors have, the one it is
+    """``bytes`` of one number, the name of its dtype in ``torch``, and the precision classes that its tensors have, the one it is
     named after among them. States are float32, whatever the element."""
 
     name: str
     bytes: int
     torch: str
-    classes: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its precision classes."""
+        return tuple(precision.name for precision in self.precisions)
+
+    @property
+    def dtype(self) -> Dtype:
+        """What torch calls it. Raises BadProblem."""
+        import torch
+
+        found: Dtype | None = getattr(torch, self.torch, None)
+        if found is None:
+            raise BadProblem(f"torch {torch.__version__} has no {self.torch}, of which dtype {self.name} is")
+        return found
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is widened to the floats that states are of."""
+        return self.bytes < 4

@@ -105,13 +105,14 @@ INLINE vec exp2(vec x) {
   const ivec bits = reinterpret_cast<ivec>(p) + (reinterpret_cast<ivec>(shifted) << 23);
   return reinterpret_cast<vec>((x < -126.0f) ? ivec{} : bits);
 }
-// The state of QV vectors of query rows over some set of keys, in base 2:
-//   m = max score log2(e), rounded up,  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W / S.
-// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
+// What a state is of, the state, and the merge of two.
 constexpr float LOG2_E = 1.44269504f;
 constexpr int HEAD_STEPS = HEAD_DIM / CHUNK;
 constexpr int VALUE_STEPS = VALUE_DIM / CHUNK;
 
+// The state of QV vectors of query rows over some set of keys, in base 2:
+//   m = max score log2(e), rounded up,  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W / S.
+// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
 template <int QV>
 struct State {
   vec m[QV], s[QV], w[VALUE_STEPS][QV];
@@ -132,6 +133,7 @@ INLINE vec whole(vec x) {
   const vec up = near < x ? near + 1.0f : near;
   return (x < 4194304.0f) & (x > -4194304.0f) ? up : x;
 }
+
 // b := a merged with b, the associative operation of the scan.
 template <int QV>
 inline void merge(const State<QV>& a, State<QV>& b) {
@@ -204,7 +206,7 @@ INLINE void dot_keys(const vec (*query)[QV], const float* key, int64_t stride, v
     }
 }
 
-// w[t] = w[t] * keep + sum over n keys of p_j v_j[t], VT value columns in registers.
+// Onto w[t], the sum over n keys of p_j v_j[t], VT value columns in registers.
 // The tile's sum is formed apart and added once: a long serial sum would cost accuracy.
 template <int QV, int VT>
 INLINE void dot_values(const vec (*p)[QV], const float* value, int64_t stride, int n, const vec* keep, vec (*w)[QV]) {
@@ -253,7 +255,7 @@ struct Rows {
     }
   }
 
-  // output = W / S; a row that saw no key is 0, and its log-sum-exp -inf.
+  // The state's output; a row that saw no key is 0, and its log-sum-exp -inf.
   INLINE void store_output(const State<QV>& state) const {
     for (int r = 0; r < QV * ROWS; ++r) {
       const int lane = r % ROWS * CHUNK;
@@ -343,6 +345,7 @@ struct Tile {
         score[j][i] = p;
         sum[i] += p;
       }
+
     UNROLL for (int i = 0; i < QV; ++i) x.s[i] += sum[i];
 
     // Weighted values.

@@ -25,6 +25,7 @@ DEVICE float larger(float a, float b) { return fmax(a, b); }
 DEVICE float round_up(float x) { return ceil(x); }
 DEVICE float float_of(unsigned bits) { return as_float(bits); }
 DEVICE unsigned bits_of(float x) { return as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2(x); }
 DEVICE float log2_library(float x) { return log2(x); }
 
@@ -79,6 +80,7 @@ DEVICE float exp2_of(float x) {
   const float y = float_of(bits_of(p) + (bits_of(shifted) << 23));
   return x < -126.0f ? 0.0f : y;
 }
+
 // What shared memory holds, 2 at once.
 typedef float stored;
 typedef float2 vec;
@@ -203,6 +205,7 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+
 // score[i][j] += Q row i . K row j over one slice of columns.
 DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
   const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;

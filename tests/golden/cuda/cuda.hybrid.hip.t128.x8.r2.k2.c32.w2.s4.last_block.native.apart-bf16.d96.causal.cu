@@ -37,6 +37,7 @@ DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 extern "C" __device__ float __ocml_native_exp2_f32(float);
 DEVICE float exp2_native(float x) { return __ocml_native_exp2_f32(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 DEVICE void fence() { __threadfence(); }
@@ -74,6 +75,7 @@ DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays N
 }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
 DEVICE float exp2_of(float x) { return exp2_native(x); }
+
 // What shared memory holds, 4 at once.
 typedef float stored;
 typedef float4 vec;
@@ -199,6 +201,7 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+
 // Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
 DEVICE index_t least(index_t x, index_t y) { return x < y ? x : y; }
 DEVICE index_t most(index_t x, index_t y) { return x > y ? x : y; }
@@ -368,6 +371,7 @@ DEVICE void finish_value(const GLOBAL float* partial, GLOBAL element* output, GL
   output[output_row + column] = element_from(w3 / (s3 == 0.0f ? 1.0f : s3));
   if (lse && column == 0) lse[lse_row] = (m3 + log2_library(s3)) * 0.6931471805599453f;
 }
+
 // Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
 // their way while one is used. From key `whole` on leaves need the mask.
 DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, const Seen* rows, float c, int worker, int t) {

@@ -27,6 +27,7 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
 
@@ -90,6 +91,7 @@ DEVICE unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) { unsigne
 #endif
 DEVICE float high_of(unsigned x) { return low_of(x >> 16); }
 DEVICE float exp2_of(float x) { return exp2_library(x); }
+
 // What shared memory holds, 8 at once.
 typedef element stored;
 typedef uint4 vec;
@@ -211,6 +213,7 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+
 // Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
 DEVICE index_t least(index_t x, index_t y) { return x < y ? x : y; }
 DEVICE index_t most(index_t x, index_t y) { return x > y ? x : y; }

@@ -26,8 +26,10 @@ DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_up(float x) { return ceilf(x); }
 DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+
 DEVICE float exp2_library(float x) { return exp2f(x); }
 DEVICE float log2_library(float x) { return log2f(x); }
+
 #ifndef ELSA_EMULATED
 // Bytes beyond `valid` become zero.
 DEVICE void copy_async(void* to, const void* from, int valid) {
@@ -66,6 +68,7 @@ DEVICE float float_from(element x) { return x; }
 DEVICE element element_from(float x) { return x; }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
 DEVICE float exp2_of(float x) { return exp2_library(x); }
+
 // What shared memory holds, 4 at once.
 typedef float stored;
 typedef float4 vec;
@@ -183,6 +186,7 @@ DEVICE float origin_of(float m) { return m == no_key() ? 0.0f : m; }
 
 // 2^n for whole n up to 0, put together from its bits: exact whatever computes 2^x. Below -126, and for -infinity, 0.
 DEVICE float power_of_2(float n) { return float_of(bits_of(larger(n, -127.0f) + 12583039.0f) << 23); }  // 1.5 * 2^23 + 127
+
 // score[i][j] += Q row i . K row j over one slice of columns.
 DEVICE void add_scores(float score[ROWS][KEYS], const SHARED stored* query, const SHARED stored* key, int first_column, int team_row, int lane) {
   const SHARED stored* const query_row = query + team_row * QUERY_STRIDE + first_column;

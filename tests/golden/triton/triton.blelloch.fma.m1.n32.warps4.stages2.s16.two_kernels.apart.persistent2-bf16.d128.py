@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+# query, key, value and output are of tl.bfloat16, states of tl.float32
+
 HEAD_DIM = tl.constexpr(128)
 VALUE_DIM = tl.constexpr(128)
 BLOCK_M = tl.constexpr(1)  # query rows of a tile

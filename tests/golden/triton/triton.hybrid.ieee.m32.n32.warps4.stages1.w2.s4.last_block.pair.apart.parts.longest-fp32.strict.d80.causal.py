@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+# query, key, value and output are of tl.float32, states of tl.float32
+
 HEAD_DIM = tl.constexpr(80)
 VALUE_DIM = tl.constexpr(80)
 BLOCK_M = tl.constexpr(32)  # query rows of a tile

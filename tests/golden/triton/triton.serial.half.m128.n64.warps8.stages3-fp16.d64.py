@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+# query, key, value and output are of tl.float16, states of tl.float32
+
 HEAD_DIM = tl.constexpr(64)
 VALUE_DIM = tl.constexpr(64)
 BLOCK_M = tl.constexpr(128)  # query rows of a tile
@@ -176,3 +178,4 @@ def cleared(device, count):
 def nowhere(device):
     """What stands in for a log-sum-exp that nobody asks for: a pointer of the same type, never used."""
     return cleared(device, 4).view(torch.float32)
+

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+# query, key, value and output are of tl.bfloat16, states of tl.float32
+
 HEAD_DIM = tl.constexpr(96)
 VALUE_DIM = tl.constexpr(64)
 BLOCK_M = tl.constexpr(32)  # query rows of a tile

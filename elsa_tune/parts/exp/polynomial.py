@@ -1,7 +1,7 @@
 """Polynomials for 2^f on [-1/2, 1/2] that are exactly 1 at 0, with the smallest possible relative error, lowest power first.
 
 A state that meets no larger score is multiplied by 2^0: were that not 1, the error would grow with the number of leaves.
-Found by Remez's exchange algorithm; run ``python -m elsa_tune.parts.exp2`` to derive and check them.
+Found by Remez's exchange algorithm; run ``python -m elsa_tune.parts.exp.polynomial`` to derive and check them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+
+from elsa_tune.parts.exp._base import Exp
 
 COEFFICIENTS: dict[int, tuple[str, ...]] = {
     4: ("1.0", "0.693124175", "0.240240991", "0.0559064262", "0.00958285294"),
@@ -53,6 +55,8 @@ def remez(degree: int, iterations: int = 12) -> list[float]:
         points = np.array([grid[run[np.argmax(np.abs(error[run]))]] for run in runs])
     return [1.0, *(float(c) for c in coefficients)]
 
+
+EXP = Exp("polynomial", "multiply-adds alone", relative_error, 11, COEFFICIENTS.__getitem__)
 
 if __name__ == "__main__":
     for degree in COEFFICIENTS:

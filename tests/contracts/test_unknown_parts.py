@@ -1,0 +1,230 @@
+"""What nobody wrote a text of is refused by its name, everywhere: it never renders as another part, nor as none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+
+import elsa_tune
+from elsa_tune import parts
+from elsa_tune.device import Device, named
+from elsa_tune.errors import BadProblem, BadVariant, ElsaTuneError, KernelMissing
+from elsa_tune.generate import backends, lawful, laws
+from elsa_tune.generate.cuda import laws as cuda_laws
+from elsa_tune.parts.bound import Bound
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.ship import export, kit
+from elsa_tune.space import Space
+from elsa_tune.variant import Variant
+
+KINDS = sorted(path.parent.name for path in Path(parts.__path__[0]).glob("*/__init__.py"))
+CLOSED = {"mask": "its bounds", "scan": "its rounds"}
+"""Kinds of which a part says everything itself: no text is needed, and what is planted is rendered as what it is."""
+
+FIELDS = {field.name for field in fields(Problem)}
+GENERATED = [name for name in backends.names() if backends.get(name).generated]
+DEVICES = {"cpp": "zen4", "cuda": "sm_75", "triton": "sm_90"}
+PLANTED = "planted"
+
+
+def field_of(kind: str) -> str | None:
+    """The field of a problem that names a part of the kind, or None where an axis does."""
+    return next((name for name in ({"element": "dtype"}.get(kind, kind), f"{kind}s") if name in FIELDS), None)
+
+
+def axes_of(kind: str) -> list[str]:
+    """Backends of which an axis names parts of the kind."""
+    return [name for name in GENERATED if any(axis.name == kind for axis in Space.load(name).axes)]
+
+
+def forget(package: ModuleType) -> None:
+    for value in vars(package).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+
+
+Plant = Callable[..., None]
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[Plant]:
+    """Drops a file ``planted.py`` in a kind's folder, as whoever adds a part does: one of that kind, but for its name and what else
+    is given."""
+    planted: list[ModuleType] = []
+
+    def add(kind: str, like: str, **changes: Any) -> None:
+        package = import_module(f"elsa_tune.parts.{kind}")
+        constant = kind.upper()
+        made = replace(getattr(import_module(f"{package.__name__}.{like}"), constant), name=PLANTED, **changes)
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"{PLANTED}.py").write_text(f"{constant} = None\n")
+        package.__path__.append(str(tmp_path / kind))
+        planted.append(package)
+        forget(package)
+        setattr(import_module(f"{package.__name__}.{PLANTED}"), constant, made)
+
+    yield add
+    for package in planted:
+        package.__path__.remove(str(tmp_path / package.__name__.rpartition(".")[2]))
+        del sys.modules[f"{package.__name__}.{PLANTED}"]
+        delattr(package, PLANTED)
+        forget(package)
+
+
+def planted_problem(kind: str, plant: Plant) -> Problem:
+    """A problem of a part that is in its registry, and has no text in any language; torch knows it no better."""
+    package = import_module(f"elsa_tune.parts.{kind}")
+    more: dict[str, dict[str, Any]] = {
+        "element": {"torch": PLANTED},
+        "operator": {"rivals": ()},
+        "mask": {"high": Bound("position + 3"), "torchs": ""},
+    }
+    like = {"element": "fp32", "mask": "causal"}.get(kind, package.names()[0])
+    plant(kind, like, **more.get(kind, {}))
+    field = field_of(kind)
+    assert field is not None
+    precision = {"precision": "fp32"} if kind == "element" else {}
+    return Problem(**{field: PLANTED, **precision}, head_dim=64, heads=2, q_len=64, kv_len=64)
+
+
+OF_FAMILIES = [kind for kind in KINDS if field_of(kind)]
+OF_AXES = [(kind, backend) for kind in KINDS for backend in axes_of(kind)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_named_by_a_problem_or_an_axis(kind: str) -> None:
+    assert field_of(kind) or axes_of(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_in_no_registry_is_refused_by_name(kind: str) -> None:
+    package = import_module(f"elsa_tune.parts.{kind}")
+    with pytest.raises(ElsaTuneError, match=f"'{PLANTED}' is unknown"):
+        package.get(PLANTED)
+    if field := field_of(kind):
+        with pytest.raises(BadProblem, match=PLANTED):
+            Problem(**{field: PLANTED}, head_dim=64)  # type: ignore[arg-type]
+        with pytest.raises(BadProblem, match=PLANTED):
+            Problem.parse(f"{PLANTED}.d64" if kind == "element" else f"fp32.d64.{PLANTED}")
+    for backend in axes_of(kind):
+        values = Space.load(backend).parse(Space.load(backend).start[0]).axes
+        with pytest.raises(BadVariant, match=PLANTED):
+            Space.load(backend).variant({**values, kind: PLANTED})
+    assert not any(PLANTED in str(Space.load(backend).start) for backend in axes_of(kind))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OF_FAMILIES if kind not in CLOSED])
+class TestPlantedInAFamily:
+    def test_every_backend_refuses_it(self, kind: str, plant: Plant) -> None:
+        problem = planted_problem(kind, plant)
+        for name in backends.names():
+            device = named(DEVICES.get(name, "sm_90"))
+            assert PLANTED in str(backends.get(name).refusal(problem, device)), name
+        for name in GENERATED:
+            variant = Space.load(name).parse(Space.load(name).start[0])
+            with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
+                backends.get(name).source(variant, problem)
+
+    def test_what_ships_refuses_it(self, kind: str, plant: Plant, tmp_path: Path, home: Path) -> None:
+        problem = planted_problem(kind, plant)
+        for device in ("sm_75", "opencl", "aarch64"):
+            assert PLANTED in str(export.refusal(problem, named(device)))
+            with pytest.raises(KernelMissing, match=PLANTED):
+                export.export(problem, device)
+            with pytest.raises(KernelMissing, match=PLANTED):
+                kit.make(device, tmp_path / "kit", [problem])
+
+    def test_dispatch_refuses_it(self, kind: str, plant: Plant, home: Path) -> None:
+        problem = planted_problem(kind, plant)
+        with pytest.raises(ElsaTuneError, match=PLANTED):
+            elsa_tune.load(problem)
+
+
+def test_the_oracle_refuses_an_element_that_torch_has_not(plant: Plant) -> None:
+    problem = planted_problem("element", plant)
+    with pytest.raises(BadProblem, match=PLANTED):
+        reference.random_inputs(problem, torch.Generator())
+
+
+@pytest.mark.parametrize("backend", GENERATED)
+def test_a_planted_mask_is_rendered_as_its_bounds(backend: str, plant: Plant) -> None:
+    problem = planted_problem("mask", plant)
+    device = named(DEVICES[backend])
+    assert backends.get(backend).refusal(problem, device) is None
+    variant = Space.load(backend).parse(Space.load(backend).start[0])
+    digests = set()
+    for mask in (PLANTED, "causal", "none"):
+        source = backends.get(backend).source(variant, problem.reshaped(mask=mask))
+        assert source is not None
+        digests.add(source.digest)
+    assert len(digests) == 3
+    hidden = ~problem.dense()
+    x = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    scores = (x.query.double() @ x.key.double().mT / 8).masked_fill(hidden, -torch.inf)
+    truth = reference.attention_rows(problem, x, reference.every_row(problem)).view(1, 2, 64, 64)
+    assert torch.allclose(scores.softmax(-1) @ x.value.double(), truth, rtol=0, atol=1e-12)
+    peer = backends.get("sdpa").load(backends.get("sdpa").build(SDPA, problem), SDPA, problem)
+    assert torch.allclose(peer(x.query, x.key, x.value).double(), truth, rtol=0, atol=1e-5)
+
+
+SDPA = Space.load("sdpa").parse(Space.load("sdpa").start[0])
+
+
+def test_what_ships_refuses_bounds_that_it_does_not_know(plant: Plant) -> None:
+    problem = planted_problem("mask", plant)
+    for device in ("sm_75", "opencl", "zen4"):
+        assert PLANTED in str(export.refusal(problem, named(device)))
+
+
+def first(backend: str, problem: Problem, device: Device) -> Variant:
+    return lawful.starts(Space.load(backend), problem, device)[0]
+
+
+@pytest.mark.parametrize(("kind", "backend"), [pair for pair in OF_AXES if pair[0] not in CLOSED])
+def test_an_axis_value_without_a_text_is_refused(kind: str, backend: str, plant: Plant) -> None:
+    problem = Problem.parse("fp32.d64@b1.h8.q512.k512")
+    device, space = named(DEVICES[backend]), Space.load(backend)
+    variant = first(backend, problem, device)
+    plant(kind, str(variant.axes[kind]))
+    axes = [replace(a, values=(*a.values, PLANTED)) if a.name == kind else a for a in space.axes]
+    wider = replace(space, axes=tuple(axes))
+    assert lawful.refusal(wider.variant(variant.axes), problem, device) is None
+    other = wider.variant({**variant.axes, kind: PLANTED})
+    reason = str(lawful.refusal(other, problem, device))
+    assert reason.startswith(f"{kind}_has_text: ") and PLANTED in reason
+    with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
+        backends.get(backend).source(other, problem)
+
+
+@pytest.mark.parametrize(("kind", "backend"), OF_AXES)
+def test_every_value_of_an_axis_is_a_part_with_a_text(kind: str, backend: str) -> None:
+    values = next(axis.values for axis in Space.load(backend).axes if axis.name == kind)
+    assert set(values) <= set(import_module(f"elsa_tune.parts.{kind}").names())
+    if kind not in CLOSED:
+        texts = Path(__file__).parents[2] / "templates" / backend / kind
+        assert {path.stem for path in texts.glob("*.j2")} == set(values), (
+            "a text that no axis offers, or none for a value"
+        )
+
+
+def test_a_state_is_carried_for_its_own_operator(plant: Plant) -> None:
+    problem = planted_problem("operator", plant)
+    assert PLANTED in str(laws.state_is_of_operator("triple", problem))
+    assert laws.state_is_of_operator("triple", Problem(head_dim=64)) is None
+
+
+def test_a_rough_way_to_an_exponential_is_in_no_exact_class(plant: Plant) -> None:
+    plant("exp", "native", error=lambda degree: 0.03)
+    for family in ("fp32.d64", "fp16.d64", "fp32.strict.d64"):
+        assert "errs" in str(cuda_laws.exp_is_exact(PLANTED, Problem.parse(family)))
+    assert cuda_laws.exp_is_exact("native", Problem.parse("fp32.strict.d64")) is None
