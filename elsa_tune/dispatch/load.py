@@ -65,7 +65,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     chosen = shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
-        variant = chosen.variant or next(lawful.variants(Space.load("sdpa"), wanted, here))
+        variant = chosen.variant or next(lawful.variants(Space.read("sdpa"), wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:
         assert chosen.variant is not None

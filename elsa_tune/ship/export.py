@@ -80,7 +80,7 @@ def best(problem: Problem, device: Device) -> list[Variant]:
     for layer in layers():
         if layer.database:
             known += _of_kits(layer.database, problem, device)
-    spellings = [m.variant for m in known] + [s for name in BACKENDS for s in Space.load(name).start]
+    spellings = [m.variant for m in known] + [s for name in BACKENDS for s in Space.read(name).start]
     found = []
     for spelling in dict.fromkeys(spellings):
         try:

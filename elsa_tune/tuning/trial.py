@@ -167,7 +167,7 @@ class Trials:
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = lawful.variants(Space.load("sdpa"), problem, self.device)
+        every = lawful.variants(Space.read("sdpa"), problem, self.device)
         return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> tuple[list[Contender], list[Measurement]]:
