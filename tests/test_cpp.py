@@ -18,6 +18,7 @@ from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, Wr
 from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.parts import exp2
 from elsa_tune.parts import mask as masks
@@ -60,6 +61,7 @@ SAMPLED = [
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32.d4", "fp32.d256@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp32.d48.v72@b1.h2.q64.k64"),
     ("cpp.blelloch.{isa}.q1.k4.v4.n16.w4.head.p8", "fp32.d64.causal@b1.h6.kv2.q64.k64"),
+    ("cpp.serial.{isa}.q2.k4.v4.n16.head", "fp32.d40.v24.causal+window@b1.h4.kv2.q64.k64.left9.right0"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32", "fp32.d64@b1.h8.kv2.q1.k64"),
     ("cpp.serial.{isa}.c{lanes}.q4.k1.v4.n32", "fp32.d64@b1.h4.kv1.q1.k64"),
     ("cpp.blelloch.{isa}.c2.q2.k4.v4.n32.s4", "fp32.d256@b1.h4.kv2.q2.k64"),
@@ -225,7 +227,7 @@ def test_one_openmp_runtime() -> None:
     kernel = kernel_of(here(SAMPLED[0][0]), Problem.parse(SAMPLED[0][1]))
     kernel(*(torch.zeros(1, 4, 300, 64) for _ in range(3)))
     runtimes = {pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"}
-    assert len(runtimes) == 1 and cpp.openmp()[1]
+    assert len(runtimes) == 1 and _pool.openmp()[1]
 
 
 def test_depth_and_merges_are_counted() -> None:

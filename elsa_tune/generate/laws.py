@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from elsa_tune.device import Device
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
@@ -55,28 +54,6 @@ def longest_is_causal(order: str, problem: Problem) -> str | None:
     mask = masks.get(problem.mask)
     grows = mask.cuts_back and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"
-
-
-def shared_bytes(device: Device) -> int:
-    """Bytes of shared memory that a block may take on the device."""
-    if device.kind != "cuda":
-        return (64 if device.kind == "hip" else 32) << 10
-    limits = {
-        70: 96,
-        72: 96,
-        75: 64,
-        80: 163,
-        86: 99,
-        87: 163,
-        89: 99,
-        90: 227,
-        100: 227,
-        103: 227,
-        110: 227,
-        120: 99,
-        121: 99,
-    }
-    return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
 
 
 RUNNING_KEYS = 4096

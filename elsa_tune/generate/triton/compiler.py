@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
-from elsa_tune.generate import gpu_report as _gpu_report
-from elsa_tune.generate.tensors import torch_dtype
+from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
@@ -64,17 +64,20 @@ def _driver_of(device: Device) -> Iterator[None]:
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """What the launcher of a module takes, for tensors of the problem's shape that have no memory."""
 
+    dtype: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
+
     def rows(heads: int, length: int, dim: int) -> Tensor:
-        return torch.empty(problem.batch, heads, length, dim, dtype=torch_dtype(problem), device="meta")
+        return torch.empty(problem.batch, heads, length, dim, dtype=dtype, device="meta")
 
     query = rows(problem.heads, problem.q_len, problem.head_dim)
     key = rows(problem.kv_heads, problem.kv_len, problem.head_dim)
     value = rows(problem.kv_heads, problem.kv_len, problem.value_dim)
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
+    operands = [problem.operands] if problem.operands else []
     if problem.direction == "forward":
-        return (query, key, value, None, out, lse, *([problem.operands] if problem.operands else []))
-    return query, key, value, out, lse, out, None, query, key, value
+        return (query, key, value, None, out, lse, *operands)
+    return (query, key, value, out, lse, out, None, query, key, value, *operands)
 
 
 def compile_kernels(module: ModuleType, problem: Problem, device: Device) -> dict[str, Any]:
