@@ -63,10 +63,10 @@ def generators(problem: Problem, device: Device) -> list[str]:
 def candidates(problem: Problem, device: Device, most: int = MOST) -> list[Variant]:
     """The lawful starting variants of each backend, in turns, ``most`` at most; where they are fewer than LEAST, their nearest
     neighbours too."""
-    spaces = [Space.load(name) for name in generators(problem, device)]
+    spaces = [Space.read(name) for name in generators(problem, device)]
     starts = [lawful.starts(s, problem, device) for s in spaces]
     found = [v for v in chain.from_iterable(zip_longest(*starts)) if v is not None][:most]
-    near = [islice(lawful.variants(Space.load(v.backend), problem, device, prefer=v.axes), LEAST) for v in found]
+    near = [islice(lawful.variants(Space.read(v.backend), problem, device, prefer=v.axes), LEAST) for v in found]
     for v in chain.from_iterable(zip_longest(*near)):
         if len(found) >= min(LEAST, most):
             break
@@ -80,7 +80,7 @@ def checks(device: Device) -> list[tuple[Problem, Variant]]:
     posed = [Problem.parse(f + s) for s in CHECKED for f in FAMILIES if not ("backward" in f and ".q1." in s)]
     turns = zip_longest(*([(p, v) for v in candidates(p, device, 4)] for p in posed))
     found = [one for turn in turns for one in turn if one is not None]
-    plain, space = Problem.parse(FAMILIES[0] + CHECKED[0]), Space.load("cuda")
+    plain, space = Problem.parse(FAMILIES[0] + CHECKED[0]), Space.read("cuda")
     if "cuda" in generators(plain, device):
         found += [(plain, v) for v in map(space.parse, NETWORKS) if lawful.refusal(v, plain, device) is None]
     return found

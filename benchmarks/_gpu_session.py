@@ -157,7 +157,7 @@ class Session:
         start, before = time.monotonic(), self.worker.rounded()
         cold = {
             v: why
-            for v in lawful.variants(Space.load("sdpa"), problem, self.device)
+            for v in lawful.variants(Space.read("sdpa"), problem, self.device)
             if (why := self.unbuilt.get(slow_start(problem, v)))
         }
         self.trials.thorough = not cold

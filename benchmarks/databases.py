@@ -49,7 +49,7 @@ def invented(count: int, seed: int) -> Iterator[Measurement]:
         str(host_cpu()),
         ["cpu:amd_f25m17-zen4-c8", "cpu:intel_f6m143-sapphirerapids-c16", "cpu:arm_0x41_0xd0c-neoverse_n1-c4"],
     )
-    space = Space.load("cpp")
+    space = Space.read("cpp")
     problems = [Problem(head_dim=d, mask=mask, batch=b, heads=h, q_len=n, kv_len=n)
                 for d in (16, 32, 64, 96, 128) for mask in ("none", "causal") for b in (1, 2, 4, 8) for h in (2, 8, 12)
                 for n in (97, 128, 256, 512, 1024, 2048)]  # fmt: skip

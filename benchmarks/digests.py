@@ -50,7 +50,7 @@ def posed() -> list[Problem]:
 def sample(backend: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
     """All starts, each with some families that it may serve, then so many lawful variants that some steps from a start reach."""
     every = [(p, d) for p in posed() for d in DEVICES if backends.get(backend).refusal(p, d) is None]
-    chosen = Space.load(backend)
+    chosen = Space.read(backend)
     starts = [chosen.parse(text) for text in chosen.start]
     found: dict[tuple[str, str], None] = {}
     for start in starts:

@@ -37,9 +37,9 @@ class Space:
     start: tuple[str, ...]
 
     @staticmethod
-    def load(backend: str) -> Space:
+    def read(backend: str) -> Space:
         """Read ``search_spaces/<backend>.toml``. Raises BadVariant for a backend that has none."""
-        return _load(backend)
+        return _read(backend)
 
     def variant(self, values: Mapping[str, Value]) -> Variant:
         """A variant from axis values; defaults fill what is left out. Raises BadVariant."""
@@ -87,7 +87,7 @@ class Space:
 
 
 @cache
-def _load(backend: str) -> Space:
+def _read(backend: str) -> Space:
     path = places.data("search_spaces") / f"{backend}.toml"
     content = places.read_toml(path) if re.fullmatch(r"[a-z_]+", backend) and path.is_file() else {}
     if "axis" not in content:
@@ -106,4 +106,4 @@ def names() -> list[str]:
 @lru_cache(maxsize=65536)
 def parse(text: str) -> Variant:
     """Read any variant's spelling, whatever its backend. Raises BadVariant."""
-    return Space.load(text.strip().partition(".")[0]).parse(text)
+    return Space.read(text.strip().partition(".")[0]).parse(text)

@@ -12,7 +12,7 @@ Value = str | int
 class Variant:
     """A backend's name, its axis values in the order of the search space, and the spelling that space gives it.
 
-    Spell one with ``str``; read one with ``Space.load(backend).parse(text)`` or ``elsa_tune.space.parse``.
+    Spell one with ``str``; read one with ``Space.read(backend).parse(text)`` or ``elsa_tune.space.parse``.
     """
 
     backend: str

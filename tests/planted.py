@@ -57,5 +57,5 @@ def peers(problem: Problem) -> list[Contender]:
     sdpa = backends.get("sdpa")
     return [
         Contender(v, sdpa.build(v, problem), host_cpu())
-        for v in map(Space.load("sdpa").parse, ("sdpa.flash", "sdpa.math"))
+        for v in map(Space.read("sdpa").parse, ("sdpa.flash", "sdpa.math"))
     ]

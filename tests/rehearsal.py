@@ -17,7 +17,7 @@ from elsa_tune.variant import Value, Variant
 RECORDED: dict[str, dict[str, float | None]] = json.loads(
     (Path(__file__).parent / "recorded" / "cpu.json").read_text()
 )["problems"]
-SPACE = Space.load("cpp")
+SPACE = Space.read("cpp")
 
 
 class Rehearsal:

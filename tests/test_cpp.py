@@ -38,7 +38,7 @@ def kernel_of(spelling: str, problem: Problem) -> Kernel:
 
 def peers(problem: Problem) -> list[Kernel]:
     sdpa = backends.get("sdpa")
-    return [sdpa.load(sdpa.build(v, problem), v, problem) for v in lawful.variants(Space.load("sdpa"), problem, HERE)]
+    return [sdpa.load(sdpa.build(v, problem), v, problem) for v in lawful.variants(Space.read("sdpa"), problem, HERE)]
 
 
 def here(variant: str) -> str:
@@ -125,7 +125,7 @@ def test_contract_of_random_variants(seed: int) -> None:
     problem = Problem.parse(
         rng.choice(["fp32.d64@b1.h4.kv2.q64.k64", "fp32.d96.causal@b1.h2.q64.k64", "fp32.d64@b1.h2.kv1.q1.k64"])
     )
-    variant = next(lawful.variants(Space.load("cpp"), problem, HERE, rng=rng))
+    variant = next(lawful.variants(Space.read("cpp"), problem, HERE, rng=rng))
     kernels.obeys(kernel_of(str(variant), problem), problem, peers(problem))
 
 

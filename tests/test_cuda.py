@@ -41,7 +41,7 @@ GTX_1080 = Device("cuda", "gtx_1080", "sm_61", 20)
 GTX_980 = Device("cuda", "gtx_980", "sm_52", 16)
 MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
 OPENCL = Device("opencl", "some_gpu", "shuffle8", 20)
-SPACE = Space.load("cuda")
+SPACE = Space.read("cuda")
 BIG = "@b1.h8.q4096.k4096"
 
 
@@ -187,7 +187,7 @@ def test_a_special_function_unit_that_errs_by_two_units_is_strict_enough(tmp_pat
   return x == 0.0f || y < 1e-37f ? y : float_of(bits_of(y) + (bits_of(x) * 2654435761u >> 31) * 4u - 2u);
 }"""
     runtime = emulated.EmulatedRuntime(variant, problem, text.replace(exact, errs), tmp_path)
-    here = lawful.variants(Space.load("sdpa"), problem, devices.host_cpu())
+    here = lawful.variants(Space.read("sdpa"), problem, devices.host_cpu())
     sdpa = backends.get("sdpa")
     peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
     verdict = check.check_family(cuda.CudaKernel(runtime, variant, problem), problem, peers, longest=1025)

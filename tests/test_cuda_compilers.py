@@ -26,7 +26,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
-SPACE = Space.load("cuda")
+SPACE = Space.read("cuda")
 RECORDED = Path(__file__).parent / "recorded" / "cuda_resources.json"
 CAPABILITIES = (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90, 100, 120)
 DEFAULTS = (50, 62, 70, 80, 90, 120)

@@ -49,9 +49,9 @@ SMALL = "fp32.d16@b1.h2.q96.k96"
 VARIANTS = [
     "sdpa.flash",
     "sdpa.math",
-    *Space.load("cpp").start[:4],
-    *Space.load("cuda").start[:3],
-    *Space.load("triton").start[:2],
+    *Space.read("cpp").start[:4],
+    *Space.read("cuda").start[:3],
+    *Space.read("triton").start[:2],
 ]
 number = st.floats(0, 1e12, allow_nan=False)
 sample = st.floats(1e-9, 1e5)
@@ -443,7 +443,7 @@ def test_an_imported_winner_is_checked_once_and_remembered(home: Path, monkeypat
 def test_a_forged_digest_loads_nothing(home: Path) -> None:
     """An imported row that names a kernel built here for another family gets that family's own kernel, not the named one."""
     other = Problem.parse("fp32.d32@b1.h2.q64.k64")
-    built = cpp.build(Space.load("cpp").parse(variant_here()), other)
+    built = cpp.build(Space.read("cpp").parse(variant_here()), other)
     with Database.for_writing() as database:
         database.add([won(digest=built.digest, provenance={"installation": database.installation})])
     dispatch.refresh()
@@ -523,7 +523,7 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
 def test_changed_templates_reopen_only_their_variants(home: Path) -> None:
     with Database.for_writing() as database:
         database.record(won(provenance={"source": "0" * 8}))
-        space = Space.load("cpp")
+        space = Space.read("cpp")
         variant, problem = space.parse(variant_here()), Problem.parse(SMALL)
         source = cpp.source(variant, problem)
         fresh = won(problem="fp32.d16@b1.h2.q64.k64", provenance={"source": source.digest})
@@ -537,7 +537,7 @@ def test_changed_templates_reopen_only_their_variants(home: Path) -> None:
 
 
 def test_kernels_made_elsewhere_are_found(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = cpp.build(Space.load("cpp").parse(variant_here()), Problem.parse(SMALL))
+    built = cpp.build(Space.read("cpp").parse(variant_here()), Problem.parse(SMALL))
     ready = tmp_path / "ready"
     places.kernels().rename(ready)
     assert cpp.find(built.digest) is None

@@ -43,7 +43,7 @@ from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
-SPACE = Space.load("triton")
+SPACE = Space.read("triton")
 
 
 # Devices.
@@ -117,7 +117,7 @@ def test_workloads_by_device() -> None:
 
 def test_torchs_kernels_on_a_gpu() -> None:
     def names(problem: str) -> list[str]:
-        return [str(v)[5:] for v in lawful.variants(Space.load("sdpa"), Problem.parse(problem), H200)]
+        return [str(v)[5:] for v in lawful.variants(Space.read("sdpa"), Problem.parse(problem), H200)]
 
     assert names("fp16.d64@b1.h8.q512.k512") == ["flash", "efficient", "cudnn", "flex", "math"]
     assert names("fp32.d64@b1.h8.q512.k512") == ["efficient", "flex", "math"]

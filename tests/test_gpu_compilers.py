@@ -22,7 +22,7 @@ from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
-SPACE = Space.load("triton")
+SPACE = Space.read("triton")
 TARGETS = (
     "sm_70",
     "sm_75",

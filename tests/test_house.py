@@ -300,7 +300,7 @@ def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
     for option in cli.main.commands["tune"].params:
         assert option.opts[0] in docs, option.opts
     for name in backends.names():
-        for axis in Space.load(name).axes:
+        for axis in Space.read(name).axes:
             assert f"`{axis.name}`" in docs, axis.name
     for kind in KINDS:
         for part in names_of(kind):

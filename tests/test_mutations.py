@@ -38,7 +38,7 @@ def judged(mutation: Mutation, text: str, kernel_of: object, problem: Problem, l
     changed = text.replace(mutation.old, mutation.new)
     assert changed != text, f"{mutation.fault}: the rendering no longer has {mutation.old!r}"
     sdpa = backends.get("sdpa")
-    here = lawful.variants(Space.load("sdpa"), problem, host_cpu())
+    here = lawful.variants(Space.read("sdpa"), problem, host_cpu())
     peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
     verdict = check.check_family(kernel_of(changed), problem, peers, longest=longest)  # type: ignore[operator]
     if mutation.harmless:

@@ -108,7 +108,7 @@ def test_detect() -> None:
 
 @pytest.mark.parametrize("name", backends.names())
 def test_variants_read_what_they_spell(name: str) -> None:
-    search_space = Space.load(name)
+    search_space = Space.read(name)
     problem = Problem.parse("fp32.d64@b1.h8.q1024.k1024")
     for seed in range(20):
         device = H200 if name == "cuda" else AVX512
@@ -139,14 +139,14 @@ def test_bad_variant(text: str) -> None:
     "name", ["fp32.d64@b1.h8.q1024.k1024", "fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d33.v40.causal@b1.h1.q7.k7"]
 )
 def test_every_enumerated_variant_obeys_every_law(device: Device, name: str) -> None:
-    search_space, problem = Space.load("cpp"), Problem.parse(name)
+    search_space, problem = Space.read("cpp"), Problem.parse(name)
     found = list(islice(lawful.variants(search_space, problem, device), 500))
     assert found and len(set(map(str, found))) == len(found)
     assert all(lawful.refusal(v, problem, device) is None for v in found)
 
 
 def test_nearest_variants_come_first() -> None:
-    search_space, problem = Space.load("cpp"), Problem.parse("fp32.d64@b1.h8.q1024.k1024")
+    search_space, problem = Space.read("cpp"), Problem.parse("fp32.d64@b1.h8.q1024.k1024")
     wanted = search_space.parse("cpp.serial.avx512.l16.q3.k8.v8.n192")
     assert next(lawful.variants(search_space, problem, AVX512, prefer=wanted.axes)) == wanted
 
@@ -185,7 +185,7 @@ def test_every_law_is_tested() -> None:
 
 
 def test_axes_and_templates_agree_both_ways() -> None:
-    axes = {axis.name for axis in Space.load("cpp").axes}
+    axes = {axis.name for axis in Space.read("cpp").axes}
     family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "operator"}
     imported = {"storage", "carried", "operator_of"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
@@ -195,7 +195,7 @@ def test_axes_and_templates_agree_both_ways() -> None:
 
 
 def test_triton_axes_and_templates_agree_both_ways() -> None:
-    axes = {axis.name for axis in Space.load("triton").axes}
+    axes = {axis.name for axis in Space.read("triton").axes}
     family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element"}
     derived = {"block_scan", "grid_scan", "merges", "head_parts", "value_parts", "scratch_bytes"}
     derived |= {"finish_m", "finish_warps"}
@@ -205,7 +205,7 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
 
 
 def test_cuda_axes_and_templates_agree_both_ways() -> None:
-    axes = {axis.name for axis in Space.load("cuda").axes}
+    axes = {axis.name for axis in Space.read("cuda").axes}
     family = {"head_dim", "value_dim", "mask", "element", "family", "variant", "operator"}
     derived = {"block_scan", "grid_scan", "tiling", "parts", "exp_degree", "state", "exp_of", "scheduled", "carried"}
     for name in cuda.TEMPLATES.values():

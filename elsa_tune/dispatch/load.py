@@ -68,7 +68,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     if chosen.by_sdpa:
         if reason := backends.get("sdpa").refusal(wanted, here):
             raise KernelMissing(f"nothing serves {wanted}: {reason}")
-        variant = chosen.variant or next(lawful.variants(Space.load("sdpa"), wanted, here))
+        variant = chosen.variant or next(lawful.variants(Space.read("sdpa"), wanted, here))
         kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
     else:
         assert chosen.variant is not None

@@ -93,6 +93,6 @@ def overlay(connection: sqlite3.Connection) -> None:
 
 
 def _spelled(backend: str) -> Iterator[str]:
-    space = Space.load(backend)
+    space = Space.read(backend)
     for values in product(*(axis.values for axis in space.axes)):
         yield str(space.variant({axis.name: value for axis, value in zip(space.axes, values, strict=True)}))

@@ -117,7 +117,7 @@ TINY = Problem.parse("fp32.d32@b1.h2.q48.k48")
 def launch(backend: str, here: Device) -> float:
     """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
     return its error of max|v|. Raises whatever building or launching raises."""
-    variant = lawful.starts(Space.load(backend), TINY, here)[0]
+    variant = lawful.starts(Space.read(backend), TINY, here)[0]
     kernel = backends.get(backend).load(contenders.build(variant, TINY, here), variant, TINY)
     assert isinstance(kernel, Kernel)
     inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))

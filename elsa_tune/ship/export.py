@@ -84,7 +84,7 @@ def best(problem: Problem, device: Device) -> list[Variant]:
         if layer.database:
             known += _of_kits(layer.database, problem, device)
     those = [name for name in speakers(device) if backends.get(name).refusal(problem, device) is None]
-    spellings = [m.variant for m in known] + [s for name in those for s in Space.load(name).start]
+    spellings = [m.variant for m in known] + [s for name in those for s in Space.read(name).start]
     found = []
     for spelling in dict.fromkeys(spellings):
         try:

@@ -211,7 +211,7 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
     for backend in backends.names():
         if not backends.get(backend).generated or backends.get(backend).refusal(problem, device):
             continue
-        space = Space.load(backend)
+        space = Space.read(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)
         starts = lawful.starts(space, problem, device)
         try:

@@ -187,7 +187,7 @@ def searches(
     """A search for every backend that generates code and can serve the problem here; ``notes`` learn of missing compilers."""
     found = []
     for name in backends.names():
-        backend, space = backends.get(name), Space.load(name)
+        backend, space = backends.get(name), Space.read(name)
         try:
             if not backend.generated or backend.refusal(problem, device):
                 continue

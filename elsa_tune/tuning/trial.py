@@ -167,7 +167,7 @@ class Trials:
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = (v for name in backends.rivals() for v in lawful.variants(Space.load(name), problem, self.device))
+        every = (v for name in backends.rivals() for v in lawful.variants(Space.read(name), problem, self.device))
         return [self.contender(v, problem) for v in every if slow or not backends.get(v.backend).slow_to_start(v)]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> tuple[list[Contender], list[Measurement]]:

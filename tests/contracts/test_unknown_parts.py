@@ -44,7 +44,7 @@ def field_of(kind: str) -> str | None:
 
 def axes_of(kind: str) -> list[str]:
     """Backends of which an axis names parts of the kind."""
-    return [name for name in GENERATED if any(axis.name == kind for axis in Space.load(name).axes)]
+    return [name for name in GENERATED if any(axis.name == kind for axis in Space.read(name).axes)]
 
 
 def forget(package: ModuleType) -> None:
@@ -117,10 +117,10 @@ def test_what_is_in_no_registry_is_refused_by_name(kind: str) -> None:
         with pytest.raises(BadProblem, match=PLANTED):
             Problem.parse(f"{PLANTED}.d64" if kind == "element" else f"fp32.d64.{PLANTED}")
     for backend in axes_of(kind):
-        values = Space.load(backend).parse(Space.load(backend).start[0]).axes
+        values = Space.read(backend).parse(Space.read(backend).start[0]).axes
         with pytest.raises(BadVariant, match=PLANTED):
-            Space.load(backend).variant({**values, kind: PLANTED})
-    assert not any(PLANTED in str(Space.load(backend).start) for backend in axes_of(kind))
+            Space.read(backend).variant({**values, kind: PLANTED})
+    assert not any(PLANTED in str(Space.read(backend).start) for backend in axes_of(kind))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OF_FAMILIES if kind not in CLOSED])
@@ -131,7 +131,7 @@ class TestPlantedInAFamily:
             device = named(DEVICES.get(name, "sm_90"))
             assert PLANTED in str(backends.get(name).refusal(problem, device)), name
         for name in GENERATED:
-            variant = Space.load(name).parse(Space.load(name).start[0])
+            variant = Space.read(name).parse(Space.read(name).start[0])
             with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
                 backends.get(name).source(variant, problem)
 
@@ -161,7 +161,7 @@ def test_a_planted_mask_is_rendered_as_its_bounds(backend: str, plant: Plant) ->
     problem = planted_problem("mask", plant)
     device = named(DEVICES[backend])
     assert backends.get(backend).refusal(problem, device) is None
-    variant = Space.load(backend).parse(Space.load(backend).start[0])
+    variant = Space.read(backend).parse(Space.read(backend).start[0])
     digests = set()
     for mask in (PLANTED, "causal", "none"):
         source = backends.get(backend).source(variant, problem.reshaped(mask=mask))
@@ -177,7 +177,7 @@ def test_a_planted_mask_is_rendered_as_its_bounds(backend: str, plant: Plant) ->
     assert torch.allclose(peer(x.query, x.key, x.value).double(), truth, rtol=0, atol=1e-5)
 
 
-SDPA = Space.load("sdpa").parse(Space.load("sdpa").start[0])
+SDPA = Space.read("sdpa").parse(Space.read("sdpa").start[0])
 
 
 def test_what_ships_refuses_bounds_that_it_does_not_know(plant: Plant) -> None:
@@ -187,13 +187,13 @@ def test_what_ships_refuses_bounds_that_it_does_not_know(plant: Plant) -> None:
 
 
 def first(backend: str, problem: Problem, device: Device) -> Variant:
-    return lawful.starts(Space.load(backend), problem, device)[0]
+    return lawful.starts(Space.read(backend), problem, device)[0]
 
 
 @pytest.mark.parametrize(("kind", "backend"), [pair for pair in OF_AXES if pair[0] not in CLOSED])
 def test_an_axis_value_without_a_text_is_refused(kind: str, backend: str, plant: Plant) -> None:
     problem = Problem.parse("fp32.d64@b1.h8.q512.k512")
-    device, space = named(DEVICES[backend]), Space.load(backend)
+    device, space = named(DEVICES[backend]), Space.read(backend)
     variant = first(backend, problem, device)
     plant(kind, str(variant.axes[kind]))
     axes = [replace(a, values=(*a.values, PLANTED)) if a.name == kind else a for a in space.axes]
@@ -208,7 +208,7 @@ def test_an_axis_value_without_a_text_is_refused(kind: str, backend: str, plant:
 
 @pytest.mark.parametrize(("kind", "backend"), OF_AXES)
 def test_every_value_of_an_axis_is_a_part_with_a_text(kind: str, backend: str) -> None:
-    values = next(axis.values for axis in Space.load(backend).axes if axis.name == kind)
+    values = next(axis.values for axis in Space.read(backend).axes if axis.name == kind)
     assert set(values) <= set(import_module(f"elsa_tune.parts.{kind}").names())
     if kind not in CLOSED:
         texts = Path(__file__).parents[2] / "templates" / backend / kind
