@@ -39,10 +39,12 @@ def measurement(version: int, row: Mapping[str, Any]) -> tuple[Measurement, bool
     """A row of an earlier format, its texts resolved, and whether this machine measured it; None if it is not what was
     recorded. What was never a row may raise any of schema.UNREADABLE."""
     found = schema.measurement(row)
+    is_sound = version == 1 or found.id == row["id"].hex()
     said = roles(found.variant, found.incumbent)
-    if version == 1:
-        return replace(found, **said), said["incumbent_role"] == "rival"
-    return (replace(found, **said), bool(row["local"])) if found.id == row["id"].hex() else None
+    if any(getattr(found, name) != role for name, role in said.items()):
+        found = replace(found, **said)
+    local = not found.is_hint if version == 1 else bool(row["local"])
+    return (found, local) if is_sound else None
 
 
 def measurements(connection: sqlite3.Connection, version: int) -> Iterator[tuple[Measurement, bool]]:

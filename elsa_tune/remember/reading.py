@@ -73,14 +73,16 @@ class Reader:
     # Measurements.
 
     def measurements(self, local: bool | None = None, **equal: str) -> list[Measurement]:
-        """Measurements whose columns equal the given values, oldest first; ``local``: this machine's own, or only others'."""
-        return sorted(self._read(*self._where(local, equal)), key=lambda m: (m.created, m.id))
+        """Measurements whose columns equal the given values, oldest first; ``local``: this machine's own, or only others'. A
+        row that is not what was recorded is none."""
+        rows = self._rows(*self._select(*self._where(local, equal)))
+        return sorted(filter(None, map(self._sound, rows)), key=lambda m: (m.created, m.id))
 
     def __iter__(self) -> Iterator[Measurement]:
         """Every measurement, in no order that means anything. Raises DatabaseUnusable."""
         try:
             self._texts.update(self._connection.execute("SELECT number, content FROM texts"))
-            yield from self._read([], [])
+            yield from map(self._measurement, self._rows(*self._select([], [])))
         except UNREADABLE as error:
             raise DatabaseUnusable(f"{self.name}: {error}; elsa-tune db verify mends one's own") from error
 
@@ -97,14 +99,7 @@ class Reader:
 
     def damaged(self) -> list[int]:
         """Row numbers whose content is not what was recorded: each row's name is the digest of its content."""
-        found = []
-        for row in self._rows(f"SELECT {', '.join(('number', *schema.COLUMNS))} FROM recorded", []):
-            try:
-                if not self._is_sound(self._measurement(row), row["id"]):
-                    found.append(row["number"])
-            except UNREADABLE:
-                found.append(row["number"])
-        return found
+        return [row["number"] for row in self._rows(*self._select([], [])) if self._sound(row) is None]
 
     # Evidence.
 
@@ -159,10 +154,10 @@ class Reader:
             found = list(self._rows(select.format(where=condition), [*values, *damaged, *strange]))
             members = {int(number) for row in found for number in str(row["members"]).split(",")}
             read = list(self._numbered(members))
-            bad = [number for number, m, name in read if not self._is_sound(m, name)]
+            bad = [number for number, _, m in read if m is None]
             odd = sorted({row["variant"] for row in found if not understood(row["spelling"])})
             if not bad and not odd:
-                sound = {name: m for _, m, name in read}
+                sound = {name: m for _, name, m in read if m}
                 pools = [
                     Evidence(sound[row["id"]], row["ratio"], row["ratio_low"], row["ratio_high"], row["finals"])
                     for row in found
@@ -171,13 +166,12 @@ class Reader:
             damaged += bad
             strange += odd
 
-    def _numbered(self, numbers: Iterable[int]) -> Iterator[tuple[int, Measurement, bytes]]:
-        """Number, measurement and name of some rows."""
-        each, columns = iter(sorted(numbers)), ", ".join(("number", *schema.COLUMNS))
+    def _numbered(self, numbers: Iterable[int]) -> Iterator[tuple[int, bytes, Measurement | None]]:
+        """Number, name and measurement of some rows; None for one that is not what was recorded."""
+        each = iter(sorted(numbers))
         while portion := list(islice(each, 500)):
-            asked = f"SELECT {columns} FROM recorded WHERE number IN ({', '.join(map(str, portion))})"
-            for row in self._rows(asked, []):
-                yield row["number"], self._measurement(row), row["id"]
+            for row in self._rows(*self._select([f"number IN ({', '.join(map(str, portion))})"], [])):
+                yield row["number"], row["id"], self._sound(row)
 
     # Rows.
 
@@ -192,9 +186,8 @@ class Reader:
             where.append(f"local = {int(local)}")
         return where, values
 
-    def _read(self, where: list[str], values: list[Any]) -> Iterator[Measurement]:
-        asked = f"SELECT {', '.join(schema.COLUMNS)} FROM recorded {_condition(where)}"
-        return map(self._measurement, self._rows(asked, values))
+    def _select(self, where: list[str], values: list[Any]) -> tuple[str, list[Any]]:
+        return f"SELECT {', '.join(('number', *schema.COLUMNS))} FROM recorded {_condition(where)}", values
 
     def _rows(self, select: str, values: list[Any]) -> Iterator[dict[str, Any]]:
         rows = self._connection.execute(select, values)
@@ -205,8 +198,13 @@ class Reader:
         texts = {name: self._text(row[name]) for name in schema.TEXTS}
         return schema.measurement({**row, **texts})
 
-    def _is_sound(self, m: Measurement, name: bytes) -> bool:
-        return (m if self._version == schema.FORMAT else earlier.unsaid(m)).id == name.hex()
+    def _sound(self, row: dict[str, Any]) -> Measurement | None:
+        try:
+            found = self._measurement(row)
+            said = found if self._version == schema.FORMAT else earlier.unsaid(found)
+            return found if said.id == row["id"].hex() else None
+        except UNREADABLE:
+            return None
 
     def _text(self, number: int | str | bytes | None) -> str | bytes | None:
         """The text of a number; a short one may stand in its row itself."""
