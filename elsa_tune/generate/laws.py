@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import Problem
 
@@ -16,8 +18,20 @@ LARGEST_DIM = 256
 
 
 def mask_has_text(problem: Problem) -> str | None:
-    """Why what knows no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
+    """Why what knows no score and no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
+    if problem.score != scores.NONE:
+        return f"no text for the score {problem.score}"
     return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
+
+
+def parts_have_text(language: str, problem: Problem) -> str | None:
+    """Why a language cannot serve the problem's scores and tests of pairs, or None: each has a text of its name."""
+    wanted = [("score", one.name) for one in scores.get(problem.score).ones]
+    wanted += [("mask", one.name) for one in masks.get(problem.mask).tested]
+    for kind, name in wanted:
+        if not (places.data("templates") / language / kind / f"{name}.j2").is_file():
+            return f"no text for the {kind} {name}: templates/{language}/{kind}/{name}.j2 is missing"
+    return None
 
 
 def dims_are_generated(problem: Problem) -> str | None:
@@ -53,7 +67,7 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
     mask = masks.get(problem.mask)
-    grows = mask.cuts_back and not mask.cuts_front
+    grows = "position" in mask.high.names and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"
 
 

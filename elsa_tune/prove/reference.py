@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from torch import Tensor
 from elsa_tune.order import arranged
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
+from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
+from elsa_tune.prove import operands as given
 
 UNIT = 2.0**-24
 """Unit round-off of float32."""
@@ -37,7 +41,7 @@ class Inputs:
 
     ``additions``: so many additions of equal numbers round the same way wherever keys are folded in a row; 0 where chance rules.
     ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
-    ``operands``: what a kernel takes beside its tensors, the integers of the problem's mask.
+    ``operands``: what a kernel takes beside its tensors, as the problem's family declares them.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Inputs:
     natural: bool = True
     additions: int = 0
     forward: tuple[Tensor, Tensor, Tensor] | None = None
-    operands: tuple[int, ...] = ()
+    operands: Operands = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -68,7 +72,8 @@ class Inputs:
 
     def to(self, device: str) -> Inputs:
         """The same case on another device."""
-        return self.with_tensors(lambda x: x.to(device))
+        moved = tuple(x.to(device) if isinstance(x, Tensor) else x for x in self.operands)
+        return replace(self.with_tensors(lambda x: x.to(device)), operands=moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +124,22 @@ KEYS_AT_ONCE = 1 << 16
 def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv_head: int) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
     query = inputs.query[rows.batch, rows.head, rows.position].double() * scale
-    position = rows.position.to(query.device)[:, None]
+    position, heads = (x.to(query.device)[:, None] for x in (rows.position, rows.head))
+    mask, chain = masks.get(problem.mask), scores.get(problem.score)
+    own = given.named(problem, inputs.operands)
+    sequence = given.of_sequences(problem, own, batch)
     total = torch.full((len(query),), -math.inf, dtype=torch.float64, device=query.device)
     out = torch.zeros(len(query), problem.value_dim, dtype=torch.float64, device=query.device)
     for first in range(0, problem.kv_len, KEYS_AT_ONCE):
         key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
         logits = query @ key.T
+        index = torch.arange(first, first + len(key), device=query.device)
+        place = {"batch": batch, "head": heads, "position": position, "key": index}
+        logits = chain.of(logits, own, **place)
         if problem.mask != NONE:
-            logits = logits.masked_fill(_hidden(problem, position, first, len(key)), -math.inf)
+            logits = logits.masked_fill(_hidden(problem, position, index, sequence), -math.inf)
+        if mask.tested:
+            logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
         merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
         origin = torch.where(merged == -math.inf, 0.0, merged)  # -inf - -inf is NaN
         out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
@@ -134,10 +147,10 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     return out.cpu(), total.cpu()
 
 
-def _hidden(problem: Problem, position: Tensor, first: int, count: int) -> Tensor:
-    """Which of ``count`` keys from ``first`` on the queries at these positions [rows, 1] do not see, [rows, count]."""
-    key = torch.arange(first, first + count, device=position.device)
-    low, high = problem.seen(position)
+def _hidden(problem: Problem, position: Tensor, key: Tensor, sequence: Mapping[str, Any]) -> Tensor:
+    """Which keys the queries at these positions [rows, 1] have no bounds around, [rows, keys], or for sequences shaped [..., 1, 1]
+    [..., rows, keys]."""
+    low, high = problem.seen(position, **sequence)
     hidden: Tensor = (key < low) | (key >= high)
     return hidden
 
@@ -162,7 +175,7 @@ def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
         normal(p.batch, p.heads, p.q_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.value_dim),
-        operands=p.operands,
+        operands=given.typical(p),
     )
 
 
@@ -171,7 +184,7 @@ def _given_logits(problem: Problem, logits: Tensor, generator: torch.Generator, 
     base = random_inputs(problem, generator)
     query, key = torch.zeros_like(base.query), torch.zeros_like(base.key)
     query[..., 0], key[..., 0] = 1, logits.to(key.dtype)
-    return Inputs(name, query, key, base.value, scale=1.0, natural=False, operands=problem.operands)
+    return Inputs(name, query, key, base.value, scale=1.0, natural=False, operands=base.operands)
 
 
 LONG = (1 << 16) + 1
@@ -182,16 +195,18 @@ _MASKED_PAIRS = 1 << 24
 
 
 def hostile(problem: Problem, generator: torch.Generator, longest: int = LONG) -> Iterator[tuple[Problem, Inputs]]:
-    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys; a mask's
-    integers in turn what its examples are, so that they cut inside small shapes."""
-    examples = masks.get(problem.mask).examples
-    for number, example in enumerate(examples):
-        posed = problem.reshaped(integers=tuple(example.values()))
-        if not number:
+    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys; numbers in
+    turn what the examples of mask and scores are, so that they cut inside small shapes. Arrays are typical first, then hostile."""
+    arrays = any(isinstance(one, Array) for one in problem.declared)
+    for turn in range(given.turns(problem)):
+        posed = given.with_example(problem, turn)
+        if not turn:
             yield from _small(posed, generator)
             yield from _long(posed, generator, longest)
-        else:
-            yield from _lengths(posed, generator)
+        if turn or arrays:
+            for shaped, inputs in _lengths(posed, generator):
+                name = f"{inputs.name}, example {turn}"
+                yield shaped, replace(inputs, name=name, operands=given.example(shaped, turn))
 
 
 def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterator[tuple[Problem, Inputs]]:
@@ -214,7 +229,8 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
         key = torch.zeros(1, 1, keys, shaped.head_dim, dtype=dtype)
         key[0, 0, :, 0] = scores.to(dtype)
         value = values.to(dtype)[None, None]
-        posed = Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions, operands=shaped.operands)
+        operands = given.typical(shaped)
+        posed = Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions, operands=operands)
         return shaped, posed
 
     yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
@@ -325,7 +341,8 @@ def _logit_error(problem: Problem, inputs: Inputs) -> float:
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     terms = int((inputs.query != 0).flatten(0, -2).any(0).sum())
-    return _product_unit(problem) * math.sqrt(terms) * norms
+    error = _product_unit(problem) * math.sqrt(terms) * norms
+    return scores.get(problem.score).error(error, norms, given.named(problem, inputs.operands))[0]
 
 
 def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Tensor) -> str:
@@ -346,22 +363,30 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
 
 
 def logsumexp(
-    query: Tensor, key: Tensor, mask: str, operands: tuple[int, ...], scale: float | None, rows: int = 256
+    query: Tensor, key: Tensor, family: Problem, operands: Operands, scale: float | None, rows: int = 256
 ) -> Tensor:
     """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
     batch, heads, q_len, head_dim = query.shape
     group, kv_len = heads // key.shape[1], key.shape[2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    posed = Problem(head_dim=head_dim, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
+    posed, mask, chain = family.reshaped(q_len=q_len, kv_len=kv_len), masks.get(family.mask), scores.get(family.score)
+    own = given.named(posed, operands)
+    posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
+    sequences = given.of_sequences(posed, own, dims=3)
+    of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
+    place = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
     found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     for first in range(0, q_len, rows):
         some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
-        scores = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        if mask != NONE:
-            position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-            scores = scores.masked_fill(_hidden(posed, position, 0, kv_len), float("-inf"))
-        found[:, :, first : first + rows] = torch.logsumexp(scores, -1)
+        logits = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
+        position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
+        logits = chain.of(logits, own, position=position, **place)
+        if family.mask != NONE:
+            logits = logits.masked_fill(_hidden(posed, position, of_key, sequences), float("-inf"))
+        if mask.tested:
+            logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
+        found[:, :, first : first + rows] = torch.logsumexp(logits, -1)
     return found
 
 
@@ -371,7 +396,7 @@ def logsumexp(
 def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -> Inputs:
     """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
     wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
-    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem.mask, problem.operands, inputs.scale)
+    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem, inputs.operands, inputs.scale)
     group, dtype = problem.group, inputs.query.dtype
     output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
     for b in range(problem.batch):
@@ -392,7 +417,7 @@ def _weights(
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
     p = torch.exp(scores - lse[b, h, at, None].to(wide))
     if problem.mask != NONE:
-        p = p.masked_fill(_hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
+        p = p.masked_fill(_hidden(problem, at[:, None], torch.arange(problem.kv_len, device=at.device), {}), 0.0)
     return p, scale
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.laws import dims_are_generated, scan_has_states
+from elsa_tune.generate.laws import dims_are_generated, parts_have_text, scan_has_states
 from elsa_tune.generate.render import Source, render
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.parts import of_family
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp2, scan
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts.operand import Array, arguments
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -184,7 +187,8 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
+    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks and scores that it has texts of, dimensions up
+    to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
     if problem.precision not in elements.get(problem.dtype).classes or problem.precision not in (
@@ -194,7 +198,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
-    return dims_are_generated(problem)
+    return parts_have_text("cpp", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -213,7 +217,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "family": problem.family,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
             "dtype": problem.dtype,
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
             "exp2_coefficients": exp2.COEFFICIENTS[int(axes["exp_degree"])],
@@ -327,7 +331,9 @@ class CppKernel:
         function = ctypes.CDLL(str(library)).elsa_attention
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         self._function, self._problem = function, problem
-        self._operands = struct.Struct(f"<{len(problem.operands)}q").pack  # appended to the call where there are any
+        # appended to the call where there are any
+        letters = "".join("d" if a.kind == "real" else "q" for a in arguments(problem.declared))
+        self._operands = struct.Struct(f"<{letters}").pack
 
     def __call__(
         self,
@@ -355,13 +361,14 @@ class CppKernel:
         _, kv_heads, kv_len, _ = value.shape
         strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
-        more = self._operands
+        problem, more = self._problem, self._operands
+        has_arrays = any(isinstance(one, Array) for one in problem.declared)
 
-        def packed(out: Sequence[int], scale: float | None, operands: Operands) -> bytes:
+        def packed(out: Sequence[int], scale: float | None, given: Sequence[Any]) -> bytes:
             return _LAYOUT(
                 batch, heads, kv_heads, q_len, kv_len, *strides, *out,
                 default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
-            ) + more(*operands)  # fmt: skip
+            ) + more(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))  # fmt: skip
 
         def call(
             query: Tensor,
@@ -375,17 +382,19 @@ class CppKernel:
             nonlocal known
             if query.is_neg() or key.is_neg() or value.is_neg():
                 return self(query, key, value, scale, out, lse, operands)
-            if out is None:  # always laid out alike
+            if out is None and not has_arrays:  # always laid out alike
                 out, settings = (
                     empty_like(query) if alike else new_output(query, value_dim),
                     (scale, threads(), pool.usable, operands),
                 )
                 decided = known
                 if settings != decided[0]:
-                    decided = known = (settings, packed(out.stride()[:3], scale, operands))
+                    given = kernel_arguments(problem, operands, query, key)
+                    decided = known = (settings, packed(out.stride()[:3], scale, given))
                 layout = decided[1]
             else:
-                layout = packed(out.stride()[:3], scale, operands)
+                out = new_output(query, value_dim) if out is None else out
+                layout = packed(out.stride()[:3], scale, kernel_arguments(problem, operands, query, key))
             sums = lse.data_ptr() if lse is not None else 0
             if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")
