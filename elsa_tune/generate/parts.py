@@ -14,7 +14,14 @@ C_TYPES = {"int64": "int64_t", "int32": "int32_t", "float32": "float", "float64"
 
 
 def of_family(problem: Problem) -> dict[str, Any]:
-    """The mask, the scores, all arguments of their operands in order, and whether a text asks where a score is."""
+    """The mask, the scores, whether anything is done to scores and asks where they are, and all arguments of operands, in order."""
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
-    placed = chain.placed or bool(mask.tested)
-    return {"mask": mask, "scores": chain, "arguments": arguments(problem.declared), "placed": placed, "elements": C_TYPES}
+    tested = bool(mask.tested)
+    return {
+        "mask": mask,
+        "scores": chain,
+        "scored": bool(chain.ones) or tested,
+        "placed": chain.placed or tested,
+        "arguments": arguments(problem.declared),
+        "elements": C_TYPES,
+    }

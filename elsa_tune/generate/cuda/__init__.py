@@ -22,11 +22,12 @@ from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
 from elsa_tune.generate.cuda.laws import LAWS, Tiling
 from elsa_tune.generate.cuda.runtimes import Launch, Runtime
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, parts_have_text
+from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import exp2, scan
-from elsa_tune.parts import mask as masks
+from elsa_tune.parts.operand import arguments
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -37,6 +38,8 @@ BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"
 FINISH_THREADS = 128
 _ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
 _MOST_PLANS = 64
+ELEMENTS = {"int64": "index_t", "int32": "int", "float32": "float", "bool": "unsigned char"}
+"""What the text calls torch's dtypes, of what arrays hold."""
 PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16", "approx"), "bf16": ("bf16",)}
 
 
@@ -51,7 +54,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"{device.arch} multiplies {problem.dtype} on a matrix unit, which multiply-adds alone do not reach; Triton uses it"
     if problem.direction != "forward":
         return "the CUDA C backend has no backward kernels"
-    return dims_are_generated(problem)
+    return parts_have_text("cuda", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -71,7 +74,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "dtype": problem.dtype,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
+            "elements": ELEMENTS,
             "tiling": tiling,
             "parts": [""] if tiling.words == 1 else [".x", ".y", ".z", ".w"][: tiling.words],
             "exp2_coefficients": exp2.COEFFICIENTS[5],
@@ -159,6 +163,9 @@ class CudaKernel:
         self._splits, self._schedule = int(variant.axes["splits"]), str(variant.axes["schedule"])
         self._tiling = Tiling.of(variant.axes, problem)
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        letters = {"integer": "q", "real": "f", "pointer": "p"}
+        self._types = _ATTEND + "".join(letters[a.kind] for a in arguments(problem.declared))
+        self._scored = bool(of_family(problem)["scored"])
 
     def __call__(
         self,
@@ -196,15 +203,15 @@ class CudaKernel:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             plan = self._plans[layout] = self._plan(*layout)
+        more = kernel_arguments(self._problem, operands, query, key) if operands or self._types != _ATTEND else ()
         tiling, partial, arrivals, launches = self._tiling, None, None, []
         if plan.scratch:
             partial = self._runtime.floats(query, plan.scratch)
         for turn in plan.turns:
             if self._schedule == "last_block":
                 arrivals = self._runtime.counters(query, turn.tiles)
-            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *operands)
-            types = _ATTEND + "q" * len(operands)
-            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, types, given))
+            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *more)
+            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, self._types, given))
             if turn.finish_blocks:
                 merged = (partial, out, lse, *turn.finish_plain)
                 launches.append(Launch("finish", turn.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))
@@ -218,7 +225,9 @@ class CudaKernel:
         batch, heads, q_len, head_dim = query_shape
         _, kv_heads, kv_len, value_dim = value_shape
         factor = 1 / math.sqrt(head_dim) if scale is None else scale
-        c, sign = (abs(factor) * math.log2(math.e), math.copysign(1.0, factor)) if factor else (1.0, 0.0)
+        c, sign = (abs(factor), math.copysign(1.0, factor)) if factor else (1.0, 0.0)
+        if factor and not self._scored:  # a score is of products times the scale, and meets log2(e) afterwards
+            c *= math.log2(math.e)
         group, pairs = heads // kv_heads, batch * kv_heads
         rows = group * q_len
         tiles = -(-rows // tiling.block_m)

@@ -22,13 +22,14 @@ from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
 from elsa_tune.generate.counters import cleared
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text, parts_have_text
+from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
 from elsa_tune.generate.triton.laws import DOTS, LAWS, parts, version
-from elsa_tune.parts import mask as masks
 from elsa_tune.parts import scan
+from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.scan import Round
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -52,7 +53,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    untold = mask_has_text(problem) if problem.direction == "backward" else None
+    untold = mask_has_text(problem) if problem.direction == "backward" else parts_have_text("triton", problem)
     return untold or dims_are_generated(problem)
 
 
@@ -78,7 +79,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "value_dim": problem.value_dim,
             "head_parts": parts(problem.head_dim, dims),
             "value_parts": parts(problem.value_dim, dims),
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
             "finish_m": rows,
             "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,
@@ -134,7 +135,7 @@ def _known(variant: Variant, problem: Problem) -> dict[str, Any]:
     and whole leaves alone."""
     axes = variant.axes
     whole = problem.kv_len % _turn(variant) == 0
-    even = whole and problem.mask == "none" and axes["edges"] == "peeled" and problem.direction == "forward"
+    even = whole and problem.mask == NONE and axes["edges"] == "peeled" and problem.direction == "forward"
     return {"group": min(problem.group, 2), "EVEN": even}
 
 
@@ -228,7 +229,7 @@ class TritonKernel:
     """A family's module: call it with any shape."""
 
     def __init__(self, module: ModuleType, problem: Problem) -> None:
-        self._launch, self._problem = module.attention, problem
+        self._launch, self._problem, self._declared = module.attention, problem, bool(problem.declared)
         if torch.cuda.is_available():
             module.cleared = cleared  # type: ignore[attr-defined]
 
@@ -247,8 +248,9 @@ class TritonKernel:
             query, key, value = map(rows_contiguous, (query, key, value))
         if out is None:
             out = new_output(query, self._problem.value_dim)
+        more = [kernel_arguments(self._problem, operands, query, key)] if operands or self._declared else []
         with _on(query):
-            made: Tensor = self._launch(query, key, value, scale, out, lse, *([operands] if operands else []))
+            made: Tensor = self._launch(query, key, value, scale, out, lse, *more)
         return made
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.tensors import kernel_arguments
 from elsa_tune.problem import Problem
+from elsa_tune.prove.operands import typical
 from elsa_tune.prove.reference import torch_dtype
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
@@ -73,7 +75,9 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
     if problem.direction == "forward":
-        return (query, key, value, None, out, lse, *([problem.operands] if problem.operands else []))
+        operands = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in typical(problem))
+        given = kernel_arguments(problem, operands, query, key)
+        return (query, key, value, None, out, lse, *([given] if given else []))
     return query, key, value, out, lse, out, None, query, key, value
 
 
