@@ -229,11 +229,13 @@ def _parse(text: str) -> Problem:
     if not all(found):
         raise BadProblem(f"problem {text[:100]!r} is misspelled; write it like {_EXAMPLE}")
     words = {k: v for match in found if match for k, v in match.groupdict().items() if v is not None}
-    spelled = dict(re.findall(rf"([a-z]+)({_NUMBER})", words.pop("numbers", "")))
+    found_numbers = re.findall(rf"([a-z]+)({_NUMBER})", words.pop("numbers", ""))
+    spelled = dict(found_numbers)
     values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in words.items()}
     integers = masks.get(values.get("mask", masks.NONE)).integers
     reals = scores.get(values.get("score", scores.NONE)).reals
-    if shape and (list(spelled) != [*integers, *reals] or not all(spelled[name].isdigit() for name in integers)):
+    in_order = [name for name, _ in found_numbers] == [*integers, *reals]
+    if shape and not (in_order and all(spelled[name].isdigit() for name in integers)):
         own = ", ".join((*integers, *reals)) or "none"
         raise BadProblem(f"problem {text[:100]!r} needs the numbers of its mask and scores and no others: {own}")
     if not shape:
@@ -257,6 +259,10 @@ _MOST_SEQUENCES = 64
 @lru_cache(maxsize=4096)
 def _pairs(mask: str, batch: int, names: tuple[tuple[str, int], ...]) -> int:
     one, known = masks.get(mask), dict(names)
-    drawn = {array.name: array.typical({"batch": batch, **known}) for array in one.arrays if array.name in one.sequences}
-    counts = [one.pairs(**known, **{name: each[i] for name, each in drawn.items()}) for i in range(batch if drawn else 1)]
+    drawn = {
+        array.name: array.typical({"batch": batch, **known}) for array in one.arrays if array.name in one.sequences
+    }
+    counts = [
+        one.pairs(**known, **{name: each[i] for name, each in drawn.items()}) for i in range(batch if drawn else 1)
+    ]
     return sum(counts) // len(counts)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant
-from elsa_tune.parts.operand import Operands
+from elsa_tune.parts.operand import Operands as Operands
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 

@@ -62,7 +62,10 @@ class Derived(Generic[T]):
             posed = family.reshaped(batch=batch, heads=heads, kv_heads=key.shape[1], q_len=q_len, kv_len=key.shape[2])
             own = named(posed, operands)
             posed = posed.reshaped(integers=tuple(own[name] for name in masks.get(family.mask).integers))
-            self._made[entry] = operands, self._make(Posed(posed, own, query.device))  # operands are held: ids stay theirs
+            self._made[entry] = (
+                operands,
+                self._make(Posed(posed, own, query.device)),
+            )  # operands are held: ids stay theirs
         return self._made[entry][1]
 
 
@@ -85,7 +88,9 @@ def block_mask(posed: Posed) -> Any:
     before = torch.where(full > 0, full_begin - begin, (end - begin).clip(min=0))  # partial ones, and then those behind
     behind = torch.where(full > 0, end - full_end, 0)
     column = torch.arange(columns, dtype=torch.int32, device=device)
-    partial = torch.where(column < before[..., None], begin[..., None] + column, (full_end - before)[..., None] + column)
+    partial = torch.where(
+        column < before[..., None], begin[..., None] + column, (full_end - before)[..., None] + column
+    )
     return BlockMask.from_kv_blocks(
         (before + behind)[:, None].contiguous(),
         (partial % columns)[:, None].contiguous(),

@@ -186,7 +186,8 @@ class EagerKernel:
         if self._family.mask == NONE:
             return logits.softmax(-1) @ value
         hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
-        return torch.ops.aten._safe_softmax(logits.masked_fill_(hidden, float("-inf")), -1) @ value
+        weights: Tensor = torch.ops.aten._safe_softmax(logits.masked_fill_(hidden, float("-inf")), -1)
+        return weights @ value
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
@@ -216,7 +217,8 @@ def _scored(family: Problem, operands: Operands, logits: Tensor) -> Tensor:
         name: torch.arange(n, device=logits.device).view([-1, *[1] * (3 - axis)])
         for axis, (name, n) in enumerate(zip(PLACE, logits.shape, strict=True))
     }
-    return scores.get(family.score).of(logits, named(family, operands), **place)
+    scored: Tensor = scores.get(family.score).of(logits, named(family, operands), **place)
+    return scored
 
 
 class FlexKernel:

@@ -44,7 +44,9 @@ def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tens
     names = [one.name for one in problem.declared]
     if set(known) != set(names):
         odd = ", ".join(sorted(set(known) ^ set(names)))
-        raise WrongArguments(f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them")
+        raise WrongArguments(
+            f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them"
+        )
     operands = tuple(known[name] for name in names)
     kernel_arguments(problem, operands, query, key)
     try:
@@ -67,7 +69,9 @@ def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:
     wanted = [sizes[axis] for axis in array.axes]
     fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == query.device
     if not fits or value.dim() != len(wanted) or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
-        found = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+        found = (
+            f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+        )
         raise WrongArguments(
             f"operand {array.name} is {found}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted}, each or 1,"
             f" on {query.device}"

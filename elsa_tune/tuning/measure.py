@@ -335,9 +335,7 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
     bench, rng = _bench(problem, contenders[0].device), random.Random(0)
 
     def calls(kernel: Callable[..., object]) -> list[Callable[[], object]]:
-        return [
-            partial(kernel, *x.tensors, **({"operands": x.operands} if x.operands else {})) for x in bench.inputs
-        ]
+        return [partial(kernel, *x.tensors, **({"operands": x.operands} if x.operands else {})) for x in bench.inputs]
 
     before = () if contenders[0].device.is_gpu else bench.written()
     reader = gauge.Gauge(contenders[0].device)

@@ -45,7 +45,7 @@ class TestContract:
 
     def test_examples_cut_inside_small_shapes(self, name: str) -> None:
         one = mask.get(name)
-        assert all(set(example) == set(one.integers) for example in one.examples)
+        assert all(set(example) == {*one.integers, *one.sequences} for example in one.examples)
         cut = [one.pairs(12, 12, **example) < 144 for example in one.examples]
         assert any(cut) or name == mask.NONE
 
@@ -91,5 +91,23 @@ def test_misspelled(text: str) -> None:
 
 def test_every_mask_is_one_short_file_and_their_integers_differ() -> None:
     ones = [mask.of_one_file(name) for name in mask.names()]
-    integers = [name for one in ones for name in one.integers]
-    assert len(set(integers)) == len(integers) and [one.name for one in ones] == list(mask.names())
+    operands = [operand.name for one in ones for operand in one.operands]
+    assert len(set(operands)) == len(operands) and [one.name for one in ones] == list(mask.names())
+
+
+def test_each_sequence_of_a_batch_has_its_own_bounds() -> None:
+    """Unequal lengths, none, too many, and fewer than none: [batch, q_len, kv_len] by hand."""
+    seen = mask.get("causal+lengths").dense(3, 4, lengths=torch.tensor([2, 0, 9, -1])[:, None, None])
+    drawn = ["x... xx.. xx..", ".... .... ....", "x... xx.. xxx.", ".... .... ...."]
+    assert [[["x."[not cell] for cell in row] for row in one] for one in seen] == [
+        [list(row) for row in one.split()] for one in drawn
+    ]
+
+
+def test_what_is_counted_of_sequences_is_a_typical_batch() -> None:
+    (array,) = mask.get("lengths").arrays
+    for batch, kv_len in ((1, 1), (1, 4096), (3, 100), (64, 17)):
+        drawn = array.typical({"batch": batch, "kv_len": kv_len})
+        assert (
+            len(drawn) == batch and all(kv_len // 2 <= n <= kv_len and n > 0 for n in drawn) and drawn == sorted(drawn)
+        )

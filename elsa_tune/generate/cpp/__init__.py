@@ -22,8 +22,8 @@ from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Kernel, Operands
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.laws import dims_are_generated, parts_have_text, scan_has_states
-from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.parts import of_family
+from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp2, scan

@@ -61,9 +61,7 @@ def _address(x: Tensor | None) -> int:
 
 def values(launch: Launch) -> tuple[Any, ...]:
     """A launch's arguments as numbers."""
-    return tuple(
-        _address(x) if kind == "p" else x for kind, x in zip(launch.types, launch.arguments, strict=True)
-    )
+    return tuple(_address(x) if kind == "p" else x for kind, x in zip(launch.types, launch.arguments, strict=True))
 
 
 @cache
