@@ -217,7 +217,9 @@ def _scored(family: Problem, operands: Operands, logits: Tensor) -> Tensor:
         name: torch.arange(n, device=logits.device).view([-1, *[1] * (3 - axis)])
         for axis, (name, n) in enumerate(zip(PLACE, logits.shape, strict=True))
     }
-    scored: Tensor = scores.get(family.score).of(logits, named(family, operands), **place)
+    batch, heads, q_len, kv_len = logits.shape
+    posed = family.reshaped(batch=batch, heads=heads, kv_heads=heads, q_len=q_len, kv_len=kv_len)
+    scored: Tensor = scores.get(family.score).of(logits, named(posed, operands), **place)
     return scored
 
 

@@ -57,10 +57,14 @@ def _made(array: Array, content: Any) -> Tensor:
 
 
 def named(problem: Problem, operands: Operands) -> dict[str, Any]:
-    """Operands by name; what the problem says of numbers where there are none."""
+    """Operands by name, arrays as if nothing were shared; what the problem says of numbers where there are none."""
     if not operands:
         return dict(problem.numbers)
-    return {one.name: value for one, value in zip(problem.declared, operands, strict=True)}
+    sizes = _sizes(problem)
+    return {
+        one.name: value.expand([sizes[axis] for axis in one.axes]) if isinstance(one, Array) else value
+        for one, value in zip(problem.declared, operands, strict=True)
+    }
 
 
 def of_sequences(problem: Problem, own: Mapping[str, Any], batch: int | None = None, dims: int = 2) -> dict[str, Any]:

@@ -342,7 +342,8 @@ def _logit_error(problem: Problem, inputs: Inputs) -> float:
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     terms = int((inputs.query != 0).flatten(0, -2).any(0).sum())
     error = _product_unit(problem) * math.sqrt(terms) * norms
-    return scores.get(problem.score).error(error, norms, given.named(problem, inputs.operands))[0]
+    own = {"q_len": problem.q_len, "kv_len": problem.kv_len, **given.named(problem, inputs.operands)}
+    return scores.get(problem.score).error(error, norms, own)[0]
 
 
 def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Tensor) -> str:
@@ -370,7 +371,8 @@ def logsumexp(
     group, kv_len = heads // key.shape[1], key.shape[2]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    posed, mask, chain = family.reshaped(q_len=q_len, kv_len=kv_len), masks.get(family.mask), scores.get(family.score)
+    shape = {"batch": batch, "heads": heads, "kv_heads": key.shape[1], "q_len": q_len, "kv_len": kv_len}
+    posed, mask, chain = family.reshaped(**shape), masks.get(family.mask), scores.get(family.score)
     own = given.named(posed, operands)
     posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
     sequences = given.of_sequences(posed, own, dims=3)

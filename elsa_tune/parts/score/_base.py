@@ -16,8 +16,8 @@ PLACE = ("batch", "head", "position", "key")
 class Score:
     """``function(score, **own, **place)`` is what becomes of scores: ``own`` are its operands by name, ``place`` is PLACE.
 
-    ``error(error, largest, **reals)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
-    float32: both after it. ``reals`` are positive numbers, part of a problem's shape, and ``examples`` values of them; ``arrays``
+    ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
+    float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a problem's shape, and ``examples`` values of them; ``arrays``
     come with the tensors. ``constants`` are what its texts are written with. ``placed``: its texts ask where a score is.
     """
 
@@ -85,7 +85,7 @@ class Chain:
         return scores
 
     def error(self, error: float, largest: float, own: Mapping[str, Any]) -> tuple[float, float]:
-        """The largest error and magnitude of scores after them, of those before."""
+        """The largest error and magnitude of scores after them, of those before; ``own`` holds operands by name, q_len and kv_len."""
         for one in self.ones:
-            error, largest = one.error(error, largest, **{name: own[name] for name in one.reals})
+            error, largest = one.error(error, largest, **own)
         return error, largest

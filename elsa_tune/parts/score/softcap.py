@@ -12,7 +12,7 @@ def _capped(score: Any, softcap: Any, **place: Any) -> Any:
     return softcap * (score / softcap).tanh()
 
 
-def _error(error: float, largest: float, softcap: float) -> tuple[float, float]:
+def _error(error: float, largest: float, softcap: float, **more: Any) -> tuple[float, float]:
     """No slope is above 1; what is computed errs relatively, and is at most the cap."""
     after = min(largest, softcap)
     return min(error, 2 * softcap) + tanh.UNITS * 2.0**-24 * after, after
