@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +22,8 @@ DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
 LARGEST = 2**40
 """Of every dimension: more than any memory holds."""
+LARGEST_REAL = 1e30
+"""Of a score's numbers: they and their reciprocals are floats."""
 
 _MASKS, _SCORES = ("|".join(sorted(kind.names(), key=len, reverse=True)) for kind in (masks, scores))
 _FAMILY = re.compile(
@@ -93,9 +94,9 @@ class Problem:
             )
         reals = tuple(map(float, self.reals))
         wanted = scores.get(self.score).reals
-        if reals and (len(reals) != len(wanted) or not all(math.isfinite(x) and x > 0 for x in reals)):
-            given = ", ".join(map(str, reals))[:60]
-            raise BadProblem(f"score {self.score} has the numbers ({', '.join(wanted)}), above 0; {given} are given")
+        if reals and (len(reals) != len(wanted) or not all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
+            given, limits = ", ".join(map(str, reals))[:60], f"from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
+            raise BadProblem(f"score {self.score} has the numbers ({', '.join(wanted)}), {limits}; {given} are given")
         object.__setattr__(self, "reals", reals)
         object.__setattr__(self, "order", self._plainest_order())
 

@@ -17,7 +17,7 @@ import pytest
 
 from elsa_tune import errors
 from elsa_tune.generate import backends
-from elsa_tune.parts import element, mask, scan
+from elsa_tune.parts import element, mask, scan, score
 from elsa_tune.shell import cli
 from elsa_tune.space import Space
 
@@ -107,7 +107,7 @@ def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
     for name in backends.names():
         for axis in Space.load(name).axes:
             assert f"`{axis.name}`" in docs, axis.name
-    for part in (*scan.names(), *mask.names(), *element.names()):
+    for part in (*scan.names(), *mask.names(), *score.names(), *element.names()):
         assert f"`{part}`" in docs, part
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.ElsaTuneError):

@@ -30,7 +30,7 @@ H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 NEON = Device("cpu", "arm_0x41_0xd0c", "neoverse_n1", 4)
 
 sizes = st.integers(1, 1 << 20)
-reals = st.floats(1e-300, 1e300)
+reals = st.floats(1e-30, 1e30)
 
 
 @st.composite
@@ -102,14 +102,13 @@ def test_a_masks_integers_are_its_own() -> None:
 
 
 def test_a_scores_numbers_are_its_own() -> None:
-    for cap in (0.1, 30, 50.0, 1e-05, 3.4e38, 1 / 3):
+    for cap in (0.1, 30, 50.0, 1e-05, 2e29, 1 / 3):
         problem = Problem(head_dim=4, score="softcap", reals=(cap,))
         assert Problem.parse(str(problem)) == problem and problem.numbers == {"softcap": cap}
     assert str(Problem(head_dim=4, score="softcap", reals=(50,))).endswith(".softcap50")
-    for wrong in ((), (0.0,), (-1.0,), (float("nan"),), (float("inf"),), (1.0, 2.0)):
-        if wrong:
-            with pytest.raises(BadProblem, match="softcap"):
-                Problem(head_dim=4, score="softcap", reals=wrong)
+    for wrong in ((0.0,), (-1.0,), (float("nan"),), (float("inf"),), (1e31,), (1e-31,), (1.0, 2.0)):
+        with pytest.raises(BadProblem, match="softcap"):
+            Problem(head_dim=4, score="softcap", reals=wrong)
     with pytest.raises(BadProblem, match="numbers"):
         Problem(head_dim=4, reals=(1.0,))
 

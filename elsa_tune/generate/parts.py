@@ -14,7 +14,7 @@ C_TYPES = {"int64": "int64_t", "int32": "int32_t", "float32": "float", "float64"
 
 
 def of_family(problem: Problem) -> dict[str, Any]:
-    """The mask, the scores, whether anything is done to scores and asks where they are, and all arguments of operands, in order."""
+    """The mask, the scores, whether anything is done to scores and asks where they are, and the arguments of operands."""
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     tested = bool(mask.tested)
     return {

@@ -17,7 +17,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class Number:
-    """A whole number of at least 0, or a real above 0."""
+    """A whole number of at least 0 (``kind`` integer), or a real above 0."""
 
     name: str
     kind: str

@@ -1,5 +1,7 @@
-"""Scores: what is done to a score, after the scale and before the mask. One public file each, found by name; several are done one
-after the other, joined by ``+`` in that order."""
+"""Scores: what is done to a score, after the scale and before the mask. One public file each, found by name.
+
+Several are done one after the other, joined by ``+`` in that order.
+"""
 
 from __future__ import annotations
 
