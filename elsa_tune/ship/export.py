@@ -61,7 +61,7 @@ def header(variant: Variant, problem: Problem, name: str = "", device: str = "")
 def refusal(problem: Problem, language: str) -> str | None:
     """Why no header can call kernels of the problem, or None."""
     if untold := mask_has_text(problem):
-        return f"a header's function has no place for integers or masks but causal: {untold}"
+        return f"a header's function has no place for operands, scores and masks but causal: {untold}"
     return "a C++ header's function takes floats" if language == "cpp" and problem.dtype != "fp32" else None
 
 

@@ -17,8 +17,9 @@ class Score:
     """``function(score, **own, **place)`` is what becomes of scores: ``own`` are its operands by name, ``place`` is PLACE.
 
     ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
-    float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a problem's shape, and ``examples`` values of them; ``arrays``
-    come with the tensors. ``constants`` are what its texts are written with. ``placed``: its texts ask where a score is.
+    float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
+    problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
+    with. ``placed``: its texts ask where a score is.
     """
 
     name: str
