@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from elsa_tune.errors import BadProblem
 from elsa_tune.parts import mask
 from elsa_tune.parts.mask import Mask
+from elsa_tune.parts.operand import Array
 
 PAIRS = ["+".join(two) for two in itertools.combinations([n for n in mask.names() if n != mask.NONE], 2)]
 LENGTHS = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5), (33, 50)]
@@ -102,6 +103,14 @@ def test_each_sequence_of_a_batch_has_its_own_bounds() -> None:
     assert [[["x."[not cell] for cell in row] for row in one] for one in seen] == [
         [list(row) for row in one.split()] for one in drawn
     ]
+
+
+def test_an_array_that_nothing_reads_is_refused() -> None:
+    """Or it would be rendered as no mask at all."""
+    array = Array("kept", "bool", ("batch", "kv_len"), lambda sizes: [[True]])
+    with pytest.raises(ValueError, match="nothing reads kept"):
+        Mask("kept", "what is kept", arrays=(array,))
+    assert Mask("kept", "what is kept", arrays=(array,), test=lambda kept, **place: kept).tested
 
 
 def test_what_is_counted_of_sequences_is_a_typical_batch() -> None:

@@ -46,11 +46,15 @@ class Mask:
     def __post_init__(self) -> None:
         if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers) - set(self.sequences):
             raise ValueError(f"mask {self.name}: its bounds are of {', '.join(sorted(unknown))}, which nothing gives")
+        unread = {one.name for one in self.arrays} - set(self.sequences)
+        if unread and not self.tested:
+            raise ValueError(f"mask {self.name}: nothing reads {', '.join(sorted(unread))}; its bounds or a test must")
 
     @property
     def sequences(self) -> tuple[str, ...]:
-        """Its arrays that hold one integer for each sequence of a batch: bounds may be of them."""
-        return tuple(one.name for one in self.arrays if one.axes == ("batch",) and one.dtype == "int64")
+        """Its arrays that hold one integer for each sequence of a batch and that its bounds are of."""
+        each = [one.name for one in self.arrays if one.axes == ("batch",) and one.dtype == "int64"]
+        return tuple(name for name in each if name in self.low.names | self.high.names)
 
     @property
     def tested(self) -> tuple[Mask, ...]:
