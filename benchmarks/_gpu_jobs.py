@@ -15,8 +15,10 @@ from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
-from elsa_tune.tuning import clock, measure
-from elsa_tune.tuning.measure import Contender
+from elsa_tune.tuning import contender as contenders
+from elsa_tune.tuning import timing
+from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.workbench import workbench
 from elsa_tune.variant import Variant
 
 CALLS = 100
@@ -59,11 +61,11 @@ def prepare(variant: Variant, problem: Problem, device: Device, peers: Sequence[
     the next job must not run in it."""
     start, built = time.monotonic(), None
     try:
-        built = measure.build(variant, problem, device)
+        built = contenders.build(variant, problem, device)
         building = time.monotonic() - start
         if built.flaw or peers is None:
             return Prepared(built, None, building)
-        verdict = measure.check_family(problem, Contender(variant, built, device), peers)
+        verdict = contenders.check_family(problem, Contender(variant, built, device), peers)
         return Prepared(built, verdict, building, time.monotonic() - start - building)
     except Exception as error:
         return _failed(built, time.monotonic() - start, device, f"{type(error).__name__}: {error}")
@@ -73,7 +75,7 @@ def warm(problem: Problem, contender: Contender) -> Prepared:
     """Call a contender once, so that what it compiles is on disk."""
     start = time.monotonic()
     try:
-        measure.check_shape(problem, contender, contender)
+        contenders.check_shape(problem, contender, contender)
         return Prepared(contender.built, None, time.monotonic() - start)
     except Exception as error:
         return _failed(contender.built, time.monotonic() - start, contender.device, f"{type(error).__name__}: {error}")
@@ -82,18 +84,18 @@ def warm(problem: Problem, contender: Contender) -> Prepared:
 def _failed(built: Built | None, seconds: float, device: Device, why: str) -> Prepared:
     try:
         if torch.cuda.is_initialized():
-            clock.survive(device, why)
+            timing.survive(device, why)
     except RuntimeError:
         print(why, file=sys.stderr, flush=True)
         os._exit(BROKEN)
     return Prepared(built, None, seconds, failure=why)
 
 
-def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str, float | str]:
+def launch_costs(problem: Problem, several: Sequence[Contender]) -> dict[str, float | str]:
     """Microseconds that a call takes the host, which does not wait for the GPU: the least of three rows of CALLS; or why it
     could not be called."""
     found: dict[str, float | str] = {}
-    for contender in contenders:
+    for contender in several:
         try:
             found[str(contender.variant)] = _launch_cost(problem, contender)
         except Exception as error:
@@ -102,7 +104,7 @@ def launch_costs(problem: Problem, contenders: Sequence[Contender]) -> dict[str,
 
 
 def _launch_cost(problem: Problem, contender: Contender) -> float:
-    tensors = measure._bench(problem, contender.device).inputs[0].tensors
+    tensors = workbench(problem, contender.device).inputs[0].tensors
     wait = torch.cuda.synchronize if contender.device.is_gpu else lambda: None
     kernel, rows = contender.load(problem), list[float]()
     call = kernel.bind(*tensors) if problem.direction == "forward" else kernel

@@ -7,7 +7,7 @@ from itertools import chain, islice, zip_longest
 
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -64,9 +64,9 @@ def candidates(problem: Problem, device: Device, most: int = MOST) -> list[Varia
     """The lawful starting variants of each backend, in turns, ``most`` at most; where they are fewer than LEAST, their nearest
     neighbours too."""
     spaces = [Space.load(name) for name in generators(problem, device)]
-    starts = [[v for v in map(s.parse, s.start) if s.refusal(v, problem, device) is None] for s in spaces]
+    starts = [lawful.starts(s, problem, device) for s in spaces]
     found = [v for v in chain.from_iterable(zip_longest(*starts)) if v is not None][:most]
-    near = [islice(Space.load(v.backend).variants(problem, device, prefer=v.axes), LEAST) for v in found]
+    near = [islice(lawful.variants(Space.load(v.backend), problem, device, prefer=v.axes), LEAST) for v in found]
     for v in chain.from_iterable(zip_longest(*near)):
         if len(found) >= min(LEAST, most):
             break
@@ -82,5 +82,5 @@ def checks(device: Device) -> list[tuple[Problem, Variant]]:
     found = [one for turn in turns for one in turn if one is not None]
     plain, space = Problem.parse(FAMILIES[0] + CHECKED[0]), Space.load("cuda")
     if "cuda" in generators(plain, device):
-        found += [(plain, v) for v in map(space.parse, NETWORKS) if space.refusal(v, plain, device) is None]
+        found += [(plain, v) for v in map(space.parse, NETWORKS) if lawful.refusal(v, plain, device) is None]
     return found

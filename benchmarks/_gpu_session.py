@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -25,18 +25,19 @@ from _gpu_lists import SHORT, candidates, checks
 from _gpu_log import Log
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate import backends, sdpa
+from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.remember import layers
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, parse
-from elsa_tune.tuning import offline
+from elsa_tune.tuning import offline, telemetry
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Contender, WorkerFailed
-from elsa_tune.tuning.outcome import least_seconds
-from elsa_tune.tuning.trial import BUILD_SECONDS, Trials
+from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.limits import least_seconds
+from elsa_tune.tuning.trial import BUILD_SECONDS, Incumbent, Trials
+from elsa_tune.tuning.worker import WorkerFailed
 from elsa_tune.variant import Variant
 
 ROUNDS, RACE_SECONDS = 12, 1.5
@@ -60,15 +61,20 @@ class Session:
         self.problems = [Problem.parse(text) for text in problems]
         self.total = log.left
         self.worker, self.builders = Ledger(worker), Ledger(builders)
-        self.trials = Trials(database, self.worker, device, self.recorded, self.builders, thorough=True)  # type: ignore[arg-type]
+        self.trials = Trials(database, self.worker, device, self.builders, thorough=True)  # type: ignore[arg-type]
         self.trials.deadline = log.deadline - CLOSING
         self.seen: dict[Problem, dict[str, Measurement]] = {}
-        self.racing: dict[Problem, tuple[Contender, list[Contender]]] = {}
+        self.racing: dict[Problem, tuple[Incumbent, list[Contender]]] = {}
         self.unbuilt: dict[str, str] = {}  # digest -> why
         self.verdicts: dict[str, Verdict | None] = {}  # digest -> on its family
 
-    def recorded(self, problem: Problem, m: Measurement) -> None:
-        self.seen.setdefault(problem, {})[m.variant] = m
+    def note(self, problem: Problem, measurements: Iterable[Measurement]) -> list[Measurement]:
+        """Remember the newest measurement of each variant, as they come."""
+        noted = []
+        for m in measurements:
+            self.seen.setdefault(problem, {})[m.variant] = m
+            noted.append(m)
+        return noted
 
     # Before anything is raced.
 
@@ -152,40 +158,45 @@ class Session:
         start, before = time.monotonic(), self.worker.rounded()
         cold = {
             v: why
-            for v in Space.load("sdpa").variants(problem, self.device)
+            for v in lawful.variants(Space.load("sdpa"), problem, self.device)
             if (why := self.unbuilt.get(slow_start(problem, v)))
         }
         self.trials.thorough = not cold
-        incumbent, seconds = self.trials.incumbent(problem)
+        incumbent, came_to = self.trials.incumbent(problem)
+        self.note(problem, came_to)
         unbuilt = cold | {v: self.unbuilt[d] for v in variants if (d := self.digest(problem, v)) in self.unbuilt}
         reading: dict[str, float] = {}
         try:
-            built = self.trials.build(problem, [v for v in variants if v not in unbuilt])
+            built, lost = self.trials.build(problem, [v for v in variants if v not in unbuilt])
+            self.note(problem, lost)
             for candidate in built:
                 if verdict := self.verdicts.get(self.digest(problem, candidate.variant)):
                     self.trials.take(problem, candidate, verdict)
-            usable = [c for c in built if self.trials.usable(problem, incumbent, seconds, c)]
+            self.note(problem, filter(None, (self.trials.check(problem, incumbent, c) for c in built)))
+            usable = [c for c in built if self.trials.is_right(problem, c)]
             everyone = [c for c in self.trials.peers(problem, True) if self.ran(problem, c, incumbent)] + usable
             try:
-                reading = self.trials.final(problem, incumbent, everyone, ROUNDS, RACE_SECONDS).reading
+                raced = self.note(problem, self.trials.final(problem, incumbent, everyone, ROUNDS, RACE_SECONDS))
+                said = raced[-1].provenance
+                reading = {name: float(said[name]) for name in telemetry.SUMMARY if name in said}
                 self.racing[problem] = incumbent, everyone
             except WorkerFailed as error:  # one of them ended the worker: each alone
                 self.log.line("trouble", f"{problem}: {error.reason}", step=str(problem), reason=error.reason)
-                self.trials.trial(problem, incumbent, seconds, usable, 0.0)
+                self.note(problem, self.trials.trial(problem, incumbent, usable, 0.0))
         finally:  # at the deadline too: torch's own were timed
             spent = {name: round(t - before.get(name, 0), 1) for name, t in self.worker.rounded().items()}
             spent["all"] = round(time.monotonic() - start, 1)
             self.tell(problem, incumbent, reading, spent, {str(v): f"failed: {why}" for v, why in unbuilt.items()})
 
-    def ran(self, problem: Problem, peer: Contender, incumbent: Contender) -> bool:
+    def ran(self, problem: Problem, peer: Contender, incumbent: Incumbent) -> bool:
         """Whether one of torch's other kernels could be timed."""
         m = self.seen[problem].get(str(peer.variant))
-        return peer.variant != incumbent.variant and m is not None and m.status == "ok"
+        return peer.variant != incumbent.contender.variant and m is not None and m.status == "ok"
 
     def tell(
         self,
         problem: Problem,
-        incumbent: Contender,
+        incumbent: Incumbent,
         reading: dict[str, float],
         spent: dict[str, float],
         unbuilt: dict[str, str],
@@ -207,7 +218,7 @@ class Session:
         text += "".join(f"\n  absent: {v}: {why[:160]}" for v, why in absent.items())
         self.log.line(
             "raced", text, problem=str(problem), served_by=winner and winner.variant, tuned=best, rows=rows, absent=absent,
-            incumbent=str(incumbent.variant), least_milliseconds=least and 1e3 * least, reading=reading, seconds=spent,
+            incumbent=str(incumbent.contender.variant), least_milliseconds=least and 1e3 * least, reading=reading, seconds=spent,
         )  # fmt: skip
 
     def row(self, problem: Problem, m: Measurement) -> dict[str, Any]:
@@ -230,7 +241,7 @@ class Session:
     def launches(self, problem: Problem) -> None:
         """What launching costs the host, and the same race from a graph."""
         incumbent, others = self.racing[problem]
-        alike = [incumbent, *others]
+        alike = [incumbent.contender, *others]
         costs = self.worker.run(
             launch_costs, problem, alike, timeout=max(1.0, min(60.0, self.trials.deadline - time.monotonic()))
         )
@@ -243,7 +254,7 @@ class Session:
     def race_twice(self, problem: Problem) -> None:
         """The noise floor: the same race again, how far medians moved."""
         before = {v: m.seconds for v, m in self.seen[problem].items() if m.seconds and m.stage == "final"}
-        self.trials.final(problem, *self.racing[problem], ROUNDS, RACE_SECONDS)
+        self.note(problem, self.trials.final(problem, *self.racing[problem], ROUNDS, RACE_SECONDS))
         after = {
             v: m.seconds for v, m in self.seen[problem].items() if v in before and m.seconds and m.stage == "final"
         }

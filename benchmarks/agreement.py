@@ -27,8 +27,10 @@ from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import parse
-from elsa_tune.tuning import measure
-from elsa_tune.tuning.measure import Contender, Ratio, Worker
+from elsa_tune.tuning import race
+from elsa_tune.tuning.contender import Contender
+from elsa_tune.tuning.race import Ratio
+from elsa_tune.tuning.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TIED = 1.02
@@ -86,8 +88,8 @@ def against(problem: Problem, first: str, second: str, device: Device, worker: W
         contenders.append(Contender(variant, backends.get(variant.backend).build(variant, problem, device), device))
     if contenders[0].built.digest == contenders[1].built.digest:
         return Ratio(1.0, 1.0, 1.0)
-    raced = worker.run(measure.race, problem, contenders, 200, 5.0, timeout=300.0)
-    return measure.ratio(raced.samples[0], raced.samples[1])
+    raced = worker.run(race.race, problem, contenders, 200, 5.0, timeout=300.0)
+    return race.ratio(raced.samples[0], raced.samples[1])
 
 
 def judged(problem: str, runs: list[Run], device: Device, worker: Worker) -> dict[str, Any]:

@@ -29,13 +29,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.generate import cpp
 from elsa_tune.order import CONTIGUOUS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.tuning import measure, workload
+from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_PROBLEM = 8.0
@@ -67,7 +68,7 @@ CAUSAL = (
 )
 DECODE = ("fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d128@b1.h32.kv8.q1.k32768")
 LONGEST = ("fp32.d64@b1.h1.q16384.k16384", "fp32.d64.causal@b1.h1.q16384.k16384")
-DEFAULT = tuple(map(str, workload.load("default", host_cpu())))
+DEFAULT = tuple(map(str, workload.read("default", host_cpu())))
 ORDERED = tuple(p for p in DEFAULT if Problem.parse(p).order != CONTIGUOUS)
 
 GAIN = next((gain for model, gain in (("amd_f26", 2.2), ("amd_f25", 1.4)) if host_cpu().model.startswith(model)), 1.3)
@@ -263,7 +264,7 @@ def line(problem: Problem, run: dict[str, Any]) -> dict[str, Any]:
     loaded = elsa_tune.load(problem)
     peers = {}
     for name, samples in run["samples"].items():
-        found = measure.ratio(samples, ours)
+        found = race.ratio(samples, ours)
         middle = statistics.median(samples)
         peers[name] = {
             "ratio": found.median, "low": found.low, "high": found.high, "gflops": problem.flops / middle / 1e9,

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from elsa_tune.device import host_cpu
+from elsa_tune.generate import lawful
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import exchange, winners
@@ -54,7 +55,10 @@ def invented(count: int, seed: int) -> Iterator[Measurement]:
                 for n in (97, 128, 256, 512, 1024, 2048)]  # fmt: skip
     pools = {
         d: list(
-            islice(space.variants(Problem(head_dim=d, q_len=512, kv_len=512), host_cpu(), rng=random.Random(d)), 400)
+            islice(
+                lawful.variants(space, Problem(head_dim=d, q_len=512, kv_len=512), host_cpu(), rng=random.Random(d)),
+                400,
+            )
         )
         for d in (16, 32, 64, 96, 128)
     }

@@ -27,8 +27,8 @@ from _gpu_log import Log
 from _gpu_session import CLOSING, Session, write
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.remember.winners import Database
-from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Worker
+from elsa_tune.tuning.run import GRACE, LEAST_GRACE
+from elsa_tune.tuning.worker import Worker
 
 SANITIZER = 0.13
 """Share of the time that compute-sanitizer is left."""
@@ -74,7 +74,7 @@ def stages(session: Session) -> None:
                 session.launches(problem)
     left = log.left - reserve - CLOSING
     with log.step("search", needs=reserve + CLOSING + min(LEAST_SEARCH, 0.25 * session.total)):
-        session.search(left - max(tuning.LEAST_GRACE, tuning.GRACE * left))
+        session.search(left - max(LEAST_GRACE, GRACE * left))
     if device.is_gpu:
         for tool in ("memcheck", "racecheck"):
             with log.step(tool, needs=CLOSING + 5):

@@ -28,7 +28,7 @@ from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import measure
+from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_MODEL = 60.0
@@ -253,7 +253,7 @@ def measured(case: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
     inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
     attention_share(forward)  # the profiler's own first time
     share = statistics.median(attention_share(forward) for _ in range(3))
-    gain, kernels = (measure.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
+    gain, kernels = (race.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
     possible, reached = amdahl(gain.median, share, kernels.median)
     return {
         "about": case.about, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),

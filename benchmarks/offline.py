@@ -20,11 +20,11 @@ from torch._inductor.template_heuristics import triton as inductor
 
 from elsa_tune import space
 from elsa_tune.device import host_cpu
-from elsa_tune.generate import triton
+from elsa_tune.generate import lawful, triton
 from elsa_tune.problem import Problem
-from elsa_tune.space import Space
 from elsa_tune.tuning import offline
-from elsa_tune.tuning.measure import Worker, WorkerFailed, build
+from elsa_tune.tuning.contender import build
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = {"m": (16, 32, 64, 128), "n": (32, 64, 128), "warps": (2, 4, 8), "stages": (1, 2, 3)}
@@ -52,12 +52,12 @@ def published() -> Iterator[tuple[str, int, tuple[int, int, int, int]]]:
 
 def ranked(target: str, dim: int, workers: Worker, pool: ThreadPoolExecutor) -> dict[tuple[int, ...], float | None]:
     """Predicted seconds of every point of the grid; None for what laws, the compiler or its spills rule out."""
-    goal, problem, searched = offline.target(target), Problem.parse(f"bf16.d{dim}{SHAPE}"), Space.load("triton")
+    goal, problem = offline.target(target), Problem.parse(f"bf16.d{dim}{SHAPE}")
 
     def predicted(point: tuple[int, ...]) -> float | None:
         m, n, warps, stages = point
         variant = space.parse(f"triton.serial.half.m{m}.n{n}.warps{warps}.stages{stages}")
-        if searched.refusal(variant, problem, goal.device):
+        if lawful.refusal(variant, problem, goal.device):
             return None
         try:
             built = workers.run(build, variant, problem, goal.device, timeout=SECONDS)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elsa_tune.device import Device as Device
     from elsa_tune.dispatch.attention import attention as attention
-    from elsa_tune.dispatch.attention import load as load
     from elsa_tune.dispatch.exactness import accuracy as accuracy
+    from elsa_tune.dispatch.load import load as load
     from elsa_tune.dispatch.states import attention_with_lse as attention_with_lse
     from elsa_tune.dispatch.states import merge as merge
     from elsa_tune.problem import Problem as Problem
@@ -26,7 +26,7 @@ _HOME = {
     "accuracy": "dispatch.exactness",
     "attention": "dispatch.attention",
     "attention_with_lse": "dispatch.states",
-    "load": "dispatch.attention",
+    "load": "dispatch.load",
     "merge": "dispatch.states",
     "tune": "tuning.tune",
 }

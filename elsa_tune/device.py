@@ -25,7 +25,7 @@ class Device:
 
     ``model`` is the maker's own numbering (``amd_f25m17``: family 25, model 17), which virtual machines pass on even
     where they hide features, or a GPU's name, with its MIG slice; ``arch`` is archspec's microarchitecture, ``sm_90`` or
-    ``gfx942``, or ``shuffle8`` for OpenCL work-items that exchange among 8 (0: not at all); ``cores`` are a GPU's
+    ``gfx942``, or ``shuffle8`` for OpenCL work-items that shuffle among 8 (0: not at all); ``cores`` are a GPU's
     multiprocessors or compute units. A GPU's identity includes its memory in GiB and the
     versions of driver and toolkit. ``memory`` and ``caches`` are in bytes; ``index`` is torch's number of the GPU, or counts
     OpenCL devices; ``is_host`` says of one that it is this machine's own CPU.
@@ -204,6 +204,16 @@ def find_gpus() -> Iterator[Device]:
             caches=(getattr(facts, "L2_cache_size", 0) or 32 << 20,),
             index=index,
         )
+
+
+def tf32_allowed() -> bool:
+    """Whether torch's own setting lets float32 matrix products on a GPU use TF32. Read, never written."""
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to say where its older and newer settings were mixed
+        return False
 
 
 @cache

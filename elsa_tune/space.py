@@ -1,31 +1,24 @@
-"""Space: the axes of one backend, the laws over them, and the valid variants that remain."""
+"""Space: the axes of one backend, and the variants that they spell; which of them are lawful, elsa_tune.generate.lawful says."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from elsa_tune import places
-from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant
-from elsa_tune.problem import Problem
 from elsa_tune.variant import Value, Variant
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-Law = Callable[..., str | None]
-"""A named rule: takes axis values by name (and ``problem``, ``device`` if it asks); returns a reason to refuse, or None."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -52,16 +45,15 @@ class Axis:
 
 @dataclass(frozen=True)
 class Space:
-    """The axes of ``backend``, its laws, and the spellings a search starts from."""
+    """The axes of ``backend``, and the spellings a search starts from."""
 
     backend: str
     axes: tuple[Axis, ...]
-    laws: tuple[Law, ...]
     start: tuple[str, ...]
 
     @staticmethod
     def load(backend: str) -> Space:
-        """Read ``search_spaces/<backend>.toml`` and the laws of ``elsa_tune/backends/<backend>.py``."""
+        """Read ``search_spaces/<backend>.toml``. Raises BadVariant for a backend that has none."""
         return _load(backend)
 
     def variant(self, values: Mapping[str, Value]) -> Variant:
@@ -108,75 +100,22 @@ class Space:
         """What tells this space's values from another version's."""
         return hashlib.sha256(repr([(axis.name, axis.values) for axis in self.axes]).encode()).hexdigest()[:8]
 
-    def refusal(self, variant: Variant, problem: Problem, device: Device) -> str | None:
-        """The first law's reason against this variant, or None if it is valid."""
-        known = {**variant.axes, "problem": problem, "device": device}
-        for law in self.laws:
-            if reason := law(**{name: known[name] for name in _parameters(law)}):
-                return f"{law.__name__}: {reason}"
-        return None
-
-    def variants(
-        self,
-        problem: Problem,
-        device: Device,
-        prefer: Mapping[str, Value] | None = None,
-        rng: random.Random | None = None,
-    ) -> Iterator[Variant]:
-        """Every valid variant, values nearest to ``prefer`` first (else declared or shuffled order).
-
-        A law is asked as soon as the axes it names are chosen, so refused corners are never walked through.
-        """
-        due = self._laws_due()
-        known: dict[str, Any] = {"problem": problem, "device": device}
-
-        def walk(depth: int) -> Iterator[Variant]:
-            if depth == len(self.axes):
-                yield self.variant({axis.name: known[axis.name] for axis in self.axes})
-                return
-            axis = self.axes[depth]
-            for value in _ordered(axis, (prefer or {}).get(axis.name), rng):
-                known[axis.name] = value
-                if not any(law(**{name: known[name] for name in names}) for law, names in due[depth]):
-                    yield from walk(depth + 1)
-
-        return walk(0)
-
-    def _laws_due(self) -> list[list[tuple[Law, tuple[str, ...]]]]:
-        position = {axis.name: i for i, axis in enumerate(self.axes)}
-        due: list[list[tuple[Law, tuple[str, ...]]]] = [[] for _ in self.axes]
-        for law in self.laws:
-            names = _parameters(law)
-            due[max((position.get(name, 0) for name in names), default=0)].append((law, names))
-        return due
-
-
-@cache
-def _parameters(law: Law) -> tuple[str, ...]:
-    return tuple(inspect.signature(law).parameters)
-
-
-def _ordered(axis: Axis, wanted: Value | None, rng: random.Random | None) -> tuple[Value, ...]:
-    if wanted is not None:
-        at = axis.values.index(wanted)
-        return tuple(sorted(axis.values, key=lambda v: abs(axis.values.index(v) - at)))
-    if rng is not None:
-        return tuple(rng.sample(axis.values, len(axis.values)))
-    return axis.values
-
 
 @cache
 def _load(backend: str) -> Space:
-    from elsa_tune.generate import backends
-
     path = places.data("search_spaces") / f"{backend}.toml"
-    if not re.fullmatch(r"[a-z_]+", backend) or not path.is_file():
-        raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(backends.names())}")
-    content = read_toml(path)
+    content = read_toml(path) if re.fullmatch(r"[a-z_]+", backend) and path.is_file() else {}
+    if "axis" not in content:
+        raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(names())}")
     axes = tuple(
         Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
     )
-    return Space(backend, axes, backends.get(backend).LAWS, tuple(content["start"]["variants"]))
+    return Space(backend, axes, tuple(content["start"]["variants"]))
+
+
+def names() -> list[str]:
+    """Every backend that has a space: files of ``search_spaces`` that list axes."""
+    return sorted(path.stem for path in places.data("search_spaces").glob("*.toml") if "axis" in read_toml(path))
 
 
 @lru_cache(maxsize=65536)

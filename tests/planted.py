@@ -7,7 +7,7 @@ from elsa_tune.device import host_cpu
 from elsa_tune.generate import backends, cpp
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
-from elsa_tune.tuning.measure import Contender
+from elsa_tune.tuning.contender import Contender
 
 CALL = "int elsa_attention(const Call* call) { return run(*call); }"
 

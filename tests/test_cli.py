@@ -110,7 +110,7 @@ def test_doctor_on_a_healthy_machine(home: Path) -> None:
         "kernel cache",
         "versions",
     } <= set(found)
-    assert "torch" in found["versions"].state and str(host_cpu()) in found["device"].state
+    assert "torch" in found["versions"].detail and str(host_cpu()) in found["device"].detail
     assert run("doctor")[0] == 0
 
 
@@ -132,6 +132,6 @@ def test_doctor_names_each_lack_with_its_remedy(home: Path, monkeypatch: pytest.
         _compiler.find.cache_clear()
     assert "ziglang" in found["C++ compiler"].remedy or "elsa-tune[compiler]" in found["C++ compiler"].remedy
     assert "one thread" in found["OpenMP runtime"].remedy
-    assert "set aside" in found["database, own"].remedy and "not a database" in found["database, own"].state
+    assert "set aside" in found["database, own"].remedy and "not a database" in found["database, own"].detail
     assert "remove" in found["kernel cache"].remedy
     assert not any(found[t].good for t in ("C++ compiler", "OpenMP runtime", "database, own", "kernel cache"))

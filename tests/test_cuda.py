@@ -15,12 +15,12 @@ import torch
 from contracts import kernels
 from emulated import launched
 
+import elsa_tune
 from elsa_tune import device as devices
 from elsa_tune import space
 from elsa_tune.device import Device
-from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
-from elsa_tune.generate import backends, cuda
+from elsa_tune.generate import backends, cuda, lawful
 from elsa_tune.generate import counters as _counters
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.counters import Counters
@@ -111,7 +111,7 @@ def test_opencl_contract(spelling: str, family: str, opencl_cpu: Device) -> None
 def test_random_opencl_variants(seed: int, opencl_cpu: Device) -> None:
     family = FAMILIES[seed]
     problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k256")
-    variant = next(SPACE.variants(problem, opencl_cpu, rng=random.Random(seed)))
+    variant = next(lawful.variants(SPACE, problem, opencl_cpu, rng=random.Random(seed)))
     obeys(str(variant), problem, opencl_cpu)
 
 
@@ -189,7 +189,7 @@ def test_a_special_function_unit_that_errs_by_two_units_is_strict_enough(tmp_pat
   return x == 0.0f || y < 1e-37f ? y : float_of(bits_of(y) + (bits_of(x) * 2654435761u >> 31) * 4u - 2u);
 }"""
     runtime = emulated.EmulatedRuntime(variant, problem, text.replace(exact, errs), tmp_path)
-    here = Space.load("sdpa").variants(problem, devices.host_cpu())
+    here = lawful.variants(Space.load("sdpa"), problem, devices.host_cpu())
     sdpa = backends.get("sdpa")
     peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
     verdict = check.check_family(cuda.CudaKernel(runtime, variant, problem), problem, peers, longest=1025)
@@ -314,7 +314,7 @@ def test_the_model_lets_shared_memory_bind(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_laws_say_why(variant: str, problem: str, device: Device, reason: str) -> None:
     posed = Problem.parse(problem if "@" in problem else problem + BIG)
-    refused = SPACE.refusal(SPACE.parse("cuda." + variant), posed, device)
+    refused = lawful.refusal(SPACE.parse("cuda." + variant), posed, device)
     assert refused is not None and reason in refused, refused
 
 
@@ -334,7 +334,7 @@ def test_shared_memory_of_old_devices_is_kept_to(capability: int) -> None:
     for seed, family in enumerate(("fp32.d64", "fp32.d128.causal", "fp16.d256")):
         problem = Problem.parse(family + BIG)
         for turn in range(5):
-            variant = next(SPACE.variants(problem, device, rng=random.Random(10 * seed + turn)))
+            variant = next(lawful.variants(SPACE, problem, device, rng=random.Random(10 * seed + turn)))
             size = cuda_laws.Tiling.of(variant.axes, problem).shared_bytes
             assert size <= cuda_laws.shared_bytes(device)
             assert capability > 62 or size <= 48 << 10
@@ -444,7 +444,7 @@ def test_tuning_and_loading_an_opencl_device(opencl_cpu: Device, home: Path) -> 
     problem = Problem.parse("fp32.d32@b1.h2.q64.k64")
     report = tuning.tune([problem], device="opencl", budget=15)
     assert report.complete and report.outcomes[0].device == opencl_cpu
-    chosen = dispatch.load(problem, device="opencl")
+    chosen = elsa_tune.load(problem, device="opencl")
     q, k, v = (torch.randn(1, 2, 64, 32) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.allclose(chosen(q, k, v), expected, atol=2e-6)

@@ -18,7 +18,7 @@ import pytest
 from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
-from elsa_tune.generate import cuda
+from elsa_tune.generate import cuda, lawful
 from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate.cuda import rocm as _rocm
 from elsa_tune.generate.cuda import rtc as _rtc
@@ -107,7 +107,7 @@ def test_a_sampled_space_compiles(seed: int) -> None:
     for number, capability in enumerate((53, 62, 75, 86, 90)):
         family = ("fp32.d64", "fp16.d128.causal", "fp32.d256", "bf16.d80.causal", "fp32.d128")[(number + seed) % 5]
         problem, device = Problem.parse(family + BIG), gpu(f"sm_{capability}")
-        variant = next(SPACE.variants(problem, device, rng=random.Random(seed * 10 + number)))
+        variant = next(lawful.variants(SPACE, problem, device, rng=random.Random(seed * 10 + number)))
         jobs.append((variant, problem, device))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (variant, _, _), built in zip(jobs, pool.map(lambda job: cuda.build(*job), jobs), strict=True):
@@ -119,7 +119,7 @@ def default(problem: Problem, device: Device) -> tuple[Variant, dict[str, int]]:
     """The first starting variant that keeps everything in registers: what a device begins with, untuned."""
     for spelling in SPACE.start:
         variant = SPACE.parse(spelling)
-        if SPACE.refusal(variant, problem, device):
+        if lawful.refusal(variant, problem, device):
             continue
         report = dict(cuda.build(variant, problem, device).resources)
         if not report["spills"] and not report["stack"]:

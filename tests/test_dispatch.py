@@ -21,7 +21,7 @@ import elsa_tune
 from elsa_tune import places, space
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import choose, exactness, handovers
+from elsa_tune.dispatch import exactness, handovers, ladder
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
 from elsa_tune.generate import cpp
 from elsa_tune.measurement import KERNELS, Measurement
@@ -358,7 +358,7 @@ def test_a_growing_cache_does_not_grow_the_table() -> None:
     q, k, v = tensors(q_len=1, kv_len=4300)
     for n in range(1, 4300):
         elsa_tune.attention(q, k[:, :, :n], v[:, :, :n])
-    assert len(dispatch._serving) <= dispatch._MOST_SHAPES
+    assert len(dispatch._serving) <= dispatch.MOST_SHAPES
 
 
 # Choosing.
@@ -367,7 +367,7 @@ def test_a_growing_cache_does_not_grow_the_table() -> None:
 def test_neighbours_serve_only_with_a_large_advantage(home: Path) -> None:
     record(won("fp32.d16@b2.h4.q50.k50", ratio=2.0), won("fp32.d16@b2.h4.q800.k800", ratio=1.2))
 
-    def explain(text: str) -> choose.Choice:
+    def explain(text: str) -> ladder.Choice:
         return dispatch.explain(Problem.parse(text), HERE)
 
     assert explain("fp32.d16@b2.h4.q50.k50").rung == "exact"
@@ -518,8 +518,8 @@ def test_load_mistakes() -> None:
 
 def test_distance_is_a_metric_of_shapes() -> None:
     a, b, c = (Problem.parse(f"fp32.d16@{s}") for s in ("b1.h8.q64.k64", "b2.h8.q64.k128", "b4.h8.kv2.q16.k4096"))
-    assert choose.distance(a, a) == 0 and choose.distance(a, b) == choose.distance(b, a) == 2
-    assert choose.distance(a, c) <= choose.distance(a, b) + choose.distance(b, c)
+    assert ladder.distance(a, a) == 0 and ladder.distance(a, b) == ladder.distance(b, a) == 2
+    assert ladder.distance(a, c) <= ladder.distance(a, b) + ladder.distance(b, c)
 
 
 def test_kernels_that_a_faulty_version_built_are_built_anew(home: Path) -> None:
@@ -652,7 +652,7 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     handovers.counts.clear()
     assert any("in 1 process:" in step for step in dispatch.explain(problem, HERE).steps), "another process's"
     found = doctor._handovers()
-    assert not found.good and "invalid device context" in found.state and str(handovers.file()) in found.remedy
+    assert not found.good and "invalid device context" in found.detail and str(handovers.file()) in found.remedy
     handovers.file().unlink()
     assert doctor._handovers().good
     for number in range(2 * handovers.MOST):

@@ -31,13 +31,18 @@ from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.measurement import STATUSES, Evidence, Measurement
 from elsa_tune.problem import Problem
+from elsa_tune.prove import check
 from elsa_tune.remember import exchange, layers
 from elsa_tune.remember import settings as configuration
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli
 from elsa_tune.space import Space
-from elsa_tune.tuning import drift
+from elsa_tune.tuning import canaries, drift, recall
 from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.effort import Effort
+from elsa_tune.tuning.run import Run
+from elsa_tune.tuning.search import searches
+from elsa_tune.tuning.task import Task
 
 HERE = host_cpu()
 SMALL = "fp32.d16@b1.h2.q96.k96"
@@ -420,8 +425,8 @@ def test_an_imported_winner_is_checked_once_and_remembered(home: Path, monkeypat
         database.add([won(digest="0123456789abcdef0123")])
     dispatch.refresh()
     checks: list[str] = []
-    check_family = dispatch.check.check_family
-    monkeypatch.setattr(dispatch.check, "check_family", lambda *a, **k: checks.append("") or check_family(*a, **k))
+    check_family = check.check_family
+    monkeypatch.setattr(check, "check_family", lambda *a, **k: checks.append("") or check_family(*a, **k))
     loaded = elsa_tune.load(SMALL)
     assert str(loaded.variant) == variant_here() and len(checks) == 1
     dispatch.refresh()
@@ -450,7 +455,7 @@ def test_races_settle_what_was_imported(home: Path) -> None:
     with Database.for_writing() as database:
         database.add([won(ratio=900.0)])
         assert drift.contested(database, HERE) == {SMALL: [variant_here()]}
-    report = tuning.race("cpu", budget=30)
+    report = tuning.settle("cpu", budget=30)
     with Database.for_reading(places.database()) as database:
         (mine,) = database.measurements(True, variant=variant_here(), stage="final")
         assert mine.ratio and mine.ratio < 800 and database.measurements(False)[0].ratio == 900.0
@@ -482,7 +487,7 @@ def test_changes_of_software_and_clock_are_seen() -> None:
 
 
 def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=5, final_rounds=15))
+    monkeypatch.setitem(tuning.EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=5, final_rounds=15))
     problems = [SMALL, "fp32.d16@b1.h2.q64.k64"]
     tuning.tune(problems, device="cpu", budget=20)
     with Database.for_writing() as database:
@@ -492,17 +497,17 @@ def test_only_what_moved_is_tuned_anew(home: Path, monkeypatch: pytest.MonkeyPat
         winner = next(m for m in database.winners(True) if m.problem == SMALL)
     moved: dict[str, bool] = {}
     turned: set[str] = set()
-    has_moved, turn = tuning._Run.has_moved, tuning._Run.turn
+    has_moved, turn = canaries.has_moved, tuning.turn
 
-    def noting_moves(run: tuning._Run, task: tuning.Task) -> bool:
+    def noting_moves(run: Run, task: Task) -> bool:
         return moved.setdefault(str(task.problem), has_moved(run, task))
 
-    def noting_turns(run: tuning._Run, task: tuning.Task, reserve: float = 0.0) -> None:
+    def noting_turns(run: Run, task: Task, reserve: float = 0.0) -> None:
         turned.add(str(task.problem))
         turn(run, task, reserve)
 
-    monkeypatch.setattr(tuning._Run, "has_moved", noting_moves)
-    monkeypatch.setattr(tuning._Run, "turn", noting_turns)
+    monkeypatch.setattr(canaries, "has_moved", noting_moves)
+    monkeypatch.setattr(tuning, "turn", noting_turns)
     monkeypatch.setattr(drift, "moved", lambda before, after: before.problem == SMALL)
     monkeypatch.setattr(Measurement, "disturbed", False)  # whoever else uses this machine meanwhile
     report = tuning.tune(problems, device="cpu", budget=25)
@@ -521,11 +526,11 @@ def test_changed_templates_reopen_only_their_variants(home: Path) -> None:
         source = cpp.source(variant, problem)
         fresh = won(problem="fp32.d16@b1.h2.q64.k64", provenance={"source": source.digest})
         database.record(fresh)
-        with tuning._running(database, HERE, "quick", 5, lambda p: None, [], []) as run:
-            assert run.is_of_other_code(problem, database.measurements(problem=SMALL)[0])
-            assert not run.is_of_other_code(Problem.parse(fresh.problem), fresh)
-            task = tuning.Task(problem, tuning._searches(problem, HERE, []))
-            run.recall(task)
+        with tuning.running(database, HERE, "quick", 5, lambda p: None, [], []) as run:
+            assert recall.is_of_other_code(problem, database.measurements(problem=SMALL)[0])
+            assert not recall.is_of_other_code(Problem.parse(fresh.problem), fresh)
+            task = Task(problem, searches(problem, HERE, []))
+            recall.recall(run, task)
             assert not task.latest and str(task.searches[0].ask(20)).count(variant_here()) >= 1
 
 

@@ -19,11 +19,11 @@ from test_dispatch import record, tensors
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import device, places
+from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, FolderTaken
-from elsa_tune.generate import backends, triton
+from elsa_tune.generate import backends, lawful, triton
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -31,9 +31,15 @@ from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
-from elsa_tune.tuning import clock, gauge, measure, offline, outcome, workload
+from elsa_tune.tuning import contender as contenders
+from elsa_tune.tuning import final, limits, offline, race, recall, telemetry, timing, turn
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Raced, Worker, WorkerFailed
+from elsa_tune.tuning import worker as workers
+from elsa_tune.tuning.race import Raced
+from elsa_tune.tuning.run import Run
+from elsa_tune.tuning.search import searches
+from elsa_tune.tuning.task import Task
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
@@ -88,7 +94,7 @@ def test_a_broken_driver_is_one_line_and_never_an_exception(fresh: None, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     assert device.gpus() == () and device.detect("auto") == [host_cpu()]
     lines = [f for f in doctor.examine() if f.topic == "GPU"]
-    assert len(lines) == 1 and not lines[0].good and "insufficient" in lines[0].state and lines[0].remedy
+    assert len(lines) == 1 and not lines[0].good and "insufficient" in lines[0].detail and lines[0].remedy
     q, k, v = tensors()
     assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v))
     with pytest.raises(BadDevice, match="not on this machine"):
@@ -104,14 +110,14 @@ def test_a_graph_is_another_problem() -> None:
 
 
 def test_workloads_by_device() -> None:
-    assert workload.load("default", H200) == workload.load("gpu", H200)
-    assert workload.load("default", host_cpu()) != workload.load("gpu", host_cpu())
-    assert {p.precision for p in workload.load("gpu", H200)} >= {"fp32", "strict", "fp16", "bf16"}
+    assert workload.read("default", H200) == workload.read("gpu", H200)
+    assert workload.read("default", host_cpu()) != workload.read("gpu", host_cpu())
+    assert {p.precision for p in workload.read("gpu", H200)} >= {"fp32", "strict", "fp16", "bf16"}
 
 
 def test_torchs_kernels_on_a_gpu() -> None:
     def names(problem: str) -> list[str]:
-        return [str(v)[5:] for v in Space.load("sdpa").variants(Problem.parse(problem), H200)]
+        return [str(v)[5:] for v in lawful.variants(Space.load("sdpa"), Problem.parse(problem), H200)]
 
     assert names("fp16.d64@b1.h8.q512.k512") == ["flash", "efficient", "cudnn", "flex", "math"]
     assert names("fp32.d64@b1.h8.q512.k512") == ["efficient", "flex", "math"]
@@ -130,12 +136,12 @@ def test_offline_ranking_is_recorded_as_candidates_and_tried_first(home: Path) -
         assert [m.variant for m in rows] == [str(c.variant) for c in ranking.best]
         assert all(m.seconds is None and m.ratio is None and "not measured" in m.reason for m in rows)
         assert database.winners() == []
-    task = tuning.Task(Problem.parse(problem), tuning._searches(Problem.parse(problem), H200, [], "local", 0, False))
-    run = tuning._Run(
-        SimpleNamespace(database=Database.for_writing(), device=H200, recorded=None), tuning.EFFORTS["quick"], 0.0, 1.0,
+    task = Task(Problem.parse(problem), searches(Problem.parse(problem), H200, [], "local", 0, False))
+    run = Run(
+        SimpleNamespace(database=Database.for_writing(), device=H200), tuning.EFFORTS["quick"], 0.0, 1.0,
         lambda progress: None, [], [task],
     )  # fmt: skip
-    run.recall(task)
+    recall.recall(run, task)
     asked = [str(v) for search in task.searches for v in search.ask(40)]
     assert {m.variant for m in rows} <= set(asked)
     with pytest.raises(BadDevice, match="use one of sm_52"):
@@ -217,9 +223,9 @@ def _wrong() -> None:
 
 def test_a_cpu_timer_takes_calls_in_turn() -> None:
     seen: list[int] = []
-    timer = clock.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
+    timer = timing.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
     assert timer(4) > 0 and seen == [1, 2, 0, 1]
-    assert clock.gpu_state(H200) == {}, "no telemetry is no error"
+    assert limits.clocks(H200) == {}, "no telemetry is no error"
 
 
 def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +245,7 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
         CUDAGraph=object, Stream=lambda: side, current_stream=lambda: here, stream=lambda stream: nullcontext(),
         graph=lambda graph: Ending(), set_stream=streams.append,
     )  # fmt: skip
-    monkeypatch.setattr(clock, "_cuda", lambda: fake)
+    monkeypatch.setattr(timing, "_cuda", lambda: fake)
     made: list[int] = []
 
     def call() -> None:
@@ -248,8 +254,8 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
             raise ValueError("no capturing")
 
     with pytest.raises(RuntimeError, match="previous error") as told:
-        clock.timer([call, call], H200, "graph")
-    assert streams == ["capturing", here] and "no capturing" in measure._told(told.value)
+        timing.timer([call, call], H200, "graph")
+    assert streams == ["capturing", here] and "no capturing" in race._whole_story(told.value)
 
 
 class Clocked:
@@ -294,8 +300,8 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
     """The real race on a GPU that is not here: one contender cannot be captured, one cannot be launched; the others are
     timed, and the GPU is read meanwhile."""
     cuda, goal = Clocked(), replace(H200, caches=(1 << 16,), memory=1 << 30)
-    monkeypatch.setattr(clock, "_cuda", lambda: cuda)
-    monkeypatch.setattr(gauge, "_instrument", lambda goal: (lambda: {"sm_mhz": 1755.0}, 0.0))
+    monkeypatch.setattr(timing, "_cuda", lambda: cuda)
+    monkeypatch.setattr(telemetry, "_instrument", lambda goal: (lambda: {"sm_mhz": 1755.0}, 0.0))
     monkeypatch.setattr(Device, "torch", property(lambda self: "cpu"))
     problem = Problem.parse(f"fp32.d16@b1.h2.q64.k64{'.graph' if launch == 'graph' else ''}")
 
@@ -311,7 +317,7 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
         raise RuntimeError("invalid argument")
 
     plain = [contender(f"plain {i}", scaled_dot_product_attention) for i in range(2)]
-    raced = measure.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
+    raced = race.race(problem, [plain[0], contender("a", uncaptured), contender("b", broken), plain[1]], 4, 5.0)
     assert set(raced.failed) == ({1, 2} if launch == "graph" else {2}) and "invalid argument" in raced.failed[2]
     assert raced.samples[0] and raced.samples[3] and raced.samples[2] == () and raced.reading["sm_mhz"] == 1755.0
 
@@ -320,37 +326,37 @@ def test_a_race_by_events_and_from_graphs(monkeypatch: pytest.MonkeyPatch, launc
 
     cuda.synchronize = lost
     with pytest.raises(RuntimeError, match=r"b: RuntimeError: invalid argument; after that, CUDA error: an illegal"):
-        measure.race(problem, [contender("b", broken), plain[0]], 4, 5.0)
+        race.race(problem, [contender("b", broken), plain[0]], 4, 5.0)
 
 
 def test_a_gpu_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = iter([{"sm_mhz": 1980.0, "watts": 300.0, "throttled": 4.0}, {"sm_mhz": 1200.0, "throttled": 64.0}, {"sm_mhz": 1700.0}])  # fmt: skip
-    monkeypatch.setattr(gauge, "_instrument", lambda goal: (lambda: next(said), 0.0))
-    reading = gauge.Gauge(H200)
+    monkeypatch.setattr(telemetry, "_instrument", lambda goal: (lambda: next(said), 0.0))
+    reading = telemetry.Gauge(H200)
     for _ in range(3):
         reading.read()
     assert reading.summary() == {"sm_mhz": 1700.0, "sm_mhz_low": 1200.0, "watts": 300.0, "throttled": 68.0}
     monkeypatch.undo()
-    silent = gauge.Gauge(H200)
+    silent = telemetry.Gauge(H200)
     silent.read()
     assert silent.summary() == {}, "no telemetry is no error"
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho '1755, 2619, 655.10, [N/A], 0x0000000000000044'\n")
     program.chmod(0o755)
-    asked = gauge._ask(str(program), "uuid")
+    asked = telemetry._ask(str(program), "uuid")
     assert asked == {"sm_mhz": 1755.0, "memory_mhz": 2619.0, "watts": 655.1, "throttled": 68.0}
 
 
 def test_limits_by_class() -> None:
     peaks = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
     shape = "@b1.h16.q4096.k4096"
-    limits = {
-        c: outcome.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
+    least = {
+        c: limits.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
     }
-    assert limits["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
-    assert limits["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
-    assert limits["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
-    assert outcome.least_seconds(Problem.parse("fp16.d64"), {}) is None
+    assert least["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
+    assert least["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
+    assert least["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
+    assert limits.least_seconds(Problem.parse("fp16.d64"), {}) is None
 
 
 # Tuning and dispatch on a GPU that is not here.
@@ -414,7 +420,7 @@ class Rehearsed:
     def do_peak(self, goal: Device) -> dict[str, float]:
         return {"fp32": 5e4, "tf32": 4e5, "fp16": 1e6, "bf16": 8e5, "gbytes": 4e3}
 
-    def do_state(self, goal: Device) -> dict[str, float]:
+    def do_clocks(self, goal: Device) -> dict[str, float]:
         return {"sm_mhz": 1980.0, "celsius": 40.0}
 
 
@@ -441,21 +447,21 @@ def test_tuning_a_gpu_from_end_to_end(home: Path, monkeypatch: pytest.MonkeyPatc
     assert len(set(Rehearsed.built)) <= len([m for m in rows if not m.variant.startswith("sdpa.")])
 
 
-def a_run(problem: str) -> tuple[tuning._Run, tuning.Task]:
+def a_run(problem: str) -> tuple[Run, Task]:
     """A run of one problem on the GPU that is not here, before its first turn."""
     posed = Problem.parse(problem)
-    task = tuning.Task(posed, tuning._searches(posed, H200, []))
+    task = Task(posed, searches(posed, H200, []))
     task.target = 24
-    trials = SimpleNamespace(database=None, device=H200, recorded=None)
-    return tuning._Run(trials, tuning.EFFORTS["quick"], 0.0, 1.0, lambda progress: None, [], [task]), task
+    trials = SimpleNamespace(database=None, device=H200)
+    return Run(trials, tuning.EFFORTS["quick"], 0.0, 1.0, lambda progress: None, [], [task]), task
 
 
 def test_every_turn_asks_every_backend_for_a_few() -> None:
     run, task = a_run("fp32.strict.d64@b1.h16.q1024.k1024")
-    asked = run.ask(task)
+    asked = turn.ask(run, task)
     assert [v.backend for v in asked] == ["cuda"] * 4 + ["triton"] * 4
     task.trials = 20
-    assert len(run.ask(task)) == 4, "as many as are missing"
+    assert len(turn.ask(run, task)) == 4, "as many as are missing"
 
 
 def test_a_backend_that_was_never_tried_starts_in_the_final() -> None:
@@ -464,19 +470,19 @@ def test_a_backend_that_was_never_tried_starts_in_the_final() -> None:
     starts = {
         name: [search.ask(1)[0] for search in task.searches if search.backend == name] for name in ("cuda", "triton")
     }
-    finalists = list(run.finalists(task))
+    finalists = list(final.finalists(run, task))
     assert [v.backend for v in finalists] == ["cuda"] * 2 + ["triton"] * 2
     assert not {*starts["cuda"], *starts["triton"]} & {*finalists}
     facts = {"device": str(H200), "problem": str(task.problem), "variant": str(starts["cuda"][0])}
     task.note(Measurement(**facts, status="ok", ratio=1.5, incumbent="sdpa.math"))
-    assert [v.backend for v in run.finalists(task)] == ["cuda", "triton", "triton"]
+    assert [v.backend for v in final.finalists(run, task)] == ["cuda", "triton", "triton"]
     facts["variant"] = str(starts["triton"][0])
     task.note(Measurement(**facts, status="wrong", reason="planted"))
-    assert list(run.finalists(task)) == starts["cuda"], "one that was tried and failed is not asked again"
+    assert list(final.finalists(run, task)) == starts["cuda"], "one that was tried and failed is not asked again"
 
 
 def test_the_doctor_starts_a_kernel_on_a_fresh_thread(here: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "build", lambda variant, problem, goal: triton.build(variant, problem, goal))
+    monkeypatch.setattr(contenders, "build", lambda variant, problem, goal: triton.build(variant, problem, goal))
     threads: list[bool] = []
     call = triton.TritonKernel.__call__
 
@@ -495,11 +501,11 @@ def test_the_doctor_says_which_launches_fail(monkeypatch: pytest.MonkeyPatch) ->
                 raise WorkerFailed("failed", "CUDA error: invalid device context")
             return 2e-7
 
-    monkeypatch.setattr(measure, "Worker", Doctored)
+    monkeypatch.setattr(workers, "Worker", Doctored)
     monkeypatch.setattr(device, "gpus", lambda: (H200,))
     found = {f.topic: f for f in doctor._launches()}
     assert set(found) == {"launch, cuda", "launch, triton"} and found["launch, triton"].good
-    assert "invalid device context" in found["launch, cuda"].state and not found["launch, cuda"].good
+    assert "invalid device context" in found["launch, cuda"].detail and not found["launch, cuda"].good
 
 
 @pytest.fixture

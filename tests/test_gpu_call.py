@@ -24,9 +24,11 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.space import parse
-from elsa_tune.tuning import measure
+from elsa_tune.tuning import contender as contenders
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Raced, WorkerFailed
+from elsa_tune.tuning.effort import Effort
+from elsa_tune.tuning.race import Raced
+from elsa_tune.tuning.worker import WorkerFailed
 from elsa_tune.variant import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ def gpu(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(tuning, "detect", lambda text: [H200])
     monkeypatch.setattr(_gpu_session, "check_command", lambda device, seconds: "40 checks, 0 bad")
     monkeypatch.setattr(_gpu_check, "sanitizer", lambda: None)
-    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=60.0, final_rounds=5))
+    monkeypatch.setitem(tuning.EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=60.0, final_rounds=5))
     Planted.faults, Planted.renewed = {}, 0
     yield gpu
 
@@ -197,7 +199,7 @@ def test_a_kernel_that_breaks_the_context_ends_its_process(gpu: Any, monkeypatch
     def broken(*arguments: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(measure, "build", broken)
+    monkeypatch.setattr(contenders, "build", broken)
     variant, problem = parse("cuda.serial.t128.x8.r4.k4"), Problem.parse(LONG)
     assert "illegal memory access" in _gpu_jobs.prepare(variant, problem, H200, None).failure
     ended: list[int] = []

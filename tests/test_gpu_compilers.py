@@ -14,11 +14,11 @@ from launched import launched
 
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import gpu_report as _gpu_report
-from elsa_tune.generate import triton
+from elsa_tune.generate import lawful, triton
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
-from elsa_tune.tuning import measure, offline
-from elsa_tune.tuning.measure import Worker, WorkerFailed
+from elsa_tune.tuning import contender, offline
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132, 140, "d580.159_t13.0", memory=140 << 30, caches=(60 << 20,))
@@ -75,13 +75,13 @@ RECORDED = Path(__file__).parent / "recorded" / "gpu_resources.json"
 )
 def test_laws_say_why(variant: str, problem: str, target: str, reason: str) -> None:
     posed = Problem.parse(f"{problem}@b1.h8.q4096.k4096")
-    refused = SPACE.refusal(SPACE.parse(variant), posed, offline.target(target).device)
+    refused = lawful.refusal(SPACE.parse(variant), posed, offline.target(target).device)
     assert refused is not None and reason in refused
 
 
 def test_few_rows_and_keys_and_much_scratch_are_refused() -> None:
     def refusal(variant: str, problem: str) -> str:
-        return SPACE.refusal(SPACE.parse(variant), Problem.parse(problem), H200) or ""
+        return lawful.refusal(SPACE.parse(variant), Problem.parse(problem), H200) or ""
 
     assert "empty" in refusal("triton.serial.half.m64.n32.warps4.stages2", "fp16.d64@b1.h8.q1.k4096")
     many = "triton.blelloch.half.m16.n64.warps4.stages2.s32.two_kernels"
@@ -121,8 +121,8 @@ def test_every_target_compiles_and_no_default_spills(target: str, builders: Work
 
     def first(problem: Problem) -> Variant | None:
         """The default for a target: the first of the space's starting variants that compiles without a spill and fits."""
-        for variant in (v for v in map(SPACE.parse, SPACE.start) if SPACE.refusal(v, problem, goal.device) is None):
-            built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
+        for variant in lawful.starts(SPACE, problem, goal.device):
+            built = builders.run(contender.build, variant, problem, goal.device, timeout=240.0)
             assert built.resources["registers"] > 0 and built.resources["loop_all"] > 0
             if problem.precision == "strict" and not built.flaw:
                 assert built.resources["matrix"] == 0
@@ -142,8 +142,8 @@ def test_a_sampled_space_compiles(builders: Worker) -> None:
     def compiled(target: str) -> tuple[str, int]:
         goal, rng = offline.target(target), random.Random(target)
         problem = Problem.parse(rng.choice(PROBLEMS))
-        variant = next(SPACE.variants(problem, goal.device, rng=rng))
-        built = builders.run(measure.build, variant, problem, goal.device, timeout=240.0)
+        variant = next(lawful.variants(SPACE, problem, goal.device, rng=rng))
+        built = builders.run(contender.build, variant, problem, goal.device, timeout=240.0)
         return f"{variant} for {problem} on {target}", built.resources["registers"]
 
     with ThreadPoolExecutor(host_cpu().cores) as pool:
@@ -164,7 +164,7 @@ def test_what_a_launch_knows_spares_registers(target: str, builders: Worker) -> 
         ragged = whole.reshaped(kv_heads=4, kv_len=4095)
         assert triton.digest(variant, whole, goal) != triton.digest(variant, ragged, goal)
         knows, general = (
-            builders.run(measure.build, variant, problem, goal, timeout=240.0).resources["registers"]
+            builders.run(contender.build, variant, problem, goal, timeout=240.0).resources["registers"]
             for problem in (whole, ragged)
         )
         assert 0 < knows <= general
@@ -182,12 +182,12 @@ def test_which_tiles_repeat_products(builders: Worker) -> None:
         goal = offline.target(target).device
         for m, n, warps in tiles:
             variant = SPACE.parse(f"triton.serial.half.m{m}.n{n}.warps{warps}.stages2")
-            found = builders.run(measure.build, variant, problem, goal, timeout=240.0).resources["loop_matrix"]
+            found = builders.run(contender.build, variant, problem, goal, timeout=240.0).resources["loop_matrix"]
             if target == "sm_90" and m % 64 == 0:  # wgmma: four warps take 64 rows, all columns, 16 terms
                 issued, needed = found * warps // 4, m // 64 * (64 // 16 + n // 16)
             else:  # mma: a warp takes 16 rows, 8 columns, 16 terms
                 issued, needed = found * warps, 2 * m * n * 64 // (16 * 8 * 16)
-            refused = SPACE.refusal(variant, problem, goal) or ""
+            refused = lawful.refusal(variant, problem, goal) or ""
             assert (issued > needed) == ("rows_are_computed_once" in refused), (variant, target, issued, needed)
 
 
@@ -230,7 +230,7 @@ def test_hardly_more_than_the_least_kernel_takes(builders: Worker) -> None:
     problem = Problem.parse("bf16.d64@b1.h16.q4096.k4096")
     for target in ("sm_80", "sm_90"):
         goal = offline.target(target).device
-        ours = builders.run(measure.build, variant, problem, goal, timeout=240.0).resources
+        ours = builders.run(contender.build, variant, problem, goal, timeout=240.0).resources
         bare = builders.run(least, goal, problem, timeout=240.0)
         assert ours["loop_all"] <= 1.05 * bare["loop_all"] and ours["registers"] <= bare["registers"] + 20
         assert not _gpu_report.spills(ours)
@@ -240,8 +240,8 @@ def test_strict_is_proven_by_the_assembly(builders: Worker) -> None:
     """The same float32 product that is plain on NVIDIA becomes mfma on AMD, and is then refused."""
     variant = SPACE.parse("triton.serial.ieee.m32.n32.warps4.stages1")
     problem = Problem.parse("fp32.strict.d64@b1.h8.q1024.k1024")
-    plain = builders.run(measure.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
-    matrix = builders.run(measure.build, variant, problem, offline.target("gfx942").device, timeout=240.0)
+    plain = builders.run(contender.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
+    matrix = builders.run(contender.build, variant, problem, offline.target("gfx942").device, timeout=240.0)
     assert not plain.flaw and plain.resources["matrix"] == 0 and plain.resources["loop_fma"] > 500
     assert "strict means plain multiply-adds" in matrix.flaw and matrix.resources["matrix"] > 0
 
@@ -250,8 +250,8 @@ def test_a_compiler_that_crashes_takes_nobody_with_it(builders: Worker) -> None:
     """Triton aborts its process for a target that never was; the next build finds another process."""
     variant, problem = SPACE.parse("triton.serial.ieee.m32.n32.warps4.stages1"), Problem.parse("fp32.d64@b1.h8.q64.k64")
     with pytest.raises(WorkerFailed):
-        builders.run(measure.build, variant, problem, Device("cuda", "nobody", "sm_42", 1), timeout=240.0)
-    built = builders.run(measure.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
+        builders.run(contender.build, variant, problem, Device("cuda", "nobody", "sm_42", 1), timeout=240.0)
+    built = builders.run(contender.build, variant, problem, offline.target("sm_80").device, timeout=240.0)
     assert built.resources["registers"] > 0
 
 
@@ -322,7 +322,7 @@ def test_reports_of_a_sampled_space_are_kept(builders: Worker, request: pytest.F
     found = {
         f"{v} {p} {t}": dict(
             builders.run(
-                measure.build, SPACE.parse(v), Problem.parse(p), offline.target(t).device, timeout=240.0
+                contender.build, SPACE.parse(v), Problem.parse(p), offline.target(t).device, timeout=240.0
             ).resources
         )
         for v, p, t in cases

@@ -30,7 +30,7 @@ OWNERS = {
     "sqlite3": "winners.py",
     "pydantic": "exchange.py",
     "fsspec": "exchange.py",
-    "pebble": "measure.py",
+    "pebble": "worker.py",
     "rich": "report.py",
     "archspec": "device.py",
     "cuda": "runtimes.py",
@@ -55,9 +55,79 @@ def test_each_foreign_library_lives_behind_one_file(library: str) -> None:
     assert users == (owners if isinstance(owners, set) else {owners})
 
 
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+FOLDERS = (
+    {"shell", "integrations"},
+    {"tuning", "dispatch", "ship"},
+    {"remember", "prove"},
+    {"generate"},
+    {"nouns"},  # files that stand in no folder
+    {"parts"},
+    {"errors"},
+)
+"""Arrows point down: a file imports from its own folder and from the rows below."""
+
+CIRCLES = [
+    {"elsa_tune.remember.exchange", "elsa_tune.remember.layers"},
+    {"elsa_tune.generate.cuda.runtimes", "elsa_tune.generate.cuda.opencl"},
+]
+"""Knots that are not untied yet. Strike them out; add none."""
+
+
+def arrows(module: str) -> set[str]:
+    """The files of ours that a file imports, when it is imported or in a call; what only a type checker reads is none."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert not child.level, (module, "imports are spelled in full")
+                names = {f"{child.module}.{alias.name}" for alias in child.names}
+                found.update(names & set(MODULES) or {str(child.module)})
+            walk(child)
+
+    walk(ast.parse(MODULES[module].read_text()))
+    return found & set(MODULES) - {module}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {module: arrows(module) for module in MODULES}
+
+    def reach(module: str) -> set[str]:
+        seen, pending = set[str](), [module]
+        while pending:
+            new = graph[pending.pop()] - seen
+            seen |= new
+            pending += new
+        return seen
+
+    reached = {module: reach(module) for module in MODULES}
+    circles = [{m, *(n for n in reached[m] if m in reached[n])} for m in MODULES if m in reached[m]]
+    assert all(circle in CIRCLES for circle in circles), circles
+    assert all(circle in circles for circle in CIRCLES), "untied: strike it out"
+
+
+def test_arrows_between_folders_point_down() -> None:
+    def row(module: str) -> tuple[int, str]:
+        name = module.removeprefix("elsa_tune.").split(".")[0]
+        folder = name if any(name in row for row in FOLDERS) else "nouns"
+        assert folder != "nouns" or MODULES[module].parent == ROOT / "elsa_tune", f"which row is {name} in?"
+        return next(n for n, row in enumerate(FOLDERS) if folder in row), folder
+
+    for module in MODULES.keys() - {"elsa_tune"}:
+        here, folder = row(module)
+        for other in arrows(module) - {"elsa_tune"}:
+            below, its = row(other)
+            assert below > here or its == folder, f"{module} imports {other}"
+
+
 def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
     for noun in NOUNS:
-        ours = {n for n in imported(ROOT / "elsa_tune" / f"{noun}.py") if n.startswith("elsa_tune")}
+        ours = arrows(f"elsa_tune.{noun}")
         allowed = ("elsa_tune.errors", "elsa_tune.order", "elsa_tune.parts")
         assert all(n.startswith(allowed) for n in ours), (noun, ours)
 
@@ -70,7 +140,7 @@ def test_dispatch_never_tunes() -> None:
         path = ROOT / f"{name.replace('.', '/')}.py"
         if path.is_file():
             pending += [n for n in imported(path) if n.startswith("elsa_tune.") and n not in reach]
-    tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "measure")}
+    tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "worker", "race")}
     assert "elsa_tune.remember.winners" in reach
     assert not reach & {*tuning, "elsa_tune.shell.report", "elsa_tune.shell.cli"}
 

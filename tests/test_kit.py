@@ -22,9 +22,13 @@ from elsa_tune.problem import Problem
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli
 from elsa_tune.ship import archs, export, kit
+from elsa_tune.tuning import recall
 from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Worker
+from elsa_tune.tuning.run import Run
+from elsa_tune.tuning.search import searches
+from elsa_tune.tuning.task import Task
 from elsa_tune.tuning.trial import Trials
+from elsa_tune.tuning.worker import Worker
 
 ARM = pytest.mark.skipif(
     shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,
@@ -187,11 +191,9 @@ def test_what_a_kit_measured_is_tried_first_and_never_compared(home: Path) -> No
     (home.parent / "results.jsonl").write_text(json.dumps(row) + "\n")
     invoke("db", "import", str(home.parent / "results.jsonl"))
     with Database.for_writing() as database, Worker() as worker:
-        task = tuning.Task(problem, tuning._searches(problem, host_cpu(), [], "local", 0, False))
-        run = tuning._Run(
-            Trials(database, worker, host_cpu()), tuning.EFFORTS["quick"], 0.0, 0.0, lambda p: None, [], [task]
-        )
-        run.recall(task)
+        task = Task(problem, searches(problem, host_cpu(), [], "local", 0, False))
+        run = Run(Trials(database, worker, host_cpu()), tuning.EFFORTS["quick"], 0.0, 0.0, lambda p: None, [], [task])
+        recall.recall(run, task)
         assert not task.latest and task.best == 1.0
         asked = [str(v) for _ in range(12) for v in task.searches[0].ask(1)]
         assert variant in asked

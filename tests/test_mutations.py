@@ -14,7 +14,7 @@ import pytest
 
 from elsa_tune import space
 from elsa_tune.device import host_cpu, opencl_devices
-from elsa_tune.generate import backends, cpp, cuda, triton
+from elsa_tune.generate import backends, cpp, cuda, lawful, triton
 from elsa_tune.generate.backends import Built, Kernel
 from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.problem import Problem
@@ -38,7 +38,7 @@ def judged(mutation: Mutation, text: str, kernel_of: object, problem: Problem, l
     changed = text.replace(mutation.old, mutation.new)
     assert changed != text, f"{mutation.fault}: the rendering no longer has {mutation.old!r}"
     sdpa = backends.get("sdpa")
-    here = Space.load("sdpa").variants(problem, host_cpu())
+    here = lawful.variants(Space.load("sdpa"), problem, host_cpu())
     peers = [sdpa.load(sdpa.build(v, problem), v, problem) for v in here]
     verdict = check.check_family(kernel_of(changed), problem, peers, longest=longest)  # type: ignore[operator]
     if mutation.harmless:

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elsa_tune import space
+from elsa_tune import space, workload
 from elsa_tune.device import Device, detect, host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
-from elsa_tune.generate import backends, cpp, cuda, triton
+from elsa_tune.generate import backends, cpp, cuda, lawful, triton
 from elsa_tune.generate.render import undeclared
 from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
@@ -23,7 +23,6 @@ from elsa_tune.parts import score as scores
 from elsa_tune.problem import DIRECTIONS, PRECISIONS, Problem
 from elsa_tune.prove import reference
 from elsa_tune.space import Space
-from elsa_tune.tuning import workload
 
 AVX512 = Device("cpu", "amd_f26m2", "zen5", 2)
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
@@ -144,9 +143,9 @@ def test_variants_read_what_they_spell(name: str) -> None:
     problem = Problem.parse("fp32.d64@b1.h8.q1024.k1024")
     for seed in range(20):
         device = H200 if name == "cuda" else AVX512
-        variant = next(search_space.variants(problem, device, rng=random.Random(seed)))
+        variant = next(lawful.variants(search_space, problem, device, rng=random.Random(seed)))
         assert space.parse(str(variant)) == variant
-        assert search_space.refusal(variant, problem, device) is None
+        assert lawful.refusal(variant, problem, device) is None
 
 
 @pytest.mark.parametrize(
@@ -172,15 +171,15 @@ def test_bad_variant(text: str) -> None:
 )
 def test_every_enumerated_variant_obeys_every_law(device: Device, name: str) -> None:
     search_space, problem = Space.load("cpp"), Problem.parse(name)
-    found = list(islice(search_space.variants(problem, device), 500))
+    found = list(islice(lawful.variants(search_space, problem, device), 500))
     assert found and len(set(map(str, found))) == len(found)
-    assert all(search_space.refusal(v, problem, device) is None for v in found)
+    assert all(lawful.refusal(v, problem, device) is None for v in found)
 
 
 def test_nearest_variants_come_first() -> None:
     search_space, problem = Space.load("cpp"), Problem.parse("fp32.d64@b1.h8.q1024.k1024")
     wanted = search_space.parse("cpp.serial.avx512.l16.q3.k8.v8.n192")
-    assert next(search_space.variants(problem, AVX512, prefer=wanted.axes)) == wanted
+    assert next(lawful.variants(search_space, problem, AVX512, prefer=wanted.axes)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_nearest_variants_come_first() -> None:
     ],
 )
 def test_laws_refuse_with_their_reason(spelling: str, problem: str, law: str) -> None:
-    reason = Space.load("cpp").refusal(space.parse(spelling), Problem.parse(problem), AVX512)
+    reason = lawful.refusal(space.parse(spelling), Problem.parse(problem), AVX512)
     assert reason and reason.startswith(f"{law}: ")
 
 
@@ -248,7 +247,7 @@ def test_cuda_axes_and_templates_agree_both_ways() -> None:
 
 def test_workloads() -> None:
     assert "default" in workload.names()
-    found = workload.load("default", host_cpu())
+    found = workload.read("default", host_cpu())
     assert {p.head_dim for p in found} == {64, 80, 128} and {128, 197, 512, 577, 2305} <= {p.q_len for p in found}
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
     assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 20
@@ -259,12 +258,12 @@ def test_bad_workload(content: str, tmp_path: object) -> None:
     path = tmp_path / "w.toml"  # type: ignore[operator]
     path.write_text(content)
     with pytest.raises(BadWorkload):
-        workload.load(str(path), host_cpu())
+        workload.read(str(path), host_cpu())
 
 
 def test_missing_workload() -> None:
     with pytest.raises(BadWorkload, match="default"):
-        workload.load("no-such-workload", host_cpu())
+        workload.read("no-such-workload", host_cpu())
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,17 @@ from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
-from elsa_tune.tuning import quiet
-from elsa_tune.tuning import tune as tuning
-from elsa_tune.tuning.measure import Raced, WorkerFailed, check_family, check_shape, peak, race, state
-from elsa_tune.tuning.quiet import Heard
-from elsa_tune.tuning.task import EFFORTS, Task
-from elsa_tune.tuning.trial import OutOfTime, Trials
+from elsa_tune.tuning import noise, recall
+from elsa_tune.tuning.contender import check_family, check_shape
+from elsa_tune.tuning.effort import EFFORTS
+from elsa_tune.tuning.limits import clocks, peak
+from elsa_tune.tuning.noise import Heard
+from elsa_tune.tuning.race import Raced, race
+from elsa_tune.tuning.run import Run
+from elsa_tune.tuning.search import searches
+from elsa_tune.tuning.task import Task
+from elsa_tune.tuning.trial import Incumbent, OutOfTime, Trials
+from elsa_tune.tuning.worker import WorkerFailed
 
 PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
 HERE = host_cpu()
@@ -50,7 +55,7 @@ def database(home: Path) -> Iterator[Database]:
 
 def said(monkeypatch: pytest.MonkeyPatch, wanted: float) -> None:
     """What is heard of others."""
-    monkeypatch.setattr(quiet.Listener, "heard", lambda self: Heard(1.0, 0.0, wanted, 0.0))
+    monkeypatch.setattr(noise.Listener, "heard", lambda self: Heard(1.0, 0.0, wanted, 0.0))
 
 
 @pytest.mark.parametrize(("wanted", "verdict"), [(0.0, True), (1.0, False)])
@@ -60,12 +65,12 @@ def test_a_time_out_is_a_verdict_on_a_quiet_machine_only(
     said(monkeypatch, wanted)
     hanging, flash = planted("healthy", PROBLEM), peers(PROBLEM)[0]
     trials = Trials(database, Hanging(str(hanging.variant)), HERE)  # type: ignore[arg-type]
-    trials.trial(PROBLEM, flash, 1e-3, [hanging], 1.0)
-    (row,) = database.measurements(status="timeout")
+    (row,) = trials.trial(PROBLEM, Incumbent(flash, 1e-3), [hanging], 1.0)
+    assert [row] == database.measurements(status="timeout")
     assert row.no_verdict != verdict and trials.late == ([] if verdict else [(PROBLEM, hanging.variant)])
-    task = Task(PROBLEM, tuning._searches(PROBLEM, HERE, []))
-    run = tuning._Run(trials, EFFORTS["quick"], 0.0, 0.0, lambda p: None, [], [task])
-    run.recall(task)
+    task = Task(PROBLEM, searches(PROBLEM, HERE, []))
+    run = Run(trials, EFFORTS["quick"], 0.0, 0.0, lambda p: None, [], [task])
+    recall.recall(run, task)
     asked = [str(v) for v in task.searches[0].ask(30)]
     assert (variant_of(PROBLEM) in asked) != verdict and task.trials == int(verdict)
 
@@ -74,8 +79,9 @@ def test_one_that_hangs_among_others_is_found(database: Database, monkeypatch: p
     said(monkeypatch, 0.0)
     healthy, (flash, other) = planted("healthy", PROBLEM), peers(PROBLEM)
     worker = Hanging(str(healthy.variant))
-    Trials(database, worker, HERE).trial(PROBLEM, flash, 1e-3, [healthy, other], 1.0)  # type: ignore[arg-type]
-    assert worker.races == [3, 2, 2]
+    trials = Trials(database, worker, HERE)  # type: ignore[arg-type]
+    told = list(trials.trial(PROBLEM, Incumbent(flash, 1e-3), [healthy, other], 1.0))
+    assert worker.races == [3, 2, 2] and told == list(database)
     assert {m.variant: m.status for m in database} == {str(healthy.variant): "timeout", str(other.variant): "ok"}
 
 
@@ -84,7 +90,7 @@ def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
 
     class Refusing(Hanging):
         def run(self, job: Any, *arguments: Any, timeout: float) -> Any:
-            if job in (peak, state):
+            if job in (peak, clocks):
                 return {}
             raced = super().run(job, *arguments, timeout=timeout)
             if job is race:
@@ -93,14 +99,15 @@ def test_who_is_not_captured_is_recorded_alone(database: Database) -> None:
             return raced
 
     trials = Trials(database, Refusing(), HERE)  # type: ignore[arg-type]
-    trials.trial(PROBLEM, flash, 1e-3, [healthy, other], 1.0)
-    trials.final(PROBLEM, flash, [other, healthy], 5, 1.0)
+    best = Incumbent(flash, 1e-3)
+    told = [*trials.trial(PROBLEM, best, [healthy, other], 1.0), *trials.final(PROBLEM, best, [other, healthy], 5, 1.0)]
+    assert {m.id for m in told} == {m.id for m in database}
     found = {(m.variant, m.stage, m.status, m.reason) for m in database}
     lost = str(healthy.variant)
     assert (lost, "trial", "failed", "RuntimeError: not captured") in found and len({v for v, *_ in found}) == 3
     assert {stage for v, stage, status, _ in found if v == str(other.variant) and status == "ok"} == {"trial", "final"}
     with pytest.raises(WorkerFailed, match=r"cpp\..*not captured"):
-        trials.final(PROBLEM, healthy, [other], 5, 1.0)
+        list(trials.final(PROBLEM, Incumbent(healthy, 1e-3), [other], 5, 1.0))
 
 
 def test_builds_that_the_end_cuts_off_say_nothing(database: Database) -> None:
@@ -110,16 +117,17 @@ def test_builds_that_the_end_cuts_off_say_nothing(database: Database) -> None:
 
     variant = planted("healthy", PROBLEM).variant
     late = Trials(database, Hanging(), HERE, builders=Slow(), deadline=time.monotonic() + 3)  # type: ignore[arg-type]
-    assert late.build(PROBLEM, [variant]) == [] and len(database) == 0
+    assert late.build(PROBLEM, [variant]) == ([], []) and len(database) == 0
     early = Trials(database, Hanging(), HERE, builders=Slow())  # type: ignore[arg-type]
-    assert early.build(PROBLEM, [variant]) == [] and [m.status for m in database] == ["failed"]
+    built, (lost,) = early.build(PROBLEM, [variant])
+    assert built == [] and [lost] == list(database) and lost.status == "failed"
 
 
 def test_what_the_end_of_a_run_cuts_off_is_not_recorded(database: Database) -> None:
     healthy, flash = planted("healthy", PROBLEM), peers(PROBLEM)[0]
     trials = Trials(database, Hanging(str(healthy.variant)), HERE, deadline=time.monotonic() + 1)  # type: ignore[arg-type]
     with pytest.raises(OutOfTime):
-        trials.trial(PROBLEM, flash, 1e-3, [healthy], 1.0)
+        list(trials.trial(PROBLEM, Incumbent(flash, 1e-3), [healthy], 1.0))
     assert len(database) == 0
 
 

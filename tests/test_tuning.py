@@ -24,6 +24,7 @@ from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.remember.winners import Database
 from elsa_tune.tuning import drift
 from elsa_tune.tuning import tune as tuning
+from elsa_tune.tuning.effort import Effort
 from elsa_tune.tuning.tune import Progress, tune
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
@@ -61,7 +62,7 @@ def test_from_nothing_to_a_winner_that_serves(home: Path) -> None:
 
 
 def test_a_settled_run_only_refines(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
+    monkeypatch.setitem(tuning.EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
     tune([SMALL], budget=30)
     before = recorded()["ok"]
     start = time.monotonic()
@@ -71,7 +72,7 @@ def test_a_settled_run_only_refines(home: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_was_reopened_is_tuned_anew_by_the_next_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the run that saw the drift ended before it could: what was measured before is only a hint of what to try."""
-    monkeypatch.setitem(tuning.EFFORTS, "quick", tuning.Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
+    monkeypatch.setitem(tuning.EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
     tune([SMALL], budget=30)
     with Database.for_writing() as database:
         drift.reopen(database, host_cpu(), SMALL)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import whole_models, workload
-from elsa_tune.tuning.outcome import Outcome
+from elsa_tune.shell import whole_models
+from elsa_tune.tuning.report import Outcome
 
 PEAKS = {"peak_gflops": 200.0, "peak_gbytes": 20.0}
 
@@ -22,7 +23,7 @@ def won(problem: Problem, seconds: float, ratio: float, **peaks: float) -> Outco
 
 
 def test_every_model_poses_a_problem_of_the_default_workload() -> None:
-    assert {m.problem for m in whole_models.models()} <= set(workload.load("default", host_cpu()))
+    assert {m.problem for m in whole_models.models()} <= set(workload.read("default", host_cpu()))
 
 
 @pytest.mark.parametrize("model", whole_models.models(), ids=lambda m: m.name)

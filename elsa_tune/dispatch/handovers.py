@@ -58,8 +58,8 @@ def written() -> list[dict[str, Any]]:
     return found
 
 
-def told(family: str) -> list[str]:
-    """Of one family: each reason once, with how many processes met it, or how often this one did."""
+def steps(family: str) -> list[str]:
+    """What explain says of one family: each reason once, with how many processes met it, or how often this one did."""
     here = {reason: n for (asked, reason), n in counts.items() if asked == family}
     elsewhere = Counter(str(entry["reason"]) for entry in written() if entry["asked"] == family)
     lines = [f"handed over to torch {n} times in this process: {reason}" for reason, n in here.items()]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import WrongArguments
+from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.problem import Problem
-from elsa_tune.prove.reference import logsumexp
 
 
 def attention_with_lse(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from elsa_tune import places
 from elsa_tune.device import Device
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from elsa_tune.generate.render import Source
-    from elsa_tune.space import Law
+
+
+Law = Callable[..., str | None]
+"""A named rule: takes axis values by name (and ``problem``, ``device`` if it asks); returns a reason to refuse, or None."""
 
 
 class Call(Protocol):
@@ -43,6 +46,7 @@ class Call(Protocol):
     ) -> Tensor: ...
 
 
+@runtime_checkable
 class Kernel(Call, Protocol):
     """A built variant: computes one family for any shape."""
 
@@ -52,7 +56,7 @@ class Kernel(Call, Protocol):
 
 class Gradients(Protocol):
     """Computes dQ, dK, dV of a backward family from what the forward pass saved: output, log-sum-exp (float32), and the
-    gradient of the output."""
+    gradient of the output. Unlike a Kernel it has nothing to bind."""
 
     def __call__(
         self,
@@ -63,6 +67,7 @@ class Gradients(Protocol):
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]: ...
 
 
@@ -101,7 +106,7 @@ class Backend(Protocol):
     def find(self, digest: str) -> Built | None:
         """What was built before under a digest, or None. Never compiles. Raises KernelCacheUnsafe."""
 
-    def load(self, built: Built, variant: Variant, problem: Problem) -> Any:
+    def load(self, built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
         """A Kernel, or for a backward problem Gradients."""
 
     def toolchain(self, device: Device | None = None) -> dict[str, str]:

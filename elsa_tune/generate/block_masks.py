@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from elsa_tune.generate.operands import named, of_sequences
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.operand import Operands
 from elsa_tune.problem import Problem
-from elsa_tune.prove.operands import named, of_sequences
 
 BLOCK = 128
 """Rows and columns of a block."""

@@ -24,6 +24,13 @@ def mask_has_text(problem: Problem) -> str | None:
     return None if problem.mask in (NONE, "causal") else f"no text for the mask {problem.mask}"
 
 
+def gradients_are_written(problem: Problem) -> str | None:
+    """Why no gradients of the problem are generated, or None: those of scores and of masks with tensors are not."""
+    if problem.score != scores.NONE:
+        return f"no gradients of the score {problem.score}"
+    return f"no gradients of a mask with tensors, {problem.mask}" if masks.get(problem.mask).arrays else None
+
+
 def parts_have_text(language: str, problem: Problem) -> str | None:
     """Why a language cannot serve the problem's scores and tests of pairs, or None: each has a text of its name."""
     wanted = [("score", one.name) for one in scores.get(problem.score).ones]

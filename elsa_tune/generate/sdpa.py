@@ -17,20 +17,19 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device
-from elsa_tune.generate.backends import Built, Call, Kernel, Operands
+from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Law, Operands
 from elsa_tune.generate.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.operands import named
+from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.score._base import PLACE
 from elsa_tune.problem import Problem
-from elsa_tune.prove.operands import named
-from elsa_tune.prove.reference import logsumexp
 from elsa_tune.variant import Variant
 
 if TYPE_CHECKING:
     from elsa_tune.generate.render import Source
-    from elsa_tune.space import Law
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -263,7 +262,7 @@ class AutogradKernel:
         self._lasting = (
             partial(functorch.patch, donated_buffer=False) if isinstance(forward, FlexKernel) else nullcontext
         )
-        self._forward, self._graphs = forward, dict[tuple[int, float | None], tuple[Tensor, tuple[Tensor, ...]]]()
+        self._forward, self._graphs = forward, dict[tuple[object, ...], tuple[Tensor, tuple[Tensor, ...]]]()
 
     def __call__(
         self,
@@ -274,12 +273,13 @@ class AutogradKernel:
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]:
-        name = (query.data_ptr(), scale)
+        name = (query.data_ptr(), scale, operands)
         with self._lasting():
             if name not in self._graphs:
                 q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-                self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
+                self._graphs[name] = self._forward(q, k, v, scale, operands=operands), (q, k, v)
             made, leaves = self._graphs[name]
             return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 
@@ -299,7 +299,7 @@ def _compiled_flex(problem: Problem) -> Callable[..., Any]:
     return torch.compile(alone, dynamic=False)
 
 
-def load(built: Built, variant: Variant, problem: Problem) -> Any:
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
     kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}

@@ -5,20 +5,21 @@ Wrong answers never reach the clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
+from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
+from elsa_tune.generate.operands import with_example
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.prove.operands import with_example
 from elsa_tune.prove.reference import Inputs
-from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
 WORSE_THAN_BEST = 3.0
@@ -161,7 +162,7 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
 def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:
     """The error of dQ, dK and dV for the first and the last KV head."""
     assert inputs.forward is not None
-    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale)
+    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands)
     heads = dict.fromkeys(((0, 0), (problem.batch - 1, problem.kv_heads - 1)))
     return reference.gradient_error(problem, inputs, found, list(heads))
 
@@ -187,16 +188,16 @@ def _check_gradients(
 
 def longest(variant: Variant, problem: Problem, device: Device) -> int:
     """Keys of the long cases for a variant: as many as laws let it serve."""
-    space, keys = Space.load(variant.backend), reference.LONG
-    while keys > reference.LONG // 16 and space.refusal(variant, problem.reshaped(kv_len=keys), device):
+    keys = reference.LONG
+    while keys > reference.LONG // 16 and lawful.refusal(variant, problem.reshaped(kv_len=keys), device):
         keys //= 2
     return keys
 
 
 def check_family(
-    kernel: Any,
+    kernel: Kernel | Gradients,
     problem: Problem,
-    peers: list[Kernel],
+    peers: Sequence[Kernel | Gradients],
     seed: int = 0,
     device: str = "cpu",
     longest: int = reference.LONG,
@@ -205,11 +206,12 @@ def check_family(
     ones, or the first that fails."""
     generator = torch.Generator().manual_seed(seed)
     if problem.direction == "backward":
-        return _check_gradients(kernel, problem, generator, device, longest)
+        return _check_gradients(cast(Gradients, kernel), problem, generator, device, longest)
+    kernel, calls = cast(Kernel, kernel), [peer for peer in peers if isinstance(peer, Kernel)]
     worst = Verdict(0.0, 0.0)
     for number, (posed, inputs) in enumerate(reference.hostile(problem, generator, longest)):
         truth, there = _truth(posed, inputs, (seed, longest, device)), inputs.to(device)
-        verdict = _case(kernel, posed, there, peers, truth)
+        verdict = _case(kernel, posed, there, calls, truth)
         if not number and not verdict.reason and (trouble := _without_lse(kernel, posed, there)):
             verdict = judge(posed, inputs.name, reference.Error(float("inf"), float("inf"), False), trouble)
         if verdict.reason:

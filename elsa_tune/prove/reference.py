@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from elsa_tune.generate import operands as given
+from elsa_tune.generate.tensors import hidden, logsumexp, torch_dtype
 from elsa_tune.order import arranged
-from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
-from elsa_tune.prove import operands as given
 
 UNIT = 2.0**-24
 """Unit round-off of float32."""
@@ -27,12 +26,6 @@ CLASS_UNITS = {"strict": UNIT, "fp32": UNIT, "tf32": 2.0**-11, "fp16": 2.0**-11,
 
 ROUNDS_PRODUCTS = ("tf32", "approx")
 """Classes whose products are of rounded operands, or are summed rounded; the others' are exact in float32."""
-
-
-def torch_dtype(problem: Problem) -> torch.dtype:
-    """What torch calls the problem's element."""
-    found: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +130,7 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
         place = {"batch": batch, "head": heads, "position": position, "key": index}
         logits = chain.of(logits, own, **place)
         if problem.mask != NONE:
-            logits = logits.masked_fill(_hidden(problem, position, index, sequence), -math.inf)
+            logits = logits.masked_fill(hidden(problem, position, index, sequence), -math.inf)
         if mask.tested:
             logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
         merged = torch.logaddexp(total, torch.logsumexp(logits, 1))
@@ -145,14 +138,6 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
         out = out * torch.exp(total - origin)[:, None] + torch.exp(logits - origin[:, None]) @ value
         total = merged
     return out.cpu(), total.cpu()
-
-
-def _hidden(problem: Problem, position: Tensor, key: Tensor, sequence: Mapping[str, Any]) -> Tensor:
-    """Which keys the queries at these positions [rows, 1] have no bounds around, [rows, keys], or for sequences shaped [..., 1, 1]
-    [..., rows, keys]."""
-    low, high = problem.seen(position, **sequence)
-    hidden: Tensor = (key < low) | (key >= high)
-    return hidden
 
 
 def every_row(problem: Problem) -> Rows:
@@ -363,35 +348,6 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
     return f"the log-sum-exp errs by {float(difference[worst]):.1e}, more than {float(allowed[worst]):.1e}"
 
 
-def logsumexp(
-    query: Tensor, key: Tensor, family: Problem, operands: Operands, scale: float | None, rows: int = 256
-) -> Tensor:
-    """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
-    batch, heads, q_len, head_dim = query.shape
-    group, kv_len = heads // key.shape[1], key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    shape = {"batch": batch, "heads": heads, "kv_heads": key.shape[1], "q_len": q_len, "kv_len": kv_len}
-    posed, mask, chain = family.reshaped(**shape), masks.get(family.mask), scores.get(family.score)
-    own = given.named(posed, operands)
-    posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
-    sequences = given.of_sequences(posed, own, dims=3)
-    of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
-    place = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
-    found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
-    for first in range(0, q_len, rows):
-        some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
-        logits = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-        logits = chain.of(logits, own, position=position, **place)
-        if family.mask != NONE:
-            logits = logits.masked_fill(_hidden(posed, position, of_key, sequences), float("-inf"))
-        if mask.tested:
-            logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
-        found[:, :, first : first + rows] = torch.logsumexp(logits, -1)
-    return found
-
-
 # Gradients: from the output and log-sum-exp that the forward pass saved, as every kernel computes them.
 
 
@@ -419,7 +375,7 @@ def _weights(
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
     p = torch.exp(scores - lse[b, h, at, None].to(wide))
     if problem.mask != NONE:
-        p = p.masked_fill(_hidden(problem, at[:, None], torch.arange(problem.kv_len, device=at.device), {}), 0.0)
+        p = p.masked_fill(hidden(problem, at[:, None], torch.arange(problem.kv_len, device=at.device), {}), 0.0)
     return p, scale
 
 

@@ -63,16 +63,16 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
     """
+    from elsa_tune import workload as workloads
     from elsa_tune.device import detect
     from elsa_tune.shell import report
     from elsa_tune.tuning import tune as tuning
-    from elsa_tune.tuning import workload as workloads
 
     console = report.console(stderr=as_json)
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
-        count = len(problems) or len(workloads.load(workload, here))
+        count = len(problems) or len(workloads.read(workload, here))
         kinds = f"{here.memory >> 30} GiB" if here.kind != "cpu" else ", ".join(here.isas)
         console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)

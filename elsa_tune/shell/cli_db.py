@@ -150,7 +150,7 @@ def race(device: str, budget: float) -> None:
 
     console = report.console()
     with report.LiveProgress(console) as watch:
-        found = tuning.race(device, budget=budget, watch=watch)
+        found = tuning.settle(device, budget=budget, watch=watch)
     if found.outcomes:
         report.print_report(console, found)
     else:

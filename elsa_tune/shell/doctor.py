@@ -18,15 +18,17 @@ from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import handovers
 from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
-from elsa_tune.generate import backends, cpp, triton
+from elsa_tune.generate import backends, cpp, lawful, triton
 from elsa_tune.generate import kernel_cache as _kernel_cache
+from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
 from elsa_tune.space import Space
-from elsa_tune.tuning import measure
+from elsa_tune.tuning import contender as contenders
+from elsa_tune.tuning import worker as workers
 
 PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
@@ -37,7 +39,7 @@ class Finding:
 
     topic: str
     good: bool
-    state: str
+    detail: str
     remedy: str = ""
 
 
@@ -78,8 +80,8 @@ def _version(package: str) -> str:
 
 def _device(here: Device) -> Finding:
     caches = ", ".join(f"L{level} {size >> 10} KiB" for level, size in enumerate(here.caches, 1))
-    state = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
-    return Finding("device", True, state)
+    detail = f"{here} ({here.name}), {here.cores} cores, {here.memory >> 30} GiB, {caches or 'caches unknown'}"
+    return Finding("device", True, detail)
 
 
 def _isa(here: Device) -> Finding:
@@ -116,8 +118,8 @@ def _gpus() -> Iterator[Finding]:
         )
         return
     for gpu in found:
-        state = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
-        yield Finding("GPU", True, state)
+        detail = f"{gpu} ({gpu.name}), {gpu.cores} multiprocessors, {gpu.memory >> 30} GiB"
+        yield Finding("GPU", True, detail)
     if not found:
         yield Finding("GPU", True, "torch can use none here")
 
@@ -132,9 +134,9 @@ def _triton() -> Finding:
 def _gpu_compilers() -> Finding:
     amd = any(gpu.kind == "hip" for gpu in device.gpus())
     found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
-    state = ", ".join(map(str, found))
+    detail = ", ".join(map(str, found))
     return Finding(
-        "CUDA C and HIP compilers", bool(found) or not device.gpus(), state or "none", "" if found else _rtc.REMEDY
+        "CUDA C and HIP compilers", bool(found) or not device.gpus(), detail or "none", "" if found else _rtc.REMEDY
     )
 
 
@@ -163,14 +165,14 @@ TINY = Problem.parse("fp32.d32@b1.h2.q48.k48")
 def launch(backend: str, here: Device) -> float:
     """Build the first starting variant that TINY may have, call it on a thread that has done nothing yet, as a user's may, and
     return its error of max|v|. Raises whatever building or launching raises."""
-    space = Space.load(backend)
-    variant = next(v for v in map(space.parse, space.start) if space.refusal(v, TINY, here) is None)
-    kernel = backends.get(backend).load(measure.build(variant, TINY, here), variant, TINY)
+    variant = lawful.starts(Space.load(backend), TINY, here)[0]
+    kernel = backends.get(backend).load(contenders.build(variant, TINY, here), variant, TINY)
+    assert isinstance(kernel, Kernel)
     inputs = reference.random_inputs(TINY, torch.Generator().manual_seed(0))
 
     def call() -> Tensor:
         there = inputs.to(here.torch)
-        return kernel(there.query, there.key, there.value, there.scale).cpu()  # type: ignore[no-any-return]
+        return kernel(there.query, there.key, there.value, there.scale).cpu()
 
     with ThreadPoolExecutor(1) as thread:
         found = thread.submit(call).result()
@@ -187,9 +189,9 @@ def _launches() -> Iterator[Finding]:
                 continue
             topic = f"launch, {name}"
             try:
-                with measure.Worker(memory=0) as worker:
+                with workers.Worker(memory=0) as worker:
                     error = worker.run(launch, name, gpu, timeout=120.0)
-            except measure.WorkerFailed as failure:
+            except workers.WorkerFailed as failure:
                 yield Finding(topic, False, f"{gpu}: {failure.reason}", "torch's SDPA serves what these kernels would")
                 continue
             good = error < 1e-5

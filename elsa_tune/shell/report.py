@@ -14,16 +14,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from elsa_tune.dispatch.choose import Choice
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
+from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember.exchange import Difference
+from elsa_tune.shell import whole_models
 from elsa_tune.shell.doctor import Finding
-from elsa_tune.tuning import whole_models
 from elsa_tune.tuning.fleet import Member
 from elsa_tune.tuning.offline import Ranking, Target, occupancy
-from elsa_tune.tuning.outcome import Outcome, Report
+from elsa_tune.tuning.report import Outcome, Report
 from elsa_tune.tuning.task import Progress, Task
 
 _LINE_EVERY = 15.0
@@ -286,6 +286,6 @@ def print_findings(console: Console, findings: Iterable[Finding]) -> None:
     """The doctor's findings: good ones, and lacks with their remedy."""
     for f in findings:
         mark = "[green]ok[/]  " if f.good else "[red]lack[/]"
-        console.print(f"{mark} {f.topic}:", Text(f.state), highlight=False, soft_wrap=True)
+        console.print(f"{mark} {f.topic}:", Text(f.detail), highlight=False, soft_wrap=True)
         if f.remedy:
             console.print(Text(f"       {f.remedy}"), soft_wrap=True)

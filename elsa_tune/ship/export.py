@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
-from elsa_tune.generate import backends, cpp
+from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.cuda import laws as cuda_laws
 from elsa_tune.generate.laws import SCRATCH_BYTES, mask_has_text
 from elsa_tune.generate.render import write
@@ -88,8 +88,7 @@ def best(problem: Problem, device: Device) -> list[Variant]:
         except BadVariant:  # recorded by a version whose space had other values
             continue
         if variant.backend in BACKENDS and not (
-            backends.get(variant.backend).refusal(problem, device)
-            or Space.load(variant.backend).refusal(variant, problem, device)
+            backends.get(variant.backend).refusal(problem, device) or lawful.refusal(variant, problem, device)
         ):
             found.append(variant)
     return found

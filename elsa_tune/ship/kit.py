@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import elsa_tune
+from elsa_tune import workload as workloads
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing, FolderTaken, KernelMissing
 from elsa_tune.generate import backends, cpp, cuda
@@ -14,7 +15,6 @@ from elsa_tune.generate.render import write
 from elsa_tune.problem import Problem
 from elsa_tune.ship import archs, export
 from elsa_tune.ship.export import LANGUAGES, Header
-from elsa_tune.tuning import workload as workloads
 from elsa_tune.variant import Variant
 
 SHORTLIST = 5
@@ -43,7 +43,7 @@ def make(
         raise BadDevice(f"kits are written for CUDA, OpenCL and CPUs, not for {goal}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():
         raise FolderTaken(f"folder {folder} is not empty and no kit; name another with -o")
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, goal)]
+    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, goal)]
     wanted = [p for p in dict.fromkeys(given) if _serves(p, goal)]
     headers = [header for p in {p.family: p for p in wanted}.values() for header in _shortlist(p, goal)]
     served = {header.problem.family for header in headers}

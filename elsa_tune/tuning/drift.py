@@ -9,9 +9,6 @@ from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.remember.winners import Database
 
-CANARIES = 3
-"""Winners timed again after a change; the others only if one of these has moved."""
-
 MOVED = 1.05
 """A ratio has moved if its interval no longer meets the old one, by at least this factor."""
 

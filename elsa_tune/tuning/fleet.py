@@ -242,12 +242,12 @@ class Board:
         storage.set_trial_state_values(mine, TrialState.PRUNED)
         return False
 
-    def report(self, variant: Variant, ratio: float | None, value: float) -> None:
+    def tell(self, variant: Variant, ratio: float | None, value: float) -> None:
         """Tell everyone a result, claimed or known from before. Raises FleetUnreachable."""
         spelling = str(variant)
         claims = [trial for trial, name in self._fleet.running.items() if name == spelling]
 
-        def tell() -> None:
+        def write() -> None:
             storage = self._fleet._storage
             for trial in claims:
                 with suppress(optuna.exceptions.UpdateFinishedTrialError, KeyError):  # given to others meanwhile
@@ -256,7 +256,7 @@ class Board:
                     return
             self._study.add_trial(self._trial(variant, TrialState.COMPLETE, ratio, value))
 
-        self._fleet.patiently(tell)
+        self._fleet.patiently(write)
         for trial in claims:
             self._fleet.running.pop(trial, None)
 

@@ -15,9 +15,10 @@ from functools import cache, partial
 from pathlib import Path
 
 from elsa_tune import places
+from elsa_tune import workload as workloads
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built
 from elsa_tune.generate.cuda import wavefronts as _wavefronts
 from elsa_tune.generate.cuda.laws import Tiling
@@ -27,10 +28,10 @@ from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import write_lines
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space, read_toml
-from elsa_tune.tuning import workload as workloads
-from elsa_tune.tuning.measure import Worker, WorkerFailed, build
+from elsa_tune.tuning.contender import build
 from elsa_tune.tuning.search import Search
 from elsa_tune.tuning.trial import BUILD_SECONDS
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 MANIFEST = "manifest.jsonl"
@@ -227,7 +228,7 @@ def rank(
     """
     goal = target(device)
     here = goal.device
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.load(workload, here)]
+    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, here)]
     deadline = time.monotonic() + budget
     rankings = [Ranking(problem, _searches(problem, here, seed)) for problem in dict.fromkeys(given)]
     rankings = [ranking for ranking in rankings if ranking.searches]
@@ -252,14 +253,14 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
             continue
         space = Space.load(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)
-        starts = [v for v in map(space.parse, space.start) if space.refusal(v, problem, device) is None]
+        starts = lawful.starts(space, problem, device)
         try:
             for variant in starts[:1]:
                 name(variant)  # needs the compiler's version
         except CompilerMissing as error:
             missing = error
             continue
-        search = Search(space, partial(space.variants, problem, device), name, seed=seed)
+        search = Search(space, partial(lawful.variants, space, problem, device), name, seed=seed)
         search.enqueue(starts)
         found.append(search)
     if missing and not found:

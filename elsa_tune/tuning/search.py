@@ -7,14 +7,18 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import optuna
 
-from elsa_tune.errors import BadVariant, ElsaTuneError
+from elsa_tune.device import Device
+from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
+from elsa_tune.generate import backends, lawful
 from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
 from elsa_tune.space import Space
-from elsa_tune.tuning.fleet import Axes, Board
+from elsa_tune.tuning.fleet import Axes, Board, Fleet
 from elsa_tune.variant import Value, Variant
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -71,10 +75,10 @@ class Search:
         self._best: tuple[float, Variant] | None = None
         self._every = valid(None, random.Random(seed)) if exhaustive else None
         self._board = join(space, self._axes) if join else None
-        self._told: set[str] = set()
+        self._known: set[str] = set()  # of a fleet's results, those that were read or written here
         self.heard = 0
         """Results that others of the fleet told."""
-        self.told = 0
+        self.results = 0
         """Results that anyone told."""
 
     def enqueue(self, variants: Iterable[Variant]) -> None:
@@ -82,15 +86,15 @@ class Search:
         self._first += variants
 
     def tell(self, variant: Variant, ratio: float | None) -> None:
-        """Report a ratio, or None for a variant that cannot be used; in a fleet, to everyone."""
+        """Learn a ratio, or None for a variant that cannot be used; in a fleet, everyone does."""
         self._learn(variant, ratio)
-        if self._board is not None and str(variant) not in self._told:
-            self._told.add(str(variant))
-            self._board.report(variant, ratio, math.log(ratio) if ratio else WORTHLESS)
+        if self._board is not None and str(variant) not in self._known:
+            self._known.add(str(variant))
+            self._board.tell(variant, ratio, math.log(ratio) if ratio else WORTHLESS)
 
     def _learn(self, variant: Variant, ratio: float | None) -> None:
         self._seen.add(self._name(variant))
-        self.told += 1
+        self.results += 1
         value = math.log(ratio) if ratio else WORTHLESS
         if ratio and (self._best is None or value > self._best[0]):
             self._best = (value, variant)
@@ -123,8 +127,8 @@ class Search:
             return
         news = self._board.news()
         for spelling, ratio in news.results:
-            if spelling not in self._told:
-                self._told.add(spelling)
+            if spelling not in self._known:
+                self._known.add(spelling)
                 self.heard += 1
                 for variant in self._read([spelling]):
                     self._learn(variant, ratio)
@@ -174,6 +178,40 @@ class Search:
         fresh = name not in self._seen
         self._seen.add(name)
         return fresh
+
+
+def searches(
+    problem: Problem, device: Device, notes: list[str], sampler: str = "local", seed: int = 0, exhaustive: bool = False,
+    fleet: Fleet | None = None,
+) -> list[Search]:  # fmt: skip
+    """A search for every backend that generates code and can serve the problem here; ``notes`` learn of missing compilers."""
+    found = []
+    for name in backends.names():
+        backend, space = backends.get(name), Space.load(name)
+        try:
+            if not backend.generated or backend.refusal(problem, device):
+                continue
+            backend.toolchain(device)
+        except CompilerMissing as error:
+            if str(error) not in notes:
+                notes.append(str(error))
+            continue
+        search = Search(
+            space,
+            partial(lawful.variants, space, problem, device),
+            partial(_digest, name, problem, device),
+            sampler,
+            seed,
+            exhaustive,
+            partial(fleet.join, problem) if fleet else None,
+        )
+        search.enqueue(lawful.starts(space, problem, device))
+        found.append(search)
+    return found
+
+
+def _digest(backend: str, problem: Problem, device: Device, variant: Variant) -> str:
+    return backends.get(backend).digest(variant, problem, device)
 
 
 def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -1,4 +1,4 @@
-"""What a run knows of each problem it tunes, and how hard it looks."""
+"""What a run knows of each problem it tunes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,8 @@ from elsa_tune.errors import BadVariant
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
-from elsa_tune.tuning.measure import Contender
 from elsa_tune.tuning.search import Search
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How hard to look: trials a problem gets, at most and at least; the seconds they may take; rounds of a final."""
-
-    trials: int
-    fewest: int
-    seconds: float
-    final_rounds: int
-
-
-EFFORTS = {"quick": Effort(12, 4, 60.0, 25), "full": Effort(150, 20, 600.0, 60)}
+from elsa_tune.tuning.trial import Incumbent
 
 
 @dataclass
@@ -32,8 +19,7 @@ class Task:
 
     problem: Problem
     searches: list[Search]
-    incumbent: Contender | None = None
-    seconds: float = 0.0  # of one incumbent call
+    incumbent: Incumbent | None = None
     trials: int = 0
     target: int = 0
     finals: int = 0  # that nobody disturbed
@@ -41,6 +27,11 @@ class Task:
     counts: dict[str, int] = field(default_factory=dict)  # status -> measurements
     latest: dict[str, Measurement] = field(default_factory=dict)  # variant -> its last usable measurement
     pooled: dict[str, float] = field(default_factory=dict)  # variant -> what its finals together say, where it has some
+
+    @property
+    def seconds(self) -> float:
+        """Of one incumbent call; 0 while nobody knows."""
+        return self.incumbent.seconds if self.incumbent else 0.0
 
     @property
     def best(self) -> float:
@@ -56,9 +47,22 @@ class Task:
         return sorted((v for v in self.latest if not v.startswith("sdpa.")), key=self.ratio, reverse=True)
 
     @property
+    def wants_trials(self) -> bool:
+        """Whether it can be tried, and enough was not."""
+        return self.incumbent is not None and self.trials < self.target
+
+    @property
     def settled(self) -> bool:
         """Enough tried, and the finalists raced while nobody disturbed them."""
         return self.incumbent is not None and self.trials >= self.target and (self.finals > 0 or not self.searches)
+
+    def close(self) -> None:
+        """Ask nothing more of its searches."""
+        self.target = self.trials
+
+    def reopen(self) -> None:
+        """Begin anew: what was measured is no evidence any more."""
+        self.trials = self.finals = 0
 
     def pool(self, found: list[Evidence]) -> None:
         """Take what finals say together into account."""

@@ -1,4 +1,4 @@
-"""Trials: build, check, race and record contenders, one problem at a time."""
+"""Trials: contenders are built, checked and raced, one problem at a time, and whatever they come to is recorded."""
 
 from __future__ import annotations
 
@@ -16,29 +16,19 @@ from filelock import FileLock, Timeout
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.generate import backends, sdpa
+from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.generate.backends import Built
-from elsa_tune.measurement import KERNELS, Measurement
+from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
 from elsa_tune.remember.winners import Database
 from elsa_tune.space import Space
-from elsa_tune.tuning import drift, quiet
-from elsa_tune.tuning.gauge import Reading
-from elsa_tune.tuning.measure import (
-    Contender,
-    GivenUp,
-    Raced,
-    Worker,
-    WorkerFailed,
-    build,
-    check_family,
-    check_shape,
-    peak,
-    race,
-    ratio,
-    state,
-)
+from elsa_tune.tuning import noise
+from elsa_tune.tuning.contender import Contender, build, check_family, check_shape
+from elsa_tune.tuning.limits import clocks, peak
+from elsa_tune.tuning.race import Raced, race, ratio
+from elsa_tune.tuning.record import Recorder
+from elsa_tune.tuning.worker import GivenUp, Worker, WorkerFailed
 from elsa_tune.variant import Variant
 
 T = TypeVar("T")
@@ -62,27 +52,39 @@ class OutOfTime(Exception):
     """The run's time was over before a job had ended, or could begin: it says nothing of the job."""
 
 
+@dataclass(frozen=True, slots=True)
+class Incumbent:
+    """What candidates for a problem are raced against: the fastest of torch's own kernels, and its seconds per call."""
+
+    contender: Contender
+    seconds: float
+
+
 @dataclass
 class Trials:
-    """What a device's tuning does to contenders. Every outcome is recorded before the next step begins.
-
-    ``recorded`` is called with each measurement, after it is safe in the database.
-    """
+    """What a device's tuning does to contenders. Every outcome is safe in the database before it is told, and before the next
+    step begins."""
 
     database: Database
     worker: Worker
     device: Device
-    recorded: Callable[[Problem, Measurement], None] = lambda problem, measurement: None
     builders: Worker | None = None  # compile apart from this process, where a compiler is a library that may crash
     thorough: bool = False  # race also those of torch's kernels that take long to start
-    limits: dict[str, float] = field(default_factory=dict)  # this device's measured peaks
     deadline: float = math.inf  # of time.monotonic(): a job that lasts longer is given up
-    _limits_until: float = 0.0  # of time.monotonic()
     late: list[tuple[Problem, Variant]] = field(default_factory=list)  # took too long on a busy machine
     waited: float = 0.0  # seconds, for another tuner of this machine
+    _limits_until: float = 0.0  # of time.monotonic()
     _slow: set[tuple[str, bool, str]] = field(default_factory=set)  # torch's own, by family and regime
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.database, self.device)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """This device's measured peaks."""
+        return self.recorder.limits
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -114,12 +116,18 @@ class Trials:
                 raise OutOfTime from error
             raise
 
-    def incumbent(self, problem: Problem) -> tuple[Contender, float]:
-        """The fastest of torch's own kernels and its seconds per call; the others are recorded against it."""
+    def incumbent(self, problem: Problem) -> tuple[Incumbent, list[Measurement]]:
+        """The fastest of torch's own kernels; and what each of them came to, raced against it."""
         regime = problem.family, problem.q_len > 1
         peers = [c for c in self.peers(problem, self.thorough) if (*regime, str(c.variant)) not in self._slow]
-        contenders = [c for c in peers if self._runs(problem, c)]
-        raced = self._race(900.0, problem, contenders, TRIAL_ROUNDS, 0.2, needs_first=False)
+        contenders, came_to = list[Contender](), list[Measurement]()
+        for peer in peers:
+            if (refused := self._try_to_run(problem, peer)) is None:
+                contenders.append(peer)
+            else:
+                came_to.append(refused)
+        raced = self._race(900.0, problem, contenders, TRIAL_ROUNDS, 0.2)
+        came_to += self._absent(problem, contenders, raced)
         medians = {number: statistics.median(s) for number, s in enumerate(raced.samples) if s}
         best = min(medians, key=medians.__getitem__)
         self._slow |= {
@@ -129,40 +137,41 @@ class Trials:
         }
         for number in medians:
             stage = "final" if number == best else "trial"
-            self._record_ratio(problem, contenders[number], contenders[best], stage, raced, number, best)
-        return contenders[best], medians[best]
+            came_to.append(self._record_ratio(problem, contenders, stage, raced, number, best))
+        return Incumbent(contenders[best], medians[best]), came_to
 
     def _race(
-        self, limit: float, problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float,
-        beat: float = 0.0, needs_first: bool = True,
+        self, limit: float, problem: Problem, contenders: Sequence[Contender], rounds: int, seconds: float, beat: float = 0.0
     ) -> Raced:  # fmt: skip
-        """A race in the worker; who could not take part is recorded, with the reason. Raises WorkerFailed, also where that is
-        the incumbent, and OutOfTime."""
+        """A race in the worker. Raises WorkerFailed and OutOfTime."""
         raced = self._job(limit, race, problem, contenders, rounds, seconds, beat)
-        for number, reason in raced.failed.items():
-            self._record_contender(problem, contenders[number], "failed", reason=reason)
         if raced.failed and self.device.is_gpu:
             self.worker.renew()
-        if needs_first and 0 in raced.failed:
-            raise WorkerFailed("failed", f"{contenders[0].variant}: {raced.failed[0]}")
         return raced
 
-    def _runs(self, problem: Problem, peer: Contender) -> bool:
-        """Whether one of torch's kernels takes the problem here: on GPUs each has its own conditions."""
+    def _absent(self, problem: Problem, contenders: Sequence[Contender], raced: Raced) -> list[Measurement]:
+        """Who could not take part in a race, with the reason."""
+        return [
+            self._record_contender(problem, contenders[number], "failed", reason=reason)
+            for number, reason in raced.failed.items()
+        ]
+
+    def _try_to_run(self, problem: Problem, peer: Contender) -> Measurement | None:
+        """Call one of torch's kernels: what speaks against it, if it does not take the problem here. On GPUs each has its own
+        conditions."""
         try:
             self._shapes[str(problem), peer.built.digest] = self._job(900.0, check_shape, problem, peer, peer)
-            return True
+            return None
         except WorkerFailed as error:
-            self._record_contender(problem, peer, error.status, reason=error.reason)
-            return False
+            return self._record_contender(problem, peer, error.status, reason=error.reason)
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = Space.load("sdpa").variants(problem, self.device)
+        every = lawful.variants(Space.load("sdpa"), problem, self.device)
         return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
 
-    def build(self, problem: Problem, variants: Sequence[Variant]) -> list[Contender]:
-        """Compile side by side until the deadline; what fails or has a flaw is recorded and left out."""
+    def build(self, problem: Problem, variants: Sequence[Variant]) -> tuple[list[Contender], list[Measurement]]:
+        """Compile side by side until the deadline: what can be used, and what failed or has a flaw."""
 
         def attempt(variant: Variant, again: bool = True) -> Built | ElsaTuneError | WorkerFailed | None:
             left = self.deadline - time.monotonic()
@@ -179,57 +188,71 @@ class Trials:
 
         with ThreadPoolExecutor(host_cpu().cores) as pool:
             attempts = list(pool.map(attempt, variants))
-        built = []
+        built, lost = list[Contender](), list[Measurement]()
         for variant, result in zip(variants, attempts, strict=True):
             if result is None:  # the run was over before it was built: that says nothing of it
                 continue
             if not isinstance(result, Built):
-                self._record(problem, variant, "failed", reason=str(result))
+                lost.append(self.recorder.record(problem, variant, "failed", reason=str(result)))
             elif result.flaw:
                 facts: dict[str, Any] = {"digest": result.digest, "resources": dict(result.resources)}
-                self._record(problem, variant, "pruned", reason=result.flaw, **facts)
+                lost.append(self.recorder.record(problem, variant, "pruned", reason=result.flaw, **facts))
             else:
                 built.append(Contender(variant, result, self.device))
-        return built
+        return built, lost
 
     def trial(
-        self, problem: Problem, incumbent: Contender, seconds: float, candidates: Sequence[Contender], best: float
-    ) -> None:
-        """Check candidates, then time them in one race with few samples, fewer for one far below the ``best`` ratio known."""
-        usable = [c for c in candidates if self.usable(problem, incumbent, seconds, c)]
-        limit = PATIENCE + (TRIAL_SECONDS + 20 * seconds) * (1 + len(usable))
-        with quiet.Listener() as listener:
-            try:
-                rounds = (TRIAL_ROUNDS, TRIAL_SECONDS * len(usable), best)
-                raced = self._race(limit, problem, [incumbent, *usable], *rounds) if usable else None
-            except WorkerFailed as error:
-                if len(usable) == 1:
-                    self._record_failure(problem, usable[0], error, listener.heard())
-                for alone in usable if len(usable) > 1 else ():  # one of them did it
-                    self.trial(problem, incumbent, seconds, [alone], best)
-                return
-        for number, candidate in enumerate(usable if raced else (), 1):
-            if raced and raced.samples[number]:
-                self._record_ratio(problem, candidate, incumbent, "trial", raced, number, 0)
+        self, problem: Problem, incumbent: Incumbent, candidates: Sequence[Contender], best: float
+    ) -> Iterator[Measurement]:
+        """Check candidates, then time the right ones in one race with few samples, fewer for one far below the ``best`` ratio
+        known: what each came to, as soon as it is recorded. Raises OutOfTime."""
+        for candidate in candidates:
+            if (wrong := self.check(problem, incumbent, candidate)) is not None:
+                yield wrong
+        yield from self._try(problem, incumbent, [c for c in candidates if self.is_right(problem, c)], best)
 
-    def usable(self, problem: Problem, incumbent: Contender, seconds: float, candidate: Contender) -> bool:
-        """Whether a candidate is right, checked once per kernel and problem; if not, that is recorded."""
+    def _try(
+        self, problem: Problem, incumbent: Incumbent, candidates: Sequence[Contender], best: float
+    ) -> Iterator[Measurement]:
+        if not candidates:
+            return
+        contenders = [incumbent.contender, *candidates]
+        limit = PATIENCE + (TRIAL_SECONDS + 20 * incumbent.seconds) * len(contenders)
+        with noise.Listener() as listener:
+            try:
+                raced = self._race(limit, problem, contenders, TRIAL_ROUNDS, TRIAL_SECONDS * len(candidates), best)
+                yield from self._absent(problem, contenders, raced)
+                _needs_incumbent(contenders, raced)
+            except WorkerFailed as error:
+                if len(candidates) == 1:
+                    yield self._record_failure(problem, candidates[0], error, listener.heard())
+                for alone in candidates if len(candidates) > 1 else ():  # one of them did it
+                    yield from self._try(problem, incumbent, [alone], best)
+                return
+        for number in range(1, len(contenders)):
+            if raced.samples[number]:
+                yield self._record_ratio(problem, contenders, "trial", raced, number)
+
+    def check(self, problem: Problem, incumbent: Incumbent, candidate: Contender) -> Measurement | None:
+        """Check a candidate, once per kernel and problem: what was found against it now, or None. Raises OutOfTime."""
         key = (str(problem), candidate.built.digest)
         if key in self._shapes:
-            return not self._shapes[key].reason
-        with quiet.Listener() as listener:
+            return None
+        with noise.Listener() as listener:
             try:
                 verdict = self._family(problem, candidate)
                 if not verdict.reason:
-                    limit = PATIENCE + 40 * seconds
-                    verdict = self._job(limit, check_shape, problem, candidate, incumbent)
+                    limit = PATIENCE + 40 * incumbent.seconds
+                    verdict = self._job(limit, check_shape, problem, candidate, incumbent.contender)
             except WorkerFailed as error:
-                self._record_failure(problem, candidate, error, listener.heard())
-                return False
+                return self._record_failure(problem, candidate, error, listener.heard())
         self._shapes[key] = verdict
-        if verdict.reason:
-            self._record_contender(problem, candidate, "wrong", reason=verdict.reason)
-        return not verdict.reason
+        return self._record_contender(problem, candidate, "wrong", reason=verdict.reason) if verdict.reason else None
+
+    def is_right(self, problem: Problem, contender: Contender) -> bool:
+        """Whether a contender was checked on the problem and nothing was found against it."""
+        verdict = self._shapes.get((str(problem), contender.built.digest))
+        return verdict is not None and not verdict.reason
 
     def take(self, problem: Problem, candidate: Contender, verdict: Verdict) -> None:
         """Know what check_family said of a candidate elsewhere on this device."""
@@ -248,86 +271,61 @@ class Trials:
             return
         try:
             peaks = self._job(60.0, peak, self.device)
-            self.limits = {f"peak_{name}": value for name, value in peaks.items()}
-            self.limits |= self._job(60.0, state, self.device)
+            limits = {f"peak_{name}": value for name, value in peaks.items()}
+            limits |= self._job(60.0, clocks, self.device)
         except WorkerFailed:
-            self.limits = {}
+            limits = {}
+        self.recorder.limits = limits
         self._limits_until = time.monotonic() + LIMITS_LAST
 
     def final(
-        self, problem: Problem, incumbent: Contender, finalists: Sequence[Contender], rounds: int, seconds: float
-    ) -> Raced:
-        """Race usable finalists with many samples. Raises WorkerFailed if the race is lost."""
+        self, problem: Problem, incumbent: Incumbent, finalists: Sequence[Contender], rounds: int, seconds: float
+    ) -> Iterator[Measurement]:
+        """Race finalists that are right with many samples: what each came to. Raises WorkerFailed if the race is lost."""
         self.find_limits()
-        contenders = [incumbent, *finalists]
+        contenders = [incumbent.contender, *finalists]
         raced = self._race(120 + 10 * seconds, problem, contenders, rounds, seconds)
+        yield from self._absent(problem, contenders, raced)
+        _needs_incumbent(contenders, raced)
         longest = max((len(s) for s in raced.samples[1:]), default=0)
-        for number, contender in enumerate(contenders):
-            if raced.samples[number]:
-                stage = "final" if len(raced.samples[number]) == longest or number == 0 else "trial"
-                self._record_ratio(problem, contender, incumbent, stage, raced, number, 0)
-        return raced
-
-    def versions(self, backend: str) -> dict[str, str]:
-        """The software that a measurement of a backend depends on."""
-        return {**backends.get("sdpa").toolchain(), **backends.get(backend).toolchain(self.device)}
+        for number, samples in enumerate(raced.samples):
+            if samples:
+                stage = "final" if len(samples) == longest or number == 0 else "trial"
+                yield self._record_ratio(problem, contenders, stage, raced, number)
 
     # Recording.
 
     def _record_ratio(
-        self, problem: Problem, contender: Contender, incumbent: Contender, stage: str, raced: Raced, own: int, against: int
-    ) -> None:  # fmt: skip
+        self, problem: Problem, contenders: Sequence[Contender], stage: str, raced: Raced, own: int, against: int = 0
+    ) -> Measurement:  # fmt: skip
         mine, incumbents = raced.samples[own], raced.samples[against]
         found = ratio(incumbents, mine)
-        self._record_contender(
-            problem, contender, "ok", raced.disturbed[own], stage=stage, samples=mine, seconds=statistics.median(mine),
+        return self._record_contender(
+            problem, contenders[own], "ok", raced.disturbed[own], stage=stage, samples=mine, seconds=statistics.median(mine),
             ratio=found.median, ratio_low=found.low, ratio_high=found.high,
-            incumbent=str(incumbent.variant), incumbent_samples=incumbents[: len(mine)], reading=raced.reading,
+            incumbent=str(contenders[against].variant), incumbent_samples=incumbents[: len(mine)], reading=raced.reading,
         )  # fmt: skip
 
-    def _record_failure(self, problem: Problem, contender: Contender, error: WorkerFailed, heard: quiet.Heard) -> None:
+    def _record_failure(
+        self, problem: Problem, contender: Contender, error: WorkerFailed, heard: noise.Heard
+    ) -> Measurement:
         """A failure is a verdict; a time-out on a busy machine is none: it is to be tried again."""
         no_verdict = error.status == "timeout" and heard.busy
         if no_verdict:
             self.late.append((problem, contender.variant))
-        self._record_contender(problem, contender, error.status, float(no_verdict), reason=error.reason)
+        return self._record_contender(problem, contender, error.status, float(no_verdict), reason=error.reason)
 
     def _record_contender(
         self, problem: Problem, contender: Contender, status: str, disturbed: float = 0.0, **facts: Any
-    ) -> None:
+    ) -> Measurement:
         verdict = self._shapes.get((str(problem), contender.built.digest))
         if verdict and math.isfinite(verdict.error):
             facts.update(error=verdict.error, constant=verdict.constant)
         facts.update(digest=contender.built.digest, resources=dict(contender.built.resources))
-        self._record(problem, contender.variant, status, disturbed, **facts)
+        return self.recorder.record(problem, contender.variant, status, disturbed, **facts)
 
-    def _record(
-        self,
-        problem: Problem,
-        variant: Variant,
-        status: str,
-        disturbed: float = 0.0,
-        reading: Reading | None = None,
-        **facts: Any,
-    ) -> None:
-        versions: dict[str, str | float] = {
-            **self.versions(variant.backend),
-            "installation": self.database.installation,
-        }
-        if source := backends.get(variant.backend).source(variant, problem):
-            versions |= {"source": source.digest, "kernels": float(KERNELS)}
-        if era := drift.era(self.database, self.device, str(problem)):
-            versions["era"] = era
-        if disturbed:
-            versions["disturbed"] = disturbed
-        measurement = Measurement(
-            device=str(self.device),
-            problem=str(problem),
-            variant=str(variant),
-            status=status,
-            provenance={**versions, **self.limits, **(reading or {})},
-            created=self.database.now(),
-            **facts,
-        )
-        self.database.record(measurement)
-        self.recorded(problem, measurement)
+
+def _needs_incumbent(contenders: Sequence[Contender], raced: Raced) -> None:
+    """Raise WorkerFailed where the incumbent could not take part: nobody has a ratio then."""
+    if 0 in raced.failed:
+        raise WorkerFailed("failed", f"{contenders[0].variant}: {raced.failed[0]}")

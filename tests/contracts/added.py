@@ -19,9 +19,9 @@ from elsa_tune import device as devices
 from elsa_tune import space
 from elsa_tune.device import host_cpu
 from elsa_tune.generate import cpp, cuda, sdpa, triton
+from elsa_tune.generate import operands as given
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
-from elsa_tune.prove import operands as given
 
 
 def kernels(problem: Problem) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Call, Kernel
+from elsa_tune.generate.operands import with_example
+from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.order import ORDERS
 from elsa_tune.parts import score as parts_of_scores
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
-from elsa_tune.prove import operands as given
-from elsa_tune.prove.operands import with_example
 
 
 def obeys(
@@ -118,7 +119,7 @@ def allowed_of_lse(problem: Problem) -> float:
 def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
     """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
     generator = torch.Generator().manual_seed(3)
-    dtype, posed = reference.torch_dtype(problem), with_example(problem).reshaped(batch=2, q_len=29, kv_len=53)
+    dtype, posed = torch_dtype(problem), with_example(problem).reshaped(batch=2, q_len=29, kv_len=53)
 
     def tensor(heads: int, length: int, dim: int) -> Tensor:
         x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)

@@ -27,7 +27,6 @@ from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp2, scan
-from elsa_tune.parts import mask as masks
 from elsa_tune.parts.operand import Array, arguments
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
@@ -132,8 +131,6 @@ def packed_heads_are_read_again(
         return None
     if splits > 1:
         return "splits of a head are taken by several threads, each of which would pack its own"
-    if masks.get(problem.mask).cuts_front:
-        return f"with {problem.mask}, tiles begin at different leaves of a head"
     rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
     return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
 

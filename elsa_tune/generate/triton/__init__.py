@@ -22,7 +22,7 @@ from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
 from elsa_tune.generate.counters import cleared
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text, parts_have_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, gradients_are_written, parts_have_text
 from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
@@ -44,7 +44,7 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """Triton serves float32, float16 and bfloat16, no mask or causal, dimensions up to 256, on GPUs."""
+    """Triton serves float32, float16 and bfloat16, dimensions up to 256, on GPUs."""
     if not device.is_gpu:
         return f"Triton runs on GPUs, not on {device}"
     if device.kind == "cuda" and device.capability < 70:
@@ -53,7 +53,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    untold = mask_has_text(problem) if problem.direction == "backward" else parts_have_text("triton", problem)
+    untold = gradients_are_written(problem) if problem.direction == "backward" else parts_have_text("triton", problem)
     return untold or dims_are_generated(problem)
 
 
@@ -225,6 +225,11 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if here else torch.cuda.device(x.device)
 
 
+def _given(operands: Operands) -> tuple[Operands, ...]:
+    """The last argument of a module whose family has operands."""
+    return (operands,) if operands else ()
+
+
 class TritonKernel:
     """A family's module: call it with any shape."""
 
@@ -273,10 +278,13 @@ class TritonGradients:
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
         with _on(query):
-            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale)
+            made: tuple[Tensor, ...] = self._launch(
+                *rows, lse.contiguous(), rows_contiguous(grad), scale, *_given(operands)
+            )
         return made
 
 

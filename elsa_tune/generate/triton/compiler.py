@@ -14,10 +14,9 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate import gpu_report as _gpu_report
-from elsa_tune.generate.tensors import kernel_arguments
+from elsa_tune.generate.operands import typical
+from elsa_tune.generate.tensors import kernel_arguments, torch_dtype
 from elsa_tune.problem import Problem
-from elsa_tune.prove.operands import typical
-from elsa_tune.prove.reference import torch_dtype
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
 """The kernel of a module that does most of the work."""
@@ -74,11 +73,11 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     value = rows(problem.kv_heads, problem.kv_len, problem.value_dim)
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
+    drawn = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in typical(problem))
+    operands = [kernel_arguments(problem, drawn, query, key)] if drawn else []
     if problem.direction == "forward":
-        operands = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in typical(problem))
-        given = kernel_arguments(problem, operands, query, key)
-        return (query, key, value, None, out, lse, *([given] if given else []))
-    return query, key, value, out, lse, out, None, query, key, value
+        return (query, key, value, None, out, lse, *operands)
+    return (query, key, value, out, lse, out, None, query, key, value, *operands)
 
 
 def compile_kernels(module: ModuleType, problem: Problem, device: Device) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Mask:
         unread = {one.name for one in self.arrays} - set(self.sequences)
         if unread and not self.tested:
             raise ValueError(f"mask {self.name}: nothing reads {', '.join(sorted(unread))}; its bounds or a test must")
+        for bound in (self.low, self.high):
+            _ = bound.first_beyond  # raises ValueError where a bound may fall
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -96,6 +98,12 @@ class Mask:
         names = {"position": position, "q_len": q_len, "kv_len": kv_len, **own}
         return _within(self.low.value(**names), kv_len), _within(self.high.value(**names), kv_len)
 
+    def seeing(self, key: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
+        """The positions [first, end) that see a key (an integer, array or tensor within [0, kv_len)), both within [0, q_len]."""
+        names = {"key": key, "q_len": q_len, "kv_len": kv_len, **own}
+        first, end = self.high.first_beyond.value(**names), self.low.first_beyond.value(**names)
+        return _within(first, q_len), _within(end, q_len)
+
     def pairs(self, q_len: int, kv_len: int, **own: int) -> int:
         """(position, key) pairs of one sequence within the bounds; of more than MOST_COUNTED positions, estimated."""
         if not self.cuts_front and not self.cuts_back:
@@ -142,7 +150,7 @@ def intersection(masks: Sequence[Mask]) -> Mask:
     )
 
 
-def _within(bound: Any, kv_len: int) -> Any:
+def _within(bound: Any, length: int) -> Any:
     if isinstance(bound, int):
-        return max(0, min(bound, kv_len))
-    return bound.clip(0, kv_len)
+        return max(0, min(bound, length))
+    return bound.clip(0, length)

@@ -9,7 +9,7 @@ from functools import cache
 from elsa_tune import places
 from elsa_tune.problem import Problem
 from elsa_tune.space import read_toml
-from elsa_tune.tuning.outcome import Outcome
+from elsa_tune.tuning.report import Outcome
 
 
 @dataclass(frozen=True, slots=True)

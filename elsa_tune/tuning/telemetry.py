@@ -20,6 +20,7 @@ READ_EVERY, ASK_EVERY = 0.05, 2.0
 _QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 _REASONS = "clocks_event_reasons.active", "clocks_throttle_reasons.active"  # since driver 535, and before
 _FACTS = ("sm_mhz", "memory_mhz", "watts", "celsius", "throttled")
+SUMMARY = (*_FACTS, "sm_mhz_low")
 Reading = dict[str, float]
 
 

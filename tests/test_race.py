@@ -13,8 +13,11 @@ from planted import FAULTS, peers, planted
 
 from elsa_tune.device import host_cpu
 from elsa_tune.problem import Problem
-from elsa_tune.tuning import clock
-from elsa_tune.tuning.measure import Worker, WorkerFailed, check_family, check_shape, peak, race, ratio
+from elsa_tune.tuning import timing
+from elsa_tune.tuning.contender import check_family, check_shape
+from elsa_tune.tuning.limits import peak
+from elsa_tune.tuning.race import race, ratio
+from elsa_tune.tuning.worker import Worker, WorkerFailed
 
 PROBLEM = Problem.parse("fp32.d16@b1.h2.q300.k300")
 
@@ -101,7 +104,7 @@ def test_who_cannot_be_launched_loses_alone(monkeypatch: pytest.MonkeyPatch, los
     """The others are raced, the reason is told; where it is the first, the next is compared with."""
     contenders = [*peers(PROBLEM), planted("healthy", PROBLEM)]
     made: list[int] = []
-    timer = clock.timer
+    timer = timing.timer
 
     def refused(*arguments: Any) -> Any:
         made.append(1)
@@ -112,7 +115,7 @@ def test_who_cannot_be_launched_loses_alone(monkeypatch: pytest.MonkeyPatch, los
                 raise RuntimeError("capture ended badly")
         return timer(*arguments)
 
-    monkeypatch.setattr(clock, "timer", refused)
+    monkeypatch.setattr(timing, "timer", refused)
     raced = race(PROBLEM, contenders, 4, 10.0)
     assert set(raced.failed) == {lost} and raced.samples[lost] == ()
     assert "capture ended badly" in raced.failed[lost] and "not permitted" in raced.failed[lost]
@@ -123,7 +126,7 @@ def test_a_race_of_nobody_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: Any) -> Any:
         raise ValueError("planted")
 
-    monkeypatch.setattr(clock, "timer", refused)
+    monkeypatch.setattr(timing, "timer", refused)
     with pytest.raises(RuntimeError, match="nobody could be timed: ValueError: planted"):
         race(PROBLEM, peers(PROBLEM), 4, 1.0)
 

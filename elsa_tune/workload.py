@@ -16,7 +16,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (places.data("search_spaces") / "workloads").glob("*.toml"))
 
 
-def load(name: str, device: Device) -> list[Problem]:
+def read(name: str, device: Device) -> list[Problem]:
     """The problems of a shipped workload, or of a TOML file of the same form. Raises BadWorkload.
 
     ``default`` is the workload of that name on a CPU and ``gpu`` on a GPU.

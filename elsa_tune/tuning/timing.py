@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from elsa_tune.device import Device
-from elsa_tune.tuning.gauge import Gauge, Reading
 
 Call = Callable[[], object]
 Timer = Callable[[int], float]
@@ -72,7 +70,7 @@ class _Events(_Repeated):
         calls[0]()  # warm up: libraries and compilers do things once
 
     def __call__(self, repeats: int) -> float:
-        return _between_events(lambda: _repeat(lambda: self._next()(), repeats), self._during) / repeats
+        return between_events(lambda: repeat(lambda: self._next()(), repeats), self._during) / repeats
 
 
 NODES = 16
@@ -99,7 +97,7 @@ class _Graph:
 
     def __call__(self, repeats: int) -> float:
         turns = -(-repeats // len(self._calls))
-        return _between_events(lambda: _repeat(self._graph.replay, turns), self._during) / (turns * len(self._calls))
+        return between_events(lambda: repeat(self._graph.replay, turns), self._during) / (turns * len(self._calls))
 
 
 def _cuda() -> Any:
@@ -108,12 +106,12 @@ def _cuda() -> Any:
     return torch.cuda
 
 
-def _repeat(work: Call, times: int) -> None:
+def repeat(work: Call, times: int) -> None:
     for _ in range(times):
         work()
 
 
-def _between_events(work: Callable[[], object], during: Call = lambda: None) -> float:
+def between_events(work: Callable[[], object], during: Call = lambda: None) -> float:
     """Seconds that the GPU spends between the start and the end of the work; ``during`` is called meanwhile."""
     cuda = _cuda()
     start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
@@ -133,66 +131,3 @@ def survive(device: Device, what: str) -> None:
             _cuda().synchronize()
         except RuntimeError as error:
             raise RuntimeError(f"{what}; after that, CUDA error: {error}") from error
-
-
-def gpu_state(device: Device) -> Reading:
-    """What a GPU says of itself during LOAD seconds of products (Gauge.summary); empty where it says nothing."""
-    gauge = Gauge(device)
-    with suppress(Exception):
-        import torch
-
-        x = torch.randn(4096, 4096, device=device.torch, dtype=torch.float16)
-        _loaded(lambda: x @ x, gauge.read)
-    return gauge.summary()
-
-
-LOAD = 0.25
-"""Seconds of work after which clocks have settled."""
-
-
-def _loaded(work: Callable[[], object], during: Call = lambda: None) -> float:
-    """The least seconds of the work in a row of its kind that lasts LOAD seconds, in runs of 10 ms or one."""
-    work()
-    many, found, end = max(1, round(0.01 / max(_between_events(work), 1e-6))), list[float](), time.monotonic() + LOAD
-    while time.monotonic() < end or len(found) < 4:
-        found.append(_between_events(lambda: _repeat(work, many), during) / many)
-    return min(found[len(found) // 2 :])
-
-
-def tf32_allowed() -> bool:
-    """Whether torch's own setting lets float32 matrix products on a GPU use TF32. Read, never written."""
-    import torch
-
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch refuses to say where its older and newer settings were mixed
-        return False
-
-
-def gpu_peak(device: Device) -> dict[str, float]:
-    """Limits of a GPU measured under load: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
-
-    float32 products follow torch's matmul setting, TF32 products its convolution setting: both are read, never written.
-    """
-    import torch
-
-    n, found = 4096, dict[str, float]()
-
-    def rate(work: Callable[[], object], amount: float) -> float:
-        return amount / _loaded(work) / 1e9
-
-    def square(dtype: Any) -> Any:
-        return torch.randn(n, n, device=device.torch).to(dtype)
-
-    x = square(torch.float32)
-    if not tf32_allowed():
-        found["fp32"] = rate(lambda: x @ x, 2.0 * n**3)
-    if device.capability >= 80 and torch.backends.cudnn.allow_tf32:
-        image, weight = x.view(1, n, 64, 64), x.view(n, n, 1, 1)
-        found["tf32"] = rate(lambda: torch.nn.functional.conv2d(image, weight), 2.0 * n**3)
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        y = square(dtype)
-        found[name] = rate(lambda y=y: y @ y, 2.0 * n**3)  # type: ignore[misc]
-    memory = torch.empty(max(1 << 28, 8 * device.last_cache) // 4, device=device.torch)
-    found["gbytes"] = rate(lambda: memory.sum(), 4.0 * memory.numel())
-    return found

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from elsa_tune.device import host_cpu
-from elsa_tune.tuning import quiet
-from elsa_tune.tuning.measure import _Referee
-from elsa_tune.tuning.quiet import Heard, Listener, _Counters
+from elsa_tune.tuning import noise
+from elsa_tune.tuning.noise import Heard, Listener, _Counters
+from elsa_tune.tuning.race import _Referee
 
 PRESSURE = Path("/proc/pressure/cpu")
 
@@ -56,8 +56,8 @@ def test_a_system_that_says_nothing_is_taken_for_quiet(monkeypatch: pytest.Monke
     def absent(path: str, flags: int) -> int:
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(quiet.os, "open", absent)
-    monkeypatch.setattr(quiet, "_switches", lambda: 0)
+    monkeypatch.setattr(noise.os, "open", absent)
+    monkeypatch.setattr(noise, "_switches", lambda: 0)
     with Listener() as listener:
         heard = listener.heard()
     assert not heard.disturbed and not heard.busy and heard.seconds > 0

@@ -1,25 +1,27 @@
-"""Which variant serves a problem: one measured for it, a neighbour's, a kin device's, or torch's own SDPA."""
+"""The ladder: which variant serves a problem, one measured for it, a neighbour's, a kin device's, or torch's own SDPA."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.errors import BadVariant
+from elsa_tune.generate import lawful
 from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import Layer
-from elsa_tune.space import Space, parse
+from elsa_tune.space import parse
 from elsa_tune.variant import Variant
 
 LARGE_ADVANTAGE = 1.3
 """A relaxed answer serves only if it was measured at least this many times as fast as SDPA."""
 
 NEAR = 3.0
-"""Octaves, summed over tasks, query rows and keys, within which a shape is a neighbour."""
+"""Octaves, summed over (batch, KV head) pairs, query rows and keys, within which a shape is a neighbour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Choice:
 
 
 def distance(a: Problem, b: Problem) -> float:
-    """Octaves between two shapes: of independent tasks, of query rows that share keys, of keys; half of one for each operand
+    """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half of one for each operand
     in another memory order, one for the launch."""
     pairs = (
         (a.batch * a.kv_heads, b.batch * b.kv_heads),
@@ -51,27 +53,44 @@ def distance(a: Problem, b: Problem) -> float:
     return sum(abs(math.log2(x / y)) for x, y in pairs) + orders / 2 + (a.launch != b.launch)
 
 
-def choose(problem: Problem, device: Device, winners: Iterable[Winner], slower: set[tuple[str, str]]) -> Choice:
-    """The first rung that answers. ``winners`` are all known ones for this device and its kin, best rung first;
-    ``slower`` holds (problem, variant) pairs measured below SDPA.
-    """
-    known = list(winners)
+class Known(Protocol):
+    """What the ladder climbs over: winners, nearer layers first. Each method is asked only if no rung before it answered."""
+
+    def of_problem(self, problem: Problem, device: Device) -> list[Winner]:
+        """Winners for the very problem on the very device, of the nearest layer that has some."""
+
+    def of_family(self, problem: Problem, device: Device) -> list[Winner]:
+        """Winners for the problem's family, of the device and its kin, best rung first."""
+
+    def akin(self, problem: Problem, device: Device) -> list[Winner]:
+        """The same for every family that differs in its dimensions at most."""
+
+    def slower(self, device: Device) -> set[tuple[str, str]]:
+        """(problem, variant) pairs measured below SDPA on the device."""
+
+
+def climb(problem: Problem, device: Device, known: Known) -> Choice:
+    """The first rung that answers without a doubt; torch below the last."""
     steps: list[str] = []
-    for rung, winner, doubt in _answers(problem, device, known, slower):
+    for rung, winner, doubt in _answers(problem, device, known):
         if doubt:
             steps.append(f"{rung}: {winner.variant}, won {winner.problem}: {doubt}")
             continue
-        steps.append(
-            f"{rung}: {winner.variant}, won {winner.problem} by {winner.ratio:.2f} in {winner.finals} final{'s' * (winner.finals > 1)}"
-        )
-        return Choice(problem, rung, winner, parse(winner.variant), tuple(steps))
-    if not known:
-        steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
-    steps.append("sdpa: torch serves")
-    return Choice(problem, "sdpa", None, None, tuple(steps))
+        finals = f"{winner.finals} final{'s' * (winner.finals > 1)}"
+        steps.append(f"{rung}: {winner.variant}, won {winner.problem} by {winner.ratio:.2f} in {finals}")
+        found = Choice(problem, rung, winner, parse(winner.variant), tuple(steps))
+        break
+    else:
+        if not steps:
+            steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
+        steps.append("sdpa: torch serves")
+        found = Choice(problem, "sdpa", None, None, tuple(steps))
+    if found.by_sdpa and problem.precision == "tf32":  # more exact than asked is welcome
+        return climb(problem.reshaped(precision="fp32"), device, known)
+    return found
 
 
-def choose_as_exact(problem: Problem, device: Device, times: float, found: Iterable[Layer]) -> Choice:
+def climb_as_exact(problem: Problem, device: Device, times: float, found: Iterable[Layer]) -> Choice:
     """The fastest variant measured for the very problem on the very device that errs at most ``times`` torch's error and is
     faster; nearer layers first. Nothing is carried over from other shapes: their errors are not this one's."""
     for layer in found:
@@ -88,27 +107,28 @@ def choose_as_exact(problem: Problem, device: Device, times: float, found: Itera
     return Choice(problem, "sdpa", None, None, (step,))
 
 
-def _answers(
-    problem: Problem, device: Device, known: list[Winner], slower: set[tuple[str, str]]
-) -> Iterator[tuple[str, Winner, str]]:
+def _answers(problem: Problem, device: Device, known: Known) -> Iterator[tuple[str, Winner, str]]:
     """Candidate answers from the nearest rung to the farthest, each with a doubt; empty if none."""
-    spelled, wanted = str(problem), problem.family
-    family = [w for w in known if w.measurement.family == wanted]
-    for winner in family:
-        if winner.rung == "exact" and winner.problem == spelled:
+    own = known.of_problem(problem, device)
+    for winner in own:
+        yield "exact", winner, _refusal(winner, problem, device)
+    family, slower = known.of_family(problem, device), known.slower(device)
+    same = [w for w in family if w.problem == str(problem)]
+    for winner in same:
+        if winner.rung == "exact" and winner not in own:  # of a layer behind the one that answered
             yield "exact", winner, _refusal(winner, problem, device)
     for device_rung in RUNGS:
         near = _nearest(problem, [w for w in family if w.rung == device_rung])
         for winner in near:
-            others = [w.problem for w in near if w is not winner]
-            if device_rung == "versions" and winner.problem == spelled:  # the same GPU after an update of its software
+            if device_rung == "versions" and winner in same:  # the same GPU after an update of its software
                 yield "versions", winner, _refusal(winner, problem, device)
                 continue
+            others = [w.problem for w in near if w is not winner]
             doubt = _doubt(winner, problem, device) or next(
                 (f"slower than SDPA at {other}" for other in others if (other, winner.variant) in slower), ""
             )
             yield "neighbour" if device_rung == "exact" else device_rung, winner, doubt
-    cousins = [w for w in known if w.measurement.family != wanted and problem.akin(w.measurement.family)]
+    cousins = [w for w in known.akin(problem, device) if w.measurement.family != problem.family]
     for winner in _nearest(problem, cousins):
         yield "head_dim", winner, _doubt(winner, problem, device)
 
@@ -139,4 +159,4 @@ def _refusal(winner: Winner, problem: Problem, device: Device) -> str:
         variant = parse(winner.variant)
     except BadVariant as error:
         return str(error)
-    return Space.load(variant.backend).refusal(variant, problem, device) or ""
+    return lawful.refusal(variant, problem, device) or ""

@@ -1,0 +1,191 @@
+"""Winners of this device, read once per process, and the kernels loaded or being built because of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from queue import SimpleQueue
+
+from elsa_tune.device import Device
+from elsa_tune.dispatch import exactness, handovers
+from elsa_tune.dispatch.ladder import Choice, climb, climb_as_exact
+from elsa_tune.errors import KernelMissing
+from elsa_tune.generate import backends
+from elsa_tune.generate import kernel_cache as _kernel_cache
+from elsa_tune.generate.backends import Built, Gradients, Kernel
+from elsa_tune.measurement import Winner
+from elsa_tune.problem import Problem
+from elsa_tune.prove import check
+from elsa_tune.remember import layers, winners
+from elsa_tune.variant import Variant
+
+MOST_SHAPES = 4096
+"""Shapes remembered before a table starts anew: a growing key cache makes a new one at every step."""
+
+Ready = Callable[[Kernel | Gradients], object]
+"""Is told of a kernel that was built beside the calls."""
+
+lock = threading.RLock()
+"""Held while something is read or loaded, and while everything is forgotten."""
+
+
+class _Known:
+    """Winners, read from the layers when a rung of the ladder asks for them, then kept in memory."""
+
+    def __init__(self, beside: Callable[[Callable[[], object]], None]) -> None:
+        self._beside = beside  # runs a job beside the calls
+        self._layers: list[layers.Layer] | None = None
+        self._winners: dict[tuple[object, ...], list[Winner]] = {}
+        self._slower: dict[Device, set[tuple[str, str]]] = {}
+
+    def of_problem(self, problem: Problem, device: Device) -> list[Winner]:
+        def read() -> list[Winner]:
+            found = layers.winners_of(problem, device, self.nearest_first())
+            if not found or found[0].layer != "own":
+                self._every_layer()  # a team's database that was not read yet may know better
+            return found
+
+        return self._once((str(device), problem), read)
+
+    def of_family(self, problem: Problem, device: Device) -> list[Winner]:
+        wanted = problem.family.__eq__
+        return self._once(
+            (str(device), problem.family), lambda: layers.known_winners(device, self._every_layer(), wanted)
+        )
+
+    def akin(self, problem: Problem, device: Device) -> list[Winner]:
+        kind = (problem.dtype, problem.mask, problem.score, problem.precision, problem.direction)
+        return self._once((str(device), *kind), lambda: layers.known_winners(device, self._every_layer(), problem.akin))
+
+    def slower(self, device: Device) -> set[tuple[str, str]]:
+        with lock:
+            if device not in self._slower:
+                self._slower[device] = layers.slower_than_sdpa(device, self._every_layer())
+            return self._slower[device]
+
+    def nearest_first(self) -> Iterable[layers.Layer]:
+        """The layers, not all opened yet where the first may answer."""
+        return self._layers or layers.nearest_first()
+
+    def _once(self, entry: tuple[object, ...], read: Callable[[], list[Winner]]) -> list[Winner]:
+        with lock:
+            if entry not in self._winners:
+                if len(self._winners) >= MOST_SHAPES:
+                    self._winners.clear()
+                self._winners[entry] = read()
+            return self._winners[entry]
+
+    def _every_layer(self) -> list[layers.Layer]:
+        """All layers, opened once; the team's that have changed are read again beside the calls."""
+        if self._layers is None:
+            self._layers = layers.layers()
+            for source in layers.stale():
+                self._beside(partial(_reread, source))
+        return self._layers
+
+
+def _reread(source: str) -> None:
+    layers.refresh(source)
+    for forget in winners.listeners:
+        forget()
+
+
+class Shelf:
+    """Who serves what, and their kernels."""
+
+    def __init__(self) -> None:
+        self.troubles: dict[str, str] = {}
+        self._known = _Known(self._later)
+        self._exact: dict[tuple[Problem, Device, float], Choice] = {}
+        self._kernels: dict[tuple[str, str], Kernel | Gradients] = {}  # (family, variant)
+        self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
+        self._building: SimpleQueue[Callable[[], object]] | None = None
+
+    def choice(self, problem: Problem, device: Device) -> Choice:
+        """Who should serve a problem, and why."""
+        if exactness.active and (times := exactness.asked()) is not None:
+            return self._as_exact(problem, device, times)
+        return climb(problem, device, self._known)
+
+    def _as_exact(self, problem: Problem, device: Device, times: float) -> Choice:
+        entry = (problem, device, times)
+        with lock:
+            if entry not in self._exact:
+                if len(self._exact) >= MOST_SHAPES:
+                    self._exact.clear()
+                self._exact[entry] = climb_as_exact(problem, device, times, self._known.nearest_first())
+            return self._exact[entry]
+
+    def kernel(self, problem: Problem, device: Device, ready: Ready) -> Kernel | Gradients | None:
+        """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
+        chosen = self.choice(problem, device)
+        if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
+            return None
+        problem = chosen.problem
+        name = (problem.family, str(chosen.variant))
+
+        def attempt() -> None:
+            if name in self._hopeless:  # another shape asked for it meanwhile, in vain
+                return
+            try:
+                ready(self.obtain(problem, device, chosen))
+            except Exception:
+                self._hopeless.add(name)
+                raise
+
+        with lock:
+            loaded = self._kernels.get(name)
+            if loaded is None and (built := self._trusted(chosen)):
+                loaded = self._load(chosen.variant, problem, built)
+            if loaded is None and name not in self._hopeless:
+                self._later(attempt)
+        return loaded
+
+    def obtain(self, problem: Problem, device: Device, chosen: Choice) -> Kernel | Gradients:
+        """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""
+        assert chosen.variant is not None
+        with lock:
+            loaded = self._kernels.get((problem.family, str(chosen.variant)))
+        if loaded is not None:
+            return loaded
+        if built := self._trusted(chosen):
+            return self._load(chosen.variant, problem, built)
+        backend = backends.get(chosen.variant.backend)
+        built = backend.build(chosen.variant, problem, device)
+        if not _kernel_cache.checked(built.digest, str(device)):  # somebody else's winner, used here for the first time
+            kernel = backend.load(built, chosen.variant, problem)
+            longest = check.longest(chosen.variant, problem, device)
+            verdict = check.check_family(kernel, problem, [], device=device.torch, longest=longest)
+            if verdict.reason:
+                raise KernelMissing(f"{chosen.variant} is wrong on this device: {verdict.reason}; torch's SDPA serves")
+            _kernel_cache.note_checked(built.digest, str(device))
+        return self._load(chosen.variant, problem, built)
+
+    def _trusted(self, chosen: Choice) -> Built | None:
+        """The very kernel that was checked and measured on this device for this family, if it is still built."""
+        winner, variant = chosen.winner, chosen.variant
+        if winner is None or variant is None or winner.layer != "own" or winner.rung != "exact":
+            return None
+        if winner.measurement.family != chosen.problem.family or winner.measurement.is_of_faulty_code:
+            return None
+        return backends.get(variant.backend).find(winner.measurement.digest)
+
+    def _load(self, variant: Variant, problem: Problem, built: Built) -> Kernel | Gradients:
+        kernel = backends.get(variant.backend).load(built, variant, problem)
+        with lock:
+            return self._kernels.setdefault((problem.family, str(variant)), kernel)
+
+    def _later(self, job: Callable[[], object]) -> None:
+        if self._building is None:
+            self._building = SimpleQueue()
+            threading.Thread(target=self._work, args=(self._building,), name="elsa-tune-build", daemon=True).start()
+        self._building.put(job)
+
+    def _work(self, jobs: SimpleQueue[Callable[[], object]]) -> None:
+        while True:
+            try:
+                jobs.get()()
+            except Exception as error:
+                self.troubles["background build"] = f"{type(error).__name__}: {error}"
+                handovers.note("a kernel built beside the calls", error)

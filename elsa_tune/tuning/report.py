@@ -1,0 +1,47 @@
+"""What a run established: the winner of each problem, and how close it comes to what the device allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elsa_tune.device import Device
+from elsa_tune.measurement import Evidence
+from elsa_tune.problem import Problem
+from elsa_tune.remember.winners import Database
+from elsa_tune.tuning.limits import least_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One line of the final table. ``limit`` is the share of what the measured peaks would allow."""
+
+    problem: Problem
+    device: Device
+    winner: Evidence | None
+    gflops: float | None = None
+    limit: float | None = None
+
+    @classmethod
+    def of(cls, database: Database, problem: Problem, device: Device) -> Outcome:
+        """The recorded winner of a problem and how close it comes to the limits measured in the same run."""
+        winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
+        measured = winner.measurement if winner else None
+        if measured is None or not measured.seconds:
+            return cls(problem, device, winner)
+        least = least_seconds(problem, measured.provenance)
+        rate = problem.flops / measured.seconds / 1e9
+        return cls(problem, device, winner, rate, least and least / measured.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run established, one outcome a problem and device."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    notes: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every problem has a winner; torch's SDPA counts."""
+        return all(outcome.winner for outcome in self.outcomes)

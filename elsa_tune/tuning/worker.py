@@ -1,0 +1,146 @@
+"""A disposable process: a job that hangs, crashes or eats memory is killed with it, and the caller learns why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+from elsa_tune.device import host_cpu
+
+T = TypeVar("T")
+
+
+class WorkerFailed(Exception):
+    """A job did not come back: ``status`` is failed or timeout."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class GivenUp(WorkerFailed):
+    """A job was ended together with others of its worker's processes, for a fault of theirs: it says nothing of the job."""
+
+
+def _start_worker(memory: int) -> None:
+    """First thing in a new worker: its parent, the fork server, loads code and never computes."""
+    from elsa_tune.generate import cpp
+
+    cpp.Pool.parent_never_computed()
+    try:
+        import resource
+
+        if memory:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, ValueError, OSError):
+        pass  # a system without these limits still has the time-out
+
+
+_of_main = threading.Lock()
+
+
+@contextmanager
+def _main_is_not_imported() -> Iterator[None]:
+    """Processes started meanwhile leave the caller's script alone, which need not guard ``__main__`` then: jobs are this
+    package's functions."""
+    with _of_main:
+        main: dict[str, Any] = vars(sys.modules["__main__"])
+        shown: dict[str, Any] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+        main.update(dict.fromkeys(shown))
+        try:
+            yield
+        finally:
+            main.update(shown)
+
+
+_METHODS = multiprocessing.get_all_start_methods()
+_START: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
+"""How workers start: forked by a server that has loaded torch, where systems have that."""
+
+
+class _Process(_START.Process):  # type: ignore[misc]
+    @staticmethod
+    def _Popen(process: Any) -> Any:
+        with _main_is_not_imported():
+            return _START.Process._Popen(process)
+
+
+class _Context(type(_START)):  # type: ignore[misc]
+    Process = _Process
+
+
+class Worker:
+    """``count`` processes that run jobs; one is replaced when a job kills it, outlasts its time or breaks its GPU.
+
+    ``memory`` bounds the bytes a process may take, half of the machine's by default; 0 leaves it unbounded, as GPU
+    drivers need, which reserve addresses without using them.
+    """
+
+    def __init__(self, memory: int | None = None, count: int = 1) -> None:
+        context = _Context()
+        if hasattr(context, "set_forkserver_preload"):
+            context.set_forkserver_preload(["torch"])
+        limit = max(4 << 30, host_cpu().memory // 2) if memory is None else memory
+        self._options: dict[str, Any] = {
+            "max_workers": count, "context": context, "initializer": _start_worker, "initargs": (limit,),
+        }  # fmt: skip
+        self._start()
+
+    def _start(self) -> None:
+        from pebble import CONSTS, ProcessPool
+
+        CONSTS.term_timeout = (
+            0.1  # each that is stuck in a compiler or a kernel is waited for, one by one, before it is killed
+        )
+        self._pool, self._waiting = ProcessPool(**self._options), set[Any]()
+
+    def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
+        """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message."""
+        from pebble import ProcessExpired
+
+        future = self._pool.schedule(job, args=arguments, timeout=timeout)
+        waiting = self._waiting
+        waiting.add(future)
+        try:
+            result: T = future.result()
+            return result
+        except FutureTimeout as error:
+            raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s; the worker was killed") from error
+        except ProcessExpired as error:
+            raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
+        except CancelledError as error:
+            raise GivenUp("failed", "given up: the worker was ended") from error
+        except Exception as error:
+            if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
+                self.renew()  # its GPU context may be lost for good
+            raise WorkerFailed("failed", f"{type(error).__name__}: {error}") from error
+        finally:
+            waiting.discard(future)
+
+    def renew(self) -> None:
+        """Go on in a new process: what is left of a job that failed may be in the way of the next one's."""
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        """End the process at once; whoever waits for a job, in another thread, learns that it was given up."""
+        for future in list(self._waiting):
+            future.cancel()
+        self._pool.stop()  # type: ignore[no-untyped-call]
+        self._pool.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

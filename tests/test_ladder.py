@@ -1,0 +1,81 @@
+"""The ladder: rungs are climbed one by one, and what lies behind the answer is not read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_dispatch import VARIANT
+
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.dispatch import ladder
+from elsa_tune.measurement import Evidence, Measurement, Winner
+from elsa_tune.problem import Problem
+
+HERE = host_cpu()
+POSED = Problem.parse("fp32.d16@b2.h4.q50.k50")
+NEAR = "fp32.d16@b2.h4.q60.k60"
+
+
+def winner(problem: str, ratio: float = 2.0, rung: str = "exact", layer: str = "own", variant: str = VARIANT) -> Winner:
+    m = Measurement(device=str(HERE), problem=problem, variant=variant, status="ok", ratio=ratio)
+    return Winner(Evidence(m, ratio, ratio - 0.05, ratio + 0.05, 1), layer, rung)
+
+
+class Books:
+    """Known winners, and what was asked of them."""
+
+    def __init__(
+        self, problem: tuple[Winner, ...] = (), family: tuple[Winner, ...] = (), akin: tuple[Winner, ...] = ()
+    ):
+        self.lists = {"of_problem": problem, "of_family": family, "akin": akin}
+        self.asked: list[str] = []
+
+    def _read(self, what: str) -> list[Winner]:
+        self.asked.append(what)
+        return list(self.lists[what])
+
+    def of_problem(self, problem: Problem, device: Device) -> list[Winner]:
+        return self._read("of_problem")
+
+    def of_family(self, problem: Problem, device: Device) -> list[Winner]:
+        return self._read("of_family")
+
+    def akin(self, problem: Problem, device: Device) -> list[Winner]:
+        return self._read("akin")
+
+    def slower(self, device: Device) -> set[tuple[str, str]]:
+        return set()
+
+
+def test_what_lies_behind_the_answer_is_not_read() -> None:
+    exact = Books((winner(str(POSED)),))
+    assert ladder.climb(POSED, HERE, exact).rung == "exact" and exact.asked == ["of_problem"]
+    near = Books((), (winner(NEAR),))
+    assert ladder.climb(POSED, HERE, near).rung == "neighbour" and near.asked == ["of_problem", "of_family"]
+    cousin = Books((), (), (winner("fp32.d20@b2.h4.q50.k50"),))
+    assert ladder.climb(POSED, HERE, cousin).rung == "head_dim"
+    assert cousin.asked == ["of_problem", "of_family", "akin"]
+
+
+@pytest.mark.parametrize("layer", ["imported", "team"])
+def test_a_layer_behind_one_whose_winner_is_refused_answers(layer: str) -> None:
+    """The nearest layer's winner is of another version's space; the next layer knows another, and no doubt is told twice."""
+    refused = winner(str(POSED), variant=VARIANT.replace("q2", "q999"))
+    chosen = ladder.climb(POSED, HERE, Books((refused,), (refused, winner(str(POSED), layer=layer))))
+    assert chosen.rung == "exact" and chosen.winner is not None and chosen.winner.layer == layer
+    assert len(chosen.steps) == 2 and "q999" in chosen.steps[0]
+
+
+def test_of_tf32_a_more_exact_answer_is_welcome() -> None:
+    rough = replace(POSED, precision="tf32")
+
+    class Exact(Books):
+        def of_problem(self, problem: Problem, device: Device) -> list[Winner]:
+            return super().of_problem(problem, device) if problem.precision == "fp32" else []
+
+    known = Exact((winner(str(POSED)),))
+    chosen = ladder.climb(rough, HERE, known)
+    assert chosen.rung == "exact" and chosen.problem == POSED
+    none = ladder.climb(rough, HERE, Books())
+    assert none.by_sdpa and none.steps[0].startswith(f"nothing is known of {POSED.family}")
