@@ -18,6 +18,7 @@ from elsa_tune.parts import mask, score, tanh
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
+from elsa_tune.ship import export
 
 NAMES = [name for name in score.names() if name != score.NONE]
 BY_HAND: dict[str, Callable[..., float]] = {
@@ -91,7 +92,12 @@ class TestContract:
         for backend in ("triton", "cuda", "cpp"):
             assert backends.get(backend).refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
         found = backends.get("triton").refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
-        assert f"score {name}" in (found or "")
+        assert f"no gradients of the score {name}" in (found or "")
+
+    def test_headers_refuse_it_by_name(self, name: str) -> None:
+        problem = Problem(head_dim=64, score=name, reals=score.get(name).reals_of(0))
+        for language in ("cpp", "cuda"):
+            assert f"score {name}" in (export.refusal(problem, language) or "")
 
 
 @pytest.mark.parametrize(("name", "reals"), WRITTEN)
