@@ -33,6 +33,8 @@ from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.generate import cpp
+from elsa_tune.generate.cpp import call as _call
+from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.order import CONTIGUOUS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -346,8 +348,8 @@ def call_overhead() -> dict[str, float]:
     bound = kernel.bind(q, q, q)
     dispatch._serving[dispatch._entry(q, q, q, False, False)] = bound
     out = bound(q, q, q)
-    layout = cpp._LAYOUT(1, 1, 1, 1, 1, *[64] * 12, 0.125, torch.get_num_threads(), cpp.openmp()[1])
-    packed = cpp._POINTERS(*(t.data_ptr() for t in (q, q, q, out)), 0) + layout
+    layout = _call._LAYOUT(1, 1, 1, 1, 1, *[64] * 12, 0.125, torch.get_num_threads(), _pool.openmp()[1])
+    packed = _call._POINTERS(*(t.data_ptr() for t in (q, q, q, out)), 0) + layout
     function = kernel._function  # type: ignore[attr-defined]
 
     def least(call: Callable[[], object], number: int = 5000) -> float:

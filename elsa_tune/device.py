@@ -274,6 +274,27 @@ def detect(text: str = "auto") -> list[Device]:
     return chosen
 
 
+def named(text: str) -> Device:
+    """The device that ``text`` means, which need not be here: ``sm_62``, ``gfx942``, a CPU microarchitecture as archspec names it
+    (``cortex_a72``, ``aarch64``, ``zen4``), ``opencl`` for any OpenCL device, a full spelling, or one that is here. Raises BadDevice."""
+    if re.fullmatch(r"sm_\d{2,3}", text):
+        return Device("cuda", "any", text, 1)
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", text):
+        return Device("hip", "any", text, 1)
+    if text == "opencl":
+        return Device("opencl", "any", "shuffle0", 1)
+    if ":" in text:
+        return Device.parse(text)
+    if cpu_target(text):
+        return Device("cpu", "any", text, 4)
+    try:
+        return detect(text)[0]
+    except BadDevice:
+        raise BadDevice(
+            f"device {text!r} is not known; name a target such as sm_62, gfx942, cortex_a72 or opencl, or a full spelling"
+        ) from None
+
+
 def of_tensor(kind: str, index: int | None) -> Device | None:
     """The device a tensor lies on (torch's device type and index), or None for one that is not known."""
     if kind == "cpu":

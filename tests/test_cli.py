@@ -11,13 +11,15 @@ from click.testing import CliRunner
 
 from elsa_tune import places
 from elsa_tune.device import host_cpu
-from elsa_tune.generate import cpp
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cpp import pool as _pool
+from elsa_tune.generate.cpp.build import LIBRARY
+from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.shell import cli, cli_db, doctor
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
 NATIVE = host_cpu().isas[0]
-VARIANT = f"cpp.serial.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q2.k4.v4.n48"
+VARIANT = f"cpp.serial.{NATIVE}.l{ISAS[NATIVE].lanes}.q2.k4.v4.n48"
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -116,14 +118,14 @@ def test_doctor_on_a_healthy_machine(home: Path) -> None:
 
 def test_doctor_names_each_lack_with_its_remedy(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compiler, "_candidates", lambda: [])
-    monkeypatch.setattr(cpp, "openmp", lambda: ("", 0))
+    monkeypatch.setattr(_pool, "openmp", lambda: ("", 0))
     _compiler.find.cache_clear()
     places.home().mkdir()
     places.database().write_bytes(b"garbage" * 1000)
     places.kernels().mkdir()
     broken = places.kernels() / "abc"
     broken.mkdir()
-    for name in (cpp.LIBRARY, "resources.json"):
+    for name in (LIBRARY, "resources.json"):
         (broken / name).write_text("{}")
     broken.chmod(0o777)
     try:

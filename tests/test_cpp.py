@@ -18,6 +18,7 @@ from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, Wr
 from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.tensors import torch_dtype
 from elsa_tune.parts import exp2
 from elsa_tune.parts import mask as masks
@@ -232,7 +233,7 @@ def test_one_openmp_runtime() -> None:
     kernel = kernel_of(here(SAMPLED[0][0]), Problem.parse(SAMPLED[0][1]))
     kernel(*(torch.zeros(1, 4, 300, 64) for _ in range(3)))
     runtimes = {pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"}
-    assert len(runtimes) == 1 and cpp.openmp()[1]
+    assert len(runtimes) == 1 and _pool.openmp()[1]
 
 
 def test_depth_and_merges_are_counted() -> None:

@@ -21,11 +21,13 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, WrongArguments
 from elsa_tune.generate import backends, cuda, lawful
-from elsa_tune.generate import counters as _counters
 from elsa_tune.generate.backends import Kernel
-from elsa_tune.generate.counters import Counters
-from elsa_tune.generate.cuda import laws as cuda_laws
+from elsa_tune.generate.cuda import call as _call
 from elsa_tune.generate.cuda import wavefronts as _wavefronts
+from elsa_tune.generate.cuda.tiling import Tiling
+from elsa_tune.generate.gpu import counters as _counters
+from elsa_tune.generate.gpu.counters import Counters
+from elsa_tune.generate.gpu.limits import shared_bytes
 from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
@@ -236,7 +238,7 @@ def test_the_model_counts_wavefronts_as_addresses_do(spelling: str, tmp_path: Pa
     """What every thread of the kernel's own text reads, warp by warp, takes as many wavefronts as the model says; of 128 bits at
     a time two, as few as there are, and no bank conflict more."""
     variant, family = space.parse(spelling), "fp16.approx.d128" if "half2" in spelling else "fp32.d128"
-    tiling = cuda_laws.Tiling.of(variant.axes, Problem.parse(family))
+    tiling = Tiling.of(variant.axes, Problem.parse(family))
     leaves = tiling.workers * int(variant.axes["splits"])
     problem = Problem.parse(f"{family}@b1.h1.q{tiling.block_m}.k{tiling.block_n * leaves}")
     load = "DEVICE vec load_vec(const SHARED stored* from) { "
@@ -335,8 +337,8 @@ def test_shared_memory_of_old_devices_is_kept_to(capability: int) -> None:
         problem = Problem.parse(family + BIG)
         for turn in range(5):
             variant = next(lawful.variants(SPACE, problem, device, rng=random.Random(10 * seed + turn)))
-            size = cuda_laws.Tiling.of(variant.axes, problem).shared_bytes
-            assert size <= cuda_laws.shared_bytes(device)
+            size = Tiling.of(variant.axes, problem).shared_bytes
+            assert size <= shared_bytes(device)
             assert capability > 62 or size <= 48 << 10
 
 
@@ -349,7 +351,7 @@ def test_splits_beyond_scratch_go_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(runtime, "run", lambda launches: (starts.extend(x.name for x in launches), run(launches)))
     out, _, error = kernels.compute(kernel, problem)
     assert starts == ["attend", "finish"]
-    monkeypatch.setattr(cuda, "SCRATCH_BYTES", 4 * 4 * 2 * 29 * 18 + 1)  # one pair of heads
+    monkeypatch.setattr(_call, "SCRATCH_BYTES", 4 * 4 * 2 * 29 * 18 + 1)  # one pair of heads
     again, _, _ = kernels.compute(cuda.CudaKernel(runtime, variant, problem), problem)
     assert error < 1 and torch.equal(out, again) and starts[2:] == ["attend", "finish"] * 4
 
@@ -374,7 +376,7 @@ def test_launches_through_the_drivers(spelling: str, family: str, api: str, tmp_
     a second device, too, where NVIDIA's driver has no context unless somebody binds one. A second call only starts kernels, on
     torch's stream; nothing is cleared or waited for. Errors carry the driver's words."""
     found = launched.report(spelling, family, tmp_path)
-    tiling = cuda_laws.Tiling.of(space.parse(spelling).axes, Problem.parse(family))
+    tiling = Tiling.of(space.parse(spelling).axes, Problem.parse(family))
     raised = found.pop("of no blocks")["answer"]
     for name, step in found.items():
         assert isinstance(step["answer"], float) and step["answer"] < 1, (name, step["answer"])

@@ -19,9 +19,9 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import cuda, lawful
-from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate.cuda import rocm as _rocm
 from elsa_tune.generate.cuda import rtc as _rtc
+from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant

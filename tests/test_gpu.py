@@ -382,8 +382,10 @@ class Rehearsed:
 
     def do_build(self, variant: Variant, problem: Problem, goal: Device) -> Built:
         self.built.append(variant)
-        axes = offline._geometry(variant, problem)
-        m, n, warps = axes["block_m"], axes["block_n"], axes.get("warps") or axes["threads"] // 32
+        work = backends.get(variant.backend).work(variant, problem, {"loop_all": 1, "loop_shared": 1})
+        assert work is not None
+        axes = {name: int(value) for name, value in variant.axes.items() if isinstance(value, int)}
+        m, n, warps = work.block_m, work.step // axes["workers"], axes.get("warps") or axes["threads"] // 32
         if m * n > 8192:
             return Built(
                 f"{variant}", None, {"registers": 255, "local": 9, "stack": 64}, "9 spills beside 255 registers"

@@ -13,8 +13,8 @@ import pytest
 from launched import launched
 
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import lawful, triton
+from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.tuning import contender, offline

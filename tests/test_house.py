@@ -33,7 +33,7 @@ OWNERS = {
     "pebble": "worker.py",
     "rich": "report.py",
     "archspec": "device.py",
-    "cuda": "runtimes.py",
+    "cuda": "drivers.py",
 }
 
 
@@ -69,7 +69,6 @@ FOLDERS = (
 
 CIRCLES = [
     {"elsa_tune.remember.exchange", "elsa_tune.remember.layers"},
-    {"elsa_tune.generate.cuda.runtimes", "elsa_tune.generate.cuda.opencl"},
 ]
 """Knots that are not untied yet. Strike them out; add none."""
 
@@ -132,6 +131,28 @@ def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
         assert all(n.startswith(allowed) for n in ours), (noun, ours)
 
 
+def compared(path: Path) -> set[str]:
+    """The words that a file compares anything but a device's kind or a dialect with."""
+    words: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asked = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+            if not asked & {"kind", "dialect"}:
+                words |= {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
+    return words
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_only_a_backend_knows_itself(name: str) -> None:
+    """No other file imports it or compares anything with its name: the Backend protocol is asked."""
+    own = ROOT / "elsa_tune" / "generate" / name
+    for path in SOURCES:
+        if own not in path.parents:
+            of_it = {n for n in imported(path) if f"{n}.".startswith(f"elsa_tune.generate.{name}.")}
+            assert not of_it and name not in compared(path), path
+
+
 def test_dispatch_never_tunes() -> None:
     reach, pending = set(), ["elsa_tune.dispatch.attention"]
     while pending:
@@ -151,6 +172,17 @@ def test_every_file_opens_with_one_sentence() -> None:
         assert first and first[0].endswith((".", ":")), path
     for path in (ROOT / "templates").rglob("*.j2"):
         assert path.read_text().lstrip().startswith(("//", "{#", "{%")), path
+
+
+LONG = {"cpp", "cuda", "triton"}
+"""Folders of templates in which lines are still longer."""
+
+
+def test_lines_of_templates_fit_a_page() -> None:
+    folder = ROOT / "templates"
+    for path in folder.rglob("*.j2"):
+        if path.relative_to(folder).parts[0] not in LONG:
+            assert all(len(line) <= 120 for line in path.read_text().splitlines()), path
 
 
 def test_importing_does_nothing() -> None:

@@ -21,7 +21,7 @@ from elsa_tune.errors import BadDevice, FolderTaken, KernelMissing
 from elsa_tune.problem import Problem
 from elsa_tune.remember.winners import Database
 from elsa_tune.shell import cli
-from elsa_tune.ship import archs, export, kit
+from elsa_tune.ship import export, kit
 from elsa_tune.tuning import recall
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning.run import Run
@@ -150,7 +150,8 @@ def test_a_header_in_a_program_of_its_own(tmp_path: Path, home: Path) -> None:
     """The winner of a problem, exported, compiled into an example without Python, agrees with torch."""
     invoke("export", "fp32.d64@b1.h2.kv1.q5.k7", "-o", str(tmp_path / "attention_d64.h"))
     (tmp_path / "example.cpp").write_text(PROGRAM)
-    flags = export.compile_flags(export.best(Problem.parse("fp32.d64"), host_cpu())[0])
+    problem = Problem.parse("fp32.d64")
+    flags = export.header(export.best(problem, host_cpu())[0], problem).kernel.flags
     command = [
         "g++",
         *flags,
@@ -206,11 +207,11 @@ def test_mistakes_are_messages(home: Path, tmp_path: Path) -> None:
     with pytest.raises(BadDevice, match="not for hip"):
         kit.make("gfx942", tmp_path / "kit")
     with pytest.raises(BadDevice, match="sm_62, gfx942, cortex_a72"):
-        archs.device("toaster")
+        devices.named("toaster")
     with pytest.raises(KernelMissing, match="give --problem"):
         kit.make("cortex_a72", tmp_path / "kit", ["bf16.d64@b1.h1.q64.k64"])
     with pytest.raises(KernelMissing, match="cannot be a header"):
         export.header(space.parse("sdpa.math"), Problem.parse("fp32.d64"))
     missing = CliRunner().invoke(cli.main, ["db", "import", str(tmp_path / "nowhere.jsonl")])
     assert missing.exit_code == 2 and "nowhere.jsonl" in missing.output
-    assert archs.device("cpu:arm_0x41_0xd08-cortex_a72-c4") == Device("cpu", "arm_0x41_0xd08", "cortex_a72", 4)
+    assert devices.named("cpu:arm_0x41_0xd08-cortex_a72-c4") == Device("cpu", "arm_0x41_0xd08", "cortex_a72", 4)

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate import sdpa
 from elsa_tune.generate.backends import Built
-from elsa_tune.generate.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference

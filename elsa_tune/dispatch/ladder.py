@@ -10,7 +10,7 @@ from typing import Protocol
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.errors import BadVariant
-from elsa_tune.generate import lawful
+from elsa_tune.generate import backends, lawful
 from elsa_tune.measurement import Evidence, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import Layer
@@ -38,7 +38,7 @@ class Choice:
     @property
     def by_sdpa(self) -> bool:
         """Whether torch serves."""
-        return self.variant is None or self.variant.backend == "sdpa"
+        return self.variant is None or not backends.get(self.variant.backend).generated
 
 
 def distance(a: Problem, b: Problem) -> float:

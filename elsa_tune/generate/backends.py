@@ -1,13 +1,18 @@
-"""Backends: what each must offer, and which there are. A backend is a file or folder here with a search space of its name."""
+"""Backends: what each must offer and what it may be asked, and which there are.
+
+A backend is a file or folder here with a search space of its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from elsa_tune import places
@@ -20,6 +25,8 @@ from elsa_tune.variant import Variant
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from elsa_tune.generate.gpu.work import Work
+    from elsa_tune.generate.portable import Portable
     from elsa_tune.generate.render import Source
 
 
@@ -82,8 +89,57 @@ class Built:
     flaw: str = ""
 
 
-class Backend(Protocol):
-    """The one protocol that tuning, checking and dispatch talk to."""
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact about this machine; ``remedy`` says what to do where something is lacking."""
+
+    topic: str
+    good: bool
+    detail: str
+    remedy: str = ""
+
+
+class Asked(Protocol):
+    """What a backend may be asked, and what one answers that says nothing else."""
+
+    def examine(self) -> Iterator[Finding]:
+        """What this machine has and lacks of the tools that the backend needs."""
+        return iter(())
+
+    def begin_worker(self) -> None:
+        """The first thing in a process whose parent loads code and never computes."""
+
+    def peak(self, device: Device, seconds: float) -> dict[str, float]:
+        """Measured limits of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
+        return {}
+
+    def slow_to_start(self, variant: Variant) -> bool:
+        """Whether a kernel is compiled for every shape, for many seconds, so that it is raced only where there is time."""
+        return False
+
+    def work(self, variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work | None:
+        """What a kernel with such a compiler's report does, for a prediction of its time on a GPU; None where nothing tells."""
+        return None
+
+    def speaks(self, device: Device) -> str:
+        """The language of ``templates/kit`` in which its kernels can be headers for the device; nothing where there is none."""
+        return ""
+
+    def no_header(self, problem: Problem) -> str | None:
+        """Why a header's function cannot compute the problem, in any language, or None."""
+        return "its kernels need Python"
+
+    def portable(self, variant: Variant, problem: Problem) -> Portable | None:
+        """A kernel for programs without Python: its text and its launch; None for a variant that has no header."""
+        return None
+
+    def spills(self, variant: Variant, problem: Problem, device: Device) -> bool:
+        """Whether a compiler that is here says that the kernel spills on the device, which need not be here."""
+        return False
+
+
+class Backend(Asked, Protocol):
+    """The one protocol that tuning, checking, shipping and dispatch talk to."""
 
     LAWS: tuple[Law, ...]
     generated: bool  # renders code; torch's own kernels are not
@@ -125,8 +181,16 @@ def names() -> tuple[str, ...]:
 
 @cache
 def get(name: str) -> Backend:
-    """The backend called ``name``. Raises BadVariant."""
+    """The backend called ``name``, with an answer to everything that it may be asked. Raises BadVariant."""
     if name not in names():
         raise BadVariant(f"backend {name!r} is unknown; use one of {', '.join(names())}")
     backend: Backend = cast(Any, import_module(f"elsa_tune.generate.{name}"))
+    for question, answer in vars(Asked).items():
+        if inspect.isfunction(answer) and not question.startswith("_") and not hasattr(backend, question):
+            setattr(backend, question, MethodType(answer, backend))
     return backend
+
+
+def rivals() -> tuple[str, ...]:
+    """Those whose kernels are not ours: what is raced against, and what serves where nothing of ours does."""
+    return tuple(name for name in names() if not get(name).generated)

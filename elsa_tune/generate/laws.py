@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from elsa_tune import places
-from elsa_tune.device import Device
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -76,28 +75,6 @@ def longest_is_causal(order: str, problem: Problem) -> str | None:
     mask = masks.get(problem.mask)
     grows = "position" in mask.high.names and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"
-
-
-def shared_bytes(device: Device) -> int:
-    """Bytes of shared memory that a block may take on the device."""
-    if device.kind != "cuda":
-        return (64 if device.kind == "hip" else 32) << 10
-    limits = {
-        70: 96,
-        72: 96,
-        75: 64,
-        80: 163,
-        86: 99,
-        87: 163,
-        89: 99,
-        90: 227,
-        100: 227,
-        103: 227,
-        110: 227,
-        120: 99,
-        121: 99,
-    }
-    return limits.get(device.capability, 48 if device.capability < 70 else 99) << 10
 
 
 RUNNING_KEYS = 4096

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -17,12 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import handovers
-from elsa_tune.errors import CompilerMissing, KernelCacheUnsafe
-from elsa_tune.generate import backends, cpp, lawful, triton
-from elsa_tune.generate import kernel_cache as _kernel_cache
-from elsa_tune.generate.backends import Kernel
-from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.cuda import rtc as _rtc
+from elsa_tune.errors import KernelCacheUnsafe
+from elsa_tune.generate import backends, lawful
+from elsa_tune.generate.backends import Finding, Kernel
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
@@ -33,28 +29,16 @@ from elsa_tune.tuning import worker as workers
 PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One fact; ``remedy`` says what to do where something is lacking."""
-
-    topic: str
-    good: bool
-    detail: str
-    remedy: str = ""
-
-
 def examine() -> Iterator[Finding]:
-    """Devices, compilers, instruction sets, the OpenMP runtime, a launch of each language on each GPU, database layers, the
-    kernel cache, calls that torch answered in a kernel's place, versions."""
+    """Devices, instruction sets, what each backend needs (compilers, the OpenMP runtime), a launch of each language on each GPU,
+    database layers, the kernel cache, calls that torch answered in a kernel's place, versions."""
     here = host_cpu()
     yield _device(here)
     yield _isa(here)
-    yield _compilers()
-    yield _openmp()
     yield from _gpus()
-    yield _triton()
-    yield _gpu_compilers()
     yield from _opencl()
+    for name in backends.names():
+        yield from backends.get(name).examine()
     yield from _launches()
     yield from examine_databases(here)
     yield _handovers()
@@ -92,22 +76,6 @@ def _isa(here: Device) -> Finding:
     return Finding("instruction set", True, ", ".join(here.isas))
 
 
-def _compilers() -> Finding:
-    try:
-        found = _compiler.find()
-    except CompilerMissing as error:
-        return Finding("C++ compiler", False, "none; torch's own SDPA serves", str(error))
-    return Finding("C++ compiler", True, f"{' '.join(found.command)}: {found.version}")
-
-
-def _openmp() -> Finding:
-    file, entry = cpp.openmp()
-    if not entry:
-        remedy = "install a torch built with OpenMP; until then kernels run on one thread"
-        return Finding("OpenMP runtime", False, "torch loaded none with GOMP_parallel", remedy)
-    return Finding("OpenMP runtime", True, f"{file}, {torch.get_num_threads()} threads, shared with torch")
-
-
 def _gpus() -> Iterator[Finding]:
     """Every GPU that torch can use, or why there is none: a CPU-only torch, no GPU, a broken driver."""
     try:
@@ -122,22 +90,6 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("GPU", True, detail)
     if not found:
         yield Finding("GPU", True, "torch can use none here")
-
-
-def _triton() -> Finding:
-    try:
-        return Finding("Triton", True, triton.version())
-    except CompilerMissing as error:
-        return Finding("Triton", not device.gpus(), "not installed", str(error) if device.gpus() else "")
-
-
-def _gpu_compilers() -> Finding:
-    amd = any(gpu.kind == "hip" for gpu in device.gpus())
-    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
-    detail = ", ".join(map(str, found))
-    return Finding(
-        "CUDA C and HIP compilers", bool(found) or not device.gpus(), detail or "none", "" if found else _rtc.REMEDY
-    )
 
 
 def _opencl() -> Iterator[Finding]:
@@ -239,8 +191,9 @@ def _kernels() -> Finding:
         return Finding("kernel cache", True, f"{folder}: empty")
     try:
         built = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-        for name in built:
-            _kernel_cache.find(name, cpp.LIBRARY)
+        for digest in built:
+            for name in backends.names():
+                backends.get(name).find(digest)
     except KernelCacheUnsafe as error:
         return Finding("kernel cache", False, str(error), f"remove {folder}; kernels are built again when needed")
     return Finding("kernel cache", True, f"{folder}: {len(built)} kernels")

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.dispatch.ladder import Choice
+from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember.exchange import Difference
 from elsa_tune.shell import whole_models
-from elsa_tune.shell.doctor import Finding
 from elsa_tune.tuning.fleet import Member
 from elsa_tune.tuning.offline import Ranking, Target, occupancy
 from elsa_tune.tuning.report import Outcome, Report

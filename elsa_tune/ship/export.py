@@ -5,70 +5,69 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from elsa_tune import space
+from elsa_tune import device as devices
+from elsa_tune import places, space
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant, KernelMissing
-from elsa_tune.generate import backends, cpp, lawful
-from elsa_tune.generate.cuda import laws as cuda_laws
-from elsa_tune.generate.laws import SCRATCH_BYTES, mask_has_text
+from elsa_tune.generate import backends, lawful
+from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import write
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.remember.layers import known_winners, layers
 from elsa_tune.remember.winners import Database
-from elsa_tune.ship import archs
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
-
-LANGUAGES = {"cuda": "cuda", "opencl": "opencl", "cpu": "cpp"}
-"""What a header is written in, by a device's kind."""
-
-BACKENDS = ("cuda", "cpp")
-"""Whose kernels can be headers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One header: its C name (also its file's, with .h), what it computes, and its text."""
+    """One header: its C name (also its file's, with .h), what it computes, the kernel in it, and its text."""
 
     name: str
     variant: Variant
     problem: Problem
+    kernel: Portable
     text: str
 
 
 def header(variant: Variant, problem: Problem, name: str = "", device: str = "") -> Header:
-    """The header of a variant for the problem's family. Raises KernelMissing for a variant that has none."""
-    backend, axes = backends.get(variant.backend), variant.axes
-    language = "cpp" if variant.backend == "cpp" else str(axes.get("dialect", ""))
-    source = backend.source(variant, problem)
-    if source is None or language not in LANGUAGES.values():
-        raise KernelMissing(f"{variant} cannot be a header; variants of cpp, and of cuda in CUDA and OpenCL, can")
-    if reason := refusal(problem, language):
-        raise KernelMissing(reason)
+    """The header of a variant for the problem's family. Raises KernelMissing for a variant or a family that has none."""
+    backend = backends.get(variant.backend)
+    if reason := backend.no_header(problem):
+        raise KernelMissing(f"{variant} cannot be a header for {problem.family}: {reason}")
+    made = backend.portable(variant, problem)
+    if made is None:
+        raise KernelMissing(f"{variant} cannot be a header; headers are written in {', '.join(languages())}")
     name = name or f"attention_{re.sub('[^a-z0-9]+', '_', problem.family)}"
     context = {
-        "name": name, "variant": variant, "problem": problem, "language": language, "device": device,
-        "text": source.text, "bytes": elements.get(problem.dtype).bytes, "splits": int(axes["splits"]),
-        "schedule": axes.get("schedule", "fold"), "scratch_bytes": SCRATCH_BYTES,
-        "tiling": cuda_laws.Tiling.of(axes, problem) if variant.backend == "cuda" else None,
-        "flags": " ".join(compile_flags(variant)) if variant.backend == "cpp" else "",
+        "name": name, "variant": variant, "problem": problem, "language": made.language, "device": device,
+        "text": made.source.text, "bytes": elements.get(problem.dtype).bytes, "launch": made.launch,
+        "flags": " ".join(made.flags),
     }  # fmt: skip
-    return Header(name, variant, problem, write("kit/header.h.j2", context))
+    return Header(name, variant, problem, made, write("kit/header.h.j2", context))
 
 
-def refusal(problem: Problem, language: str) -> str | None:
-    """Why no header can call kernels of the problem, or None."""
-    if untold := mask_has_text(problem):
-        return f"a header's function has no place for operands, scores and masks but causal: {untold}"
-    return "a C++ header's function takes floats" if language == "cpp" and problem.dtype != "fp32" else None
+def languages() -> list[str]:
+    """What headers are written in: a folder of texts each."""
+    return sorted(path.parent.name for path in (places.data("templates") / "kit").glob("*/header.j2"))
 
 
-def compile_flags(variant: Variant) -> list[str]:
-    """What a C++ compiler is told, beside input and output."""
-    flags = [flag for flag in cpp.FLAGS if flag not in ("-fPIC", "-fvisibility=hidden", "-std=c++17")]
-    return ["-std=c++14", *flags, "-fopenmp", *cpp.ISAS[str(variant.axes["isa"])].flags]
+def refusal(problem: Problem, device: Device) -> str | None:
+    """Why no kernel for the problem can be a header for the device, or None."""
+    reasons = []
+    for name in speakers(device):
+        if reason := backends.get(name).no_header(problem) or backends.get(name).refusal(problem, device):
+            reasons.append(reason)
+        else:
+            return None
+    return "; ".join(reasons) or f"headers are written in {', '.join(languages())}; {device} speaks none of them"
+
+
+def speakers(device: Device) -> list[str]:
+    """Backends whose kernels can be headers for the device."""
+    return [name for name in backends.names() if backends.get(name).speaks(device)]
 
 
 def best(problem: Problem, device: Device) -> list[Variant]:
@@ -80,14 +79,15 @@ def best(problem: Problem, device: Device) -> list[Variant]:
     for layer in layers():
         if layer.database:
             known += _of_kits(layer.database, problem, device)
-    spellings = [m.variant for m in known] + [s for name in BACKENDS for s in Space.load(name).start]
+    those = [name for name in speakers(device) if backends.get(name).refusal(problem, device) is None]
+    spellings = [m.variant for m in known] + [s for name in those for s in Space.load(name).start]
     found = []
     for spelling in dict.fromkeys(spellings):
         try:
             variant = space.parse(spelling)
         except BadVariant:  # recorded by a version whose space had other values
             continue
-        if variant.backend in BACKENDS and not (
+        if variant.backend in those and not (
             backends.get(variant.backend).refusal(problem, device) or lawful.refusal(variant, problem, device)
         ):
             found.append(variant)
@@ -108,9 +108,9 @@ def _of_kits(database: Database, problem: Problem, device: Device) -> list[Measu
 
 def export(problem: Problem, device: str) -> Header:
     """The best known kernel for a problem on a device as a header. Raises BadDevice, KernelMissing."""
-    goal = archs.device(device)
-    if goal.kind not in LANGUAGES:
-        raise KernelMissing(f"headers are written in C++, CUDA C and OpenCL C; {goal} speaks none of them")
+    goal = devices.named(device)
+    if reason := refusal(problem, goal):
+        raise KernelMissing(reason)
     for variant in best(problem, goal):
         return header(variant, problem, device=device)
     raise KernelMissing(f"no variant can serve {problem} on {goal}; `elsa-tune explain {problem}` says more")

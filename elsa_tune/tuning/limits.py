@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from elsa_tune.device import Device, tf32_allowed
+from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
 from elsa_tune.tuning.telemetry import Gauge, Reading
 from elsa_tune.tuning.timing import between_events, repeat
@@ -33,11 +34,8 @@ def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
     nothing for an OpenCL device. A GPU is kept busy for longer than ``seconds``, until its clocks have settled."""
     if device.is_gpu:
         return _gpu_peak(device)
-    if device.kind != "cpu":
-        return {}
-    from elsa_tune.generate import cpp
-
-    return cpp.peak(seconds)
+    found = [backends.get(name).peak(device, seconds) for name in backends.names()]
+    return {limit: value for peaks in found for limit, value in peaks.items()}
 
 
 def clocks(device: Device) -> dict[str, float]:

@@ -20,8 +20,7 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadDevice, CompilerMissing, FolderTaken
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built
-from elsa_tune.generate.cuda import wavefronts as _wavefronts
-from elsa_tune.generate.cuda.laws import Tiling
+from elsa_tune.generate.gpu.limits import REGISTERS
 from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -50,20 +49,9 @@ _SECOND = 1.0
 _LATENCY = 700
 """Clocks from asking memory for a leaf to having it."""
 
-_REGISTERS = 65536
 _SCHEDULERS = 4
 _BLOCKS = 32
-"""Of a multiprocessor: registers, warps that issue in one clock, blocks that it holds."""
-
-_PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
-"""Clocks of the matrix unit relative to one float16 product."""
-
-
-_MIX = 1.12
-"""Instructions for each multiply-add of a CUDA C kernel's hottest loop, where no disassembler reads it."""
-
-_EXP = {"library": 4, "native": 1, "polynomial": 11}
-"""Instructions of a 2^x in CUDA C: the library's is the special-function unit's between two guards."""
+"""Of a multiprocessor: warps that issue in one clock, blocks that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +99,7 @@ def occupancy(resources: Mapping[str, int], goal: Target) -> int:
     """Blocks that one multiprocessor holds at a time; 0 if not even one fits."""
     threads = resources["warps"] * goal.device.warp
     registers = -(-max(resources["registers"], 16) // 8) * 8 * threads
-    limits = [_REGISTERS * goal.device.warp // 32 // registers, goal.threads // threads, _BLOCKS]
+    limits = [REGISTERS * goal.device.warp // 32 // registers, goal.threads // threads, _BLOCKS]
     if resources["shared"]:
         limits.append(goal.shared // (resources["shared"] + 1024))
     return min(limits)
@@ -125,64 +113,36 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     Memory traffic is a limit of its own.
     """
     resident = occupancy(resources, goal) if "registers" in resources else 0  # a compiler that tells nothing
-    if not resident:
+    work = backends.get(variant.backend).work(variant, problem, resources) if resident else None
+    if work is None:
         return None
-    axes = _geometry(variant, problem)
-    if variant.backend == "cuda":
-        resources = {**resources, **_turn_of_cuda(variant, problem, resources)}
-    warps, step = resources["warps"], axes["block_n"] * axes["workers"]
+    warps, turn = resources["warps"], work.turn
     backward = problem.direction == "backward"
     rows = problem.q_len * (1 if backward else problem.group)
     pairs = problem.batch * (problem.heads if backward else problem.kv_heads)
-    tiles = pairs * -(-rows // axes["block_m"]) * axes["splits"]
-    seen = problem.seen_pairs / problem.q_len / axes["splits"]
-    turns = max(1.0, seen / step)
+    tiles = pairs * -(-rows // work.block_m) * work.splits
+    seen = problem.seen_pairs / problem.q_len / work.splits
+    turns = max(1.0, seen / work.step)
     threads = warps * goal.device.warp
-    products = axes["block_m"] * step * (problem.head_dim + problem.value_dim) * (2.5 if backward else 1.0)
-    dot = str(variant.axes.get("dot", "fma"))
-    on_matrix = resources["loop_matrix"] and goal.matrix
+    products = work.block_m * work.step * (problem.head_dim + problem.value_dim) * (2.5 if backward else 1.0)
+    on_matrix = turn["loop_matrix"] and goal.matrix
     clocks = max(
-        resources["loop_all"] * warps / _SCHEDULERS,
-        resources["loop_fma"] * threads / goal.fma,
-        resources["loop_exp"] * threads / goal.exp,
-        resources.get("wavefronts", resources["loop_shared"] * 2) * warps,
-        products * _PRODUCTS.get(dot, 8.0) / goal.matrix if on_matrix else 0,
+        turn["loop_all"] * warps / _SCHEDULERS,
+        turn["loop_fma"] * threads / goal.fma,
+        turn["loop_exp"] * threads / goal.exp,
+        turn["wavefronts"] * warps,
+        products * work.product / goal.matrix if on_matrix else 0,
     )
-    latency = _LATENCY / max(1, axes["stages"])
+    latency = _LATENCY / max(1, work.stages)
     queue = -(-tiles // goal.device.cores)  # tiles that one multiprocessor computes, ``resident`` of them at a time
     busy = turns * max(queue * clocks, -(-queue // resident) * (clocks + latency)) / (goal.ghz * 1e9)
     width = elements.get(problem.dtype).bytes
-    again = tiles * turns * step * (problem.head_dim + problem.value_dim) * width  # read by tiles, mostly from cache
-    states = 8 * pairs * rows * (problem.value_dim + 2) * axes["splits"] if axes["splits"] > 1 else 0
+    again = (
+        tiles * turns * work.step * (problem.head_dim + problem.value_dim) * width
+    )  # read by tiles, mostly from cache
+    states = 8 * pairs * rows * (problem.value_dim + 2) * work.splits if work.splits > 1 else 0
     moved = max((problem.bytes + states) / goal.gbytes, again / (4 * goal.gbytes)) / 1e9
-    return max(busy, moved) + LAUNCH * (2 if variant.axes["schedule"] == "two_kernels" else 1)
-
-
-def _geometry(variant: Variant, problem: Problem) -> dict[str, int]:
-    """block_m, block_n, workers, splits and stages, whatever the backend derives them from."""
-    axes = {name: int(value) for name, value in variant.axes.items() if isinstance(value, int)}
-    if variant.backend == "cuda":
-        tiling = Tiling.of(variant.axes, problem)
-        axes |= {"block_m": tiling.block_m, "block_n": tiling.block_n}
-    return axes
-
-
-def _turn_of_cuda(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> dict[str, int]:
-    """Instructions of a thread in one turn over a leaf. The report counts the hottest of the inner loops alone: its mix is
-    taken for the products, and what each score and each copied vector costs beside them is added."""
-    tiling = Tiling.of(variant.axes, problem)
-    products = tiling.rows * (tiling.keys * tiling.head_columns + tiling.columns * tiling.block_n)
-    products = products * tiling.stored_bytes // 4  # two at a time, if of halves
-    scores, copied = tiling.rows * tiling.keys, 2 * tiling.copies * (tiling.head_slices + tiling.value_slices)
-    hottest = resources.get("loop_fma", 0)
-    mix = resources["loop_all"] / hottest if hottest else _MIX
-    return {
-        "loop_fma": products + 2 * scores,
-        "loop_all": round(products * mix) + (6 + _EXP[str(variant.axes["exp"])]) * scores + 6 * copied,
-        "wavefronts": _wavefronts.of_turn(tiling),
-        "loop_exp": scores + tiling.rows,
-        "loop_matrix": 0,
-    }
+    return max(busy, moved) + LAUNCH * work.launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +208,8 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
     """The searches that tune real devices, asked here for what the model likes. Raises CompilerMissing if no backend that
     could serve the problem has its compiler here."""
     found, missing = [], None
-    for backend in ("triton", "cuda"):
-        if backends.get(backend).refusal(problem, device):
+    for backend in backends.names():
+        if not backends.get(backend).generated or backends.get(backend).refusal(problem, device):
             continue
         space = Space.load(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)

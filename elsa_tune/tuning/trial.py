@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.generate import backends, lawful, sdpa
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -167,8 +167,8 @@ class Trials:
 
     def peers(self, problem: Problem, slow: bool = False) -> list[Contender]:
         """torch's own kernels that can serve the problem, those that are slow to start only if asked."""
-        every = lawful.variants(Space.load("sdpa"), problem, self.device)
-        return [self.contender(v, problem) for v in every if slow or v.axes["kernel"] not in sdpa.SLOW_TO_START]
+        every = (v for name in backends.rivals() for v in lawful.variants(Space.load(name), problem, self.device))
+        return [self.contender(v, problem) for v in every if slow or not backends.get(v.backend).slow_to_start(v)]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> tuple[list[Contender], list[Measurement]]:
         """Compile side by side until the deadline: what can be used, and what failed or has a flaw."""

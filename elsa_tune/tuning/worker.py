@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from elsa_tune.device import host_cpu
+from elsa_tune.generate import backends
 
 T = TypeVar("T")
 
@@ -31,9 +32,8 @@ class GivenUp(WorkerFailed):
 
 def _start_worker(memory: int) -> None:
     """First thing in a new worker: its parent, the fork server, loads code and never computes."""
-    from elsa_tune.generate import cpp
-
-    cpp.Pool.parent_never_computed()
+    for name in backends.names():
+        backends.get(name).begin_worker()
     try:
         import resource
 

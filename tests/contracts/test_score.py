@@ -18,7 +18,6 @@ from elsa_tune.parts import mask, score, tanh
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
-from elsa_tune.ship import export
 
 NAMES = [name for name in score.names() if name != score.NONE]
 BY_HAND: dict[str, Callable[..., float]] = {
@@ -97,7 +96,7 @@ class TestContract:
     def test_headers_refuse_it_by_name(self, name: str) -> None:
         problem = Problem(head_dim=64, score=name, reals=score.get(name).reals_of(0))
         for language in ("cpp", "cuda"):
-            assert f"score {name}" in (export.refusal(problem, language) or "")
+            assert f"score {name}" in (backends.get(language).no_header(problem) or "")
 
 
 @pytest.mark.parametrize(("name", "reals"), WRITTEN)

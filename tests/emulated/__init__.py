@@ -10,8 +10,8 @@ from torch import Tensor
 
 from elsa_tune.generate import cuda
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.cuda.laws import Tiling
-from elsa_tune.generate.cuda.runtimes import Launch, c_types, values
+from elsa_tune.generate.cuda.launch import Launch, c_types, values
+from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 

@@ -1,9 +1,8 @@
-"""The C++ compiler of this machine: found, named, and asked what its code does with registers."""
+"""The C++ compiler of this machine: found, named, and what it is told."""
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +17,17 @@ REMEDY = (
     "install g++ or clang++ (Debian: apt-get install g++), or a compiler from PyPI: pip install 'elsa-tune[compiler]'"
 )
 BUILD_SECONDS = 120
+
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fvisibility=hidden",
+)
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
 ZIG_COMPILE, ZIG_LINK = ("-fno-sanitize=all", "-g0"), ("-nostdlib++",)
 """zig checks for undefined behaviour unless told not to, and would first spend minutes on a C++ library nobody needs."""
@@ -65,27 +75,3 @@ def find() -> Compiler:
                 return Compiler((*command, *ZIG_COMPILE), ZIG_LINK, first)
             return Compiler(command, (), first)
     raise CompilerMissing(f"no C++ compiler was found, so torch's own SDPA serves; {REMEDY}")
-
-
-_LABEL = re.compile(r"(\.?L\w+):")
-_JUMP = re.compile(r"\s+(?:j\w+|b\.?\w*|cbn?z\s+\w+,)\s+(\.?L\w+)")
-_FMA = re.compile(r"\s(vfn?m(add|sub)\w*ps|fml[as])\s")
-_STACK_STORE = re.compile(r"\sv?mov[au]p\w\s+%[xyz]mm\d+, -?\d*\(%r[sb]p\)|\sst[rp]\s+q\d+.*\[sp(, ?#?\d+)?\]")
-
-
-def hot_loops(assembly: str) -> dict[str, int]:
-    """Multiply-adds in innermost loops, and vector stores to fixed stack slots there: accumulators left in memory."""
-    lines = assembly.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := _LABEL.match(line))}
-    targets = {labels[m[1]] for line in lines if (m := _JUMP.match(line)) and m[1] in labels}
-    counts = {"hot_fmas": 0, "hot_spills": 0}
-    for end, line in enumerate(lines):
-        jump = _JUMP.match(line)
-        start = labels.get(jump[1], end) if jump else end
-        body = lines[start + 1 : end]
-        if start < end and targets.isdisjoint(range(start + 1, end)):
-            fmas = sum(bool(_FMA.search(inner)) for inner in body)
-            if fmas:
-                counts["hot_fmas"] += fmas
-                counts["hot_spills"] += sum(bool(_STACK_STORE.search(inner)) for inner in body)
-    return counts

@@ -1,33 +1,31 @@
-"""CUDA C kernels, and the same body as HIP and OpenCL: rendering, compiling for any target, and calling."""
+"""CUDA C kernels, and the same body as HIP and OpenCL: what this backend answers."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from elsa_tune import device as devices
 from elsa_tune.device import Device
-from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import kernel_cache as _kernel_cache
-from elsa_tune.generate.backends import Built, Call, Kernel, Operands
+from elsa_tune.generate.backends import Built, Finding, Kernel
 from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
-from elsa_tune.generate.cuda.laws import LAWS, Tiling
-from elsa_tune.generate.cuda.runtimes import Launch, Runtime
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, parts_have_text
+from elsa_tune.generate.cuda import turn as _turn
+from elsa_tune.generate.cuda.call import FINISH_THREADS, CudaKernel
+from elsa_tune.generate.cuda.laws import LAWS
+from elsa_tune.generate.cuda.tiling import Tiling
+from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu.work import Work
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text, parts_have_text
 from elsa_tune.generate.parts import of_family
+from elsa_tune.generate.portable import Blocks, Portable
 from elsa_tune.generate.render import Source, render
-from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import exp2, scan
-from elsa_tune.parts.operand import arguments
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -35,9 +33,8 @@ __all__ = ["LAWS"]
 generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
-FINISH_THREADS = 128
-_ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
-_MOST_PLANS = 64
+HEADERS = {"cuda": "cu", "opencl": "cpp"}
+"""Dialects that headers are written in, and how a program that includes one ends."""
 ELEMENTS = {"int64": "index_t", "int32": "int", "float32": "float", "bool": "unsigned char"}
 """What the text calls torch's dtypes, of what arrays hold."""
 PRECISIONS = {"fp32": ("strict", "fp32"), "fp16": ("fp16", "approx"), "bf16": ("bf16",)}
@@ -137,123 +134,6 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
     return _built(name, *_kernel_cache.add(name, BINARIES[device.kind], fill))
 
 
-class Turn(NamedTuple):
-    """Some heads of a call, as many as there is scratch for: blocks, tiles and plain arguments of the kernel, and of the second
-    one, if there is one."""
-
-    blocks: int
-    tiles: int
-    plain: tuple[Any, ...]
-    finish_blocks: int
-    finish_plain: tuple[Any, ...]
-
-
-class Plan(NamedTuple):
-    """What shapes, strides and scale decide of a call: floats of scratch, and its turns."""
-
-    scratch: int
-    turns: list[Turn]
-
-
-class CudaKernel:
-    """A compiled family: call it with any shape. What a memory layout decides is computed once."""
-
-    def __init__(self, runtime: Runtime, variant: Variant, problem: Problem) -> None:
-        self._runtime, self._problem = runtime, problem
-        self._splits, self._schedule = int(variant.axes["splits"]), str(variant.axes["schedule"])
-        self._tiling = Tiling.of(variant.axes, problem)
-        self._plans: dict[tuple[Any, ...], Plan] = {}
-        letters = {"integer": "q", "real": "f", "pointer": "p"}
-        self._types = _ATTEND + "".join(letters[a.kind] for a in arguments(problem.declared))
-        self._scored = bool(of_family(problem)["scored"])
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        operands: Operands = (),
-    ) -> Tensor:
-        check_dims(self._problem, query, key, value)
-        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-            query, key, value = map(rows_contiguous, (query, key, value))
-        if out is None:
-            out = new_output(query, self._problem.value_dim)
-        self._runtime.run(self._launches(query, key, value, scale, out, lse, operands))
-        return out
-
-    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
-        """The kernel itself: it remembers what it computed for shapes and strides."""
-        return self
-
-    def _launches(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, out: Tensor, lse: Tensor | None,
-        operands: Operands = (),
-    ) -> list[Launch]:  # fmt: skip
-        """The kernels to start, in order; as many heads at a time as the states of splits have memory for."""
-        width = self._tiling.vector * query.element_size()
-        begins = tuple(x.data_ptr() % width == 0 for x in (query, key, value))
-        strides = (query.stride(), key.stride(), value.stride(), out.stride())
-        layout = (query.shape, value.shape, strides, scale, begins)
-        plan = self._plans.get(layout)
-        if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[layout] = self._plan(*layout)
-        more = kernel_arguments(self._problem, operands, query, key) if operands or self._types != _ATTEND else ()
-        tiling, partial, arrivals, launches = self._tiling, None, None, []
-        if plan.scratch:
-            partial = self._runtime.floats(query, plan.scratch)
-        for turn in plan.turns:
-            if self._schedule == "last_block":
-                arrivals = self._runtime.counters(query, turn.tiles)
-            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *more)
-            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, self._types, given))
-            if turn.finish_blocks:
-                merged = (partial, out, lse, *turn.finish_plain)
-                launches.append(Launch("finish", turn.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))
-        return launches
-
-    def _plan(
-        self, query_shape: Sequence[int], value_shape: Sequence[int], strides: Sequence[Sequence[int]],
-        scale: float | None, begins: Sequence[bool],
-    ) -> Plan:  # fmt: skip
-        tiling, splits = self._tiling, self._splits
-        batch, heads, q_len, head_dim = query_shape
-        _, kv_heads, kv_len, value_dim = value_shape
-        factor = 1 / math.sqrt(head_dim) if scale is None else scale
-        c, sign = (abs(factor), math.copysign(1.0, factor)) if factor else (1.0, 0.0)
-        if factor and not self._scored:  # a score is of products times the scale, and meets log2(e) afterwards
-            c *= math.log2(math.e)
-        group, pairs = heads // kv_heads, batch * kv_heads
-        rows = group * q_len
-        tiles = -(-rows // tiling.block_m)
-        floats = splits * rows * (value_dim + 2) if splits > 1 else 0
-        slots = max(1, min(pairs, SCRATCH_BYTES // (4 * floats))) if floats else pairs
-        outer = [n for stride in strides for n in stride[:3]]
-        shapes = (query_shape, (batch, kv_heads, kv_len), (batch, kv_heads, kv_len))
-        aligned = [
-            int(begin and _keeps_aligned(stride, shape, tiling.vector))
-            for begin, stride, shape in zip(begins, strides[:3], shapes, strict=True)
-        ]
-        turns = []
-        for first in range(0, pairs, slots):
-            now = min(slots, pairs - first)
-            plain = (c, sign, *outer, kv_heads, group, q_len, kv_len, first, now, *aligned)
-            finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule == "two_kernels" else 0
-            merged = (*strides[3][:3], kv_heads, group, q_len, first, now)
-            turns.append(Turn(now * tiles * splits, now * tiles, plain, finish, merged))
-        return Plan(slots * floats, turns)
-
-
-def _keeps_aligned(strides: Sequence[int], shape: Sequence[int], vector: int) -> bool:
-    """Whether, where the first vector of a tensor is aligned, those of every row are."""
-    return all(stride % vector == 0 for stride, size in zip(strides[:3], shape, strict=False) if size > 1)
-
-
 def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
     """The kernel of the problem's family."""
     assert built.path is not None
@@ -271,3 +151,52 @@ def toolchain(device: Device | None = None) -> dict[str, str]:
     if device in devices.gpus():
         _cuda_runtimes.needed(device.kind)
     return _opencl.versions() if device.kind == "opencl" else {"rtc": _rtc.find(device).version}
+
+
+def examine() -> Iterator[Finding]:
+    """The GPU makers' compilers. AMD's only where such a GPU is: it brings an LLVM that ends a process where PoCL's is."""
+    amd = any(gpu.kind == "hip" for gpu in devices.gpus())
+    found = [rtc for rtc in (*_rtc.nvrtcs(), _rtc.hiprtc() if amd else None) if rtc]
+    good, state = bool(found) or not devices.gpus(), ", ".join(map(str, found)) or "none"
+    yield Finding("CUDA C and HIP compilers", good, state, "" if found else _rtc.REMEDY)
+
+
+def work(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work | None:
+    """From the tiling: the report counts the hottest of the inner loops alone."""
+    return _turn.of(variant, problem, resources)
+
+
+def speaks(device: Device) -> str:
+    """CUDA C and OpenCL C, on devices of that kind."""
+    return device.kind if device.kind in HEADERS else ""
+
+
+def no_header(problem: Problem) -> str | None:
+    """A header's function takes neither integers nor masks but causal."""
+    return mask_has_text(problem)
+
+
+def portable(variant: Variant, problem: Problem) -> Portable | None:
+    """The text and its launch, which the header computes as a call from Python does."""
+    axes, dialect = variant.axes, str(variant.axes["dialect"])
+    if dialect not in HEADERS:
+        return None
+    tiling = Tiling.of(axes, problem)
+    launch = Blocks(
+        tiling.threads, tiling.block_m, tiling.vector, tiling.shared_bytes,
+        int(axes["splits"]), str(axes["schedule"]), SCRATCH_BYTES, FINISH_THREADS,
+    )  # fmt: skip
+    return Portable(dialect, HEADERS[dialect], source(variant, problem), launch=launch)
+
+
+def spills(variant: Variant, problem: Problem, device: Device) -> bool:
+    """NVRTC compiles for devices that are not here; what OpenCL's compilers say is not known before."""
+    if device.kind != "cuda":
+        return False
+    try:
+        built = build(variant, problem, device)
+    except CompilerMissing:
+        return False
+    except BuildFailed:
+        return True
+    return bool(built.flaw or built.resources.get("spills"))

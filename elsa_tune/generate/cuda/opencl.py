@@ -12,7 +12,7 @@ from torch import Tensor
 from elsa_tune import device as devices
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, BuildFailed, CompilerMissing
-from elsa_tune.generate.cuda.runtimes import C_TYPES, Launch, TorchMemory
+from elsa_tune.generate.cuda.launch import C_TYPES, Launch, TorchMemory
 
 OPTIONS = ["-cl-std=CL1.2"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.gpu import report as _gpu_report
 
 _EXECUTABLE, _SOURCE, _DISASSEMBLE = 0x8, 0x1, 0xC
 """amd_comgr.h: kinds of data, and the action that makes source of an executable."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
-from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate.cuda import rocm as _rocm
+from elsa_tune.generate.gpu import report as _gpu_report
 
 REMEDY = "pip install 'elsa-tune[cuda]' brings NVRTC 12.9 (sm_50 to sm_121); hiprtc comes with ROCm's torch"
 

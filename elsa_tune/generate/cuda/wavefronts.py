@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from elsa_tune.generate.cuda.laws import Tiling
+from elsa_tune.generate.cuda.tiling import Tiling
 
 WARP = BANKS = 32
 

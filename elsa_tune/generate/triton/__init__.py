@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA and AMD GPUs: rendering, building every kind that launches ask for, and calling."""
+"""Triton kernels for NVIDIA and AMD GPUs: what this backend answers."""
 
 from __future__ import annotations
 
@@ -6,40 +6,38 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import torch
-from torch import Tensor
-
+from elsa_tune import device as devices
 from elsa_tune.device import Device
-from elsa_tune.errors import BuildFailed
-from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import kernel_cache as _kernel_cache
-from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
-from elsa_tune.generate.counters import cleared
+from elsa_tune.generate.backends import Built, Finding, Gradients, Kernel
+from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu.work import Work
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, gradients_are_written, parts_have_text
 from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
-from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
+from elsa_tune.generate.triton.call import TritonGradients, TritonKernel
+from elsa_tune.generate.triton.columns import parts
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
-from elsa_tune.generate.triton.laws import DOTS, LAWS, parts, version
+from elsa_tune.generate.triton.kinds import kinds, known
+from elsa_tune.generate.triton.laws import DOTS, LAWS
+from elsa_tune.generate.triton.merging import finish, merges
+from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import scan
-from elsa_tune.parts.mask import NONE
-from elsa_tune.parts.scan import Round
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 TEMPLATES = {"forward": "triton/attention.py.j2", "backward": "triton/backward.py.j2"}
 MODULE = "kernel.py"
-FINISH_REGISTERS = 32
-"""Registers of a thread for the states of all splits of some query rows."""
 
-__all__ = ["LAWS", "version"]
+__all__ = ["LAWS"]
+_PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
+"""Clocks of the matrix unit relative to one float16 product; of whatever else would use it, eight."""
 generated = True
 
 
@@ -63,7 +61,7 @@ def source(variant: Variant, problem: Problem) -> Source:
     axes = variant.axes
     strategy, splits = scan.get(str(axes["scan"])), int(axes["splits"])
     grid = scan.get(strategy.grid or strategy.name)
-    rows, warps = _finish(variant, problem)
+    rows, warps = finish(variant, problem)
     dims = str(axes["dims"])
     return render(
         TEMPLATES[problem.direction],
@@ -72,7 +70,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": grid,
-            "merges": _merges(grid.total(splits), splits),
+            "merges": merges(grid.total(splits), splits),
             "variant": variant,
             "family": problem.family,
             "head_dim": problem.head_dim,
@@ -87,32 +85,6 @@ def source(variant: Variant, problem: Problem) -> Source:
     )
 
 
-def _finish(variant: Variant, problem: Problem) -> tuple[int, int]:
-    """Query rows whose split states are merged at once, up to 16, and warps of a kernel of its own that does so: there, the states
-    of all splits take FINISH_REGISTERS registers of a thread, unless one row takes more."""
-    axes = variant.axes
-    columns = sum(part.size for part in parts(problem.value_dim, str(axes["dims"])))
-    if axes["schedule"] == "last_block":
-        return min(16, int(axes["block_m"])), int(axes["warps"])
-    fit = FINISH_REGISTERS * 32 * 4 // (columns * int(axes["splits"]))
-    rows = 1 << (max(1, min(16, fit)).bit_length() - 1)
-    return rows, max(1, min(4, rows * columns // 32))
-
-
-def _merges(rounds: Sequence[Round], n: int) -> list[tuple[int, ...]]:
-    """What the last of n states needs of the rounds, one after the other: (i,) loads state i, (i, j) merges state i into state j. Of
-    two states that meet, the earlier is complete before the later is begun, so that few are kept: the merges are the rounds'."""
-    trees: list[Any] = [(i,) for i in range(n)]
-    for r in rounds:
-        for i in reversed(r.cells(n)):
-            trees[i] = (trees[i - r.step], trees[i], (i - r.step, i))
-
-    def steps(tree: Any) -> list[tuple[int, ...]]:
-        return [tree] if len(tree) == 1 else [*steps(tree[0]), *steps(tree[1]), tree[2]]
-
-    return steps(trees[n - 1])
-
-
 def command(variant: Variant) -> list[str]:
     """No command: Triton compiles in its own process."""
     return []
@@ -120,7 +92,7 @@ def command(variant: Variant) -> list[str]:
 
 def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
     """What a built kernel is filed under: code, what a launch of the problem knows, target and Triton's version."""
-    facts = [problem.dtype, problem.precision, repr(_known(variant, problem)), _target(device), version()]
+    facts = [problem.dtype, problem.precision, repr(known(variant, problem)), _target(device), version()]
     made = [source(variant, problem).digest, *facts]
     return hashlib.sha256("\0".join(made).encode()).hexdigest()[:20]
 
@@ -128,32 +100,6 @@ def digest(variant: Variant, problem: Problem, device: Device | None = None) -> 
 def _target(device: Device | None) -> str:
     """What is compiled for; the interpreter where no GPU is meant."""
     return device.arch if device and device.is_gpu else "interpreter"
-
-
-def _known(variant: Variant, problem: Problem) -> dict[str, Any]:
-    """What Triton compiles a kernel anew for, beside types, as a launch of the problem has it: one query head for each KV head,
-    and whole leaves alone."""
-    axes = variant.axes
-    whole = problem.kv_len % _turn(variant) == 0
-    even = whole and problem.mask == NONE and axes["edges"] == "peeled" and problem.direction == "forward"
-    return {"group": min(problem.group, 2), "EVEN": even}
-
-
-def _turn(variant: Variant) -> int:
-    """Keys that all splits take in one turn of their loops."""
-    axes = variant.axes
-    return int(axes["block_n"]) * int(axes["workers"]) * int(axes["splits"])
-
-
-def _kinds(variant: Variant, problem: Problem) -> Iterator[Problem]:
-    """The problem, then one of its family and group of each other kind: lengths that leaves divide, or do not. Checks and other
-    shapes ask for all of them."""
-    yield problem
-    for kv_len in (problem.kv_len + 1, -(-problem.kv_len // _turn(variant)) * _turn(variant)):
-        posed = problem.reshaped(kv_len=kv_len)
-        if _known(variant, posed) != _known(variant, problem):
-            yield posed
-            return
 
 
 def find(digest: str) -> Built | None:
@@ -184,7 +130,7 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
             return {}
         assert device is not None
         try:
-            own, *others = _kinds(variant, problem)
+            own, *others = kinds(variant, problem)
             module = _module(folder / MODULE)
             report = {**compile_report(module, own, device), "strict": int(problem.precision == "strict")}
             for other in others if not _flaw(report) else ():
@@ -216,78 +162,6 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-# Calling.
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU: make it the tensor's."""
-    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    return nullcontext() if here else torch.cuda.device(x.device)
-
-
-def _given(operands: Operands) -> tuple[Operands, ...]:
-    """The last argument of a module whose family has operands."""
-    return (operands,) if operands else ()
-
-
-class TritonKernel:
-    """A family's module: call it with any shape."""
-
-    def __init__(self, module: ModuleType, problem: Problem) -> None:
-        self._launch, self._problem, self._declared = module.attention, problem, bool(problem.declared)
-        if torch.cuda.is_available():
-            module.cleared = cleared  # type: ignore[attr-defined]
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        operands: Operands = (),
-    ) -> Tensor:
-        check_dims(self._problem, query, key, value)
-        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-            query, key, value = map(rows_contiguous, (query, key, value))
-        if out is None:
-            out = new_output(query, self._problem.value_dim)
-        more = [kernel_arguments(self._problem, operands, query, key)] if operands or self._declared else []
-        with _on(query):
-            made: Tensor = self._launch(query, key, value, scale, out, lse, *more)
-        return made
-
-    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
-        """Nothing can be computed beforehand."""
-        return self
-
-
-class TritonGradients:
-    """A backward family's module."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._launch = module.gradients
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        grad: Tensor,
-        scale: float | None = None,
-        operands: Operands = (),
-    ) -> tuple[Tensor, ...]:
-        rows = [rows_contiguous(x) for x in (query, key, value, output)]
-        with _on(query):
-            made: tuple[Tensor, ...] = self._launch(
-                *rows, lse.contiguous(), rows_contiguous(grad), scale, *_given(operands)
-            )
-        return made
-
-
 def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The kernel of the problem's family."""
     assert built.path is not None
@@ -298,3 +172,20 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients
 def toolchain(device: Device | None = None) -> dict[str, str]:
     """Triton's version."""
     return {"triton": version()}
+
+
+def examine() -> Iterator[Finding]:
+    """Whether Triton is installed; where no GPU is, it is not missed."""
+    try:
+        yield Finding("Triton", True, version())
+    except CompilerMissing as error:
+        yield Finding("Triton", not devices.gpus(), "not installed", str(error) if devices.gpus() else "")
+
+
+def work(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work | None:
+    """As the compiler's report counts it."""
+    axes = variant.axes
+    launches, step = 2 if axes["schedule"] == "two_kernels" else 1, int(axes["block_n"]) * int(axes["workers"])
+    turn = {**resources, "wavefronts": 2 * resources["loop_shared"]}
+    product = _PRODUCTS.get(str(axes["dot"]), 8.0)
+    return Work(int(axes["block_m"]), step, int(axes["splits"]), int(axes["stages"]), launches, product, turn)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
-from elsa_tune.generate import gpu_report as _gpu_report
+from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.operands import typical
-from elsa_tune.generate.tensors import kernel_arguments, torch_dtype
+from elsa_tune.generate.tensors import kernel_arguments
+from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
@@ -65,8 +66,10 @@ def _driver_of(device: Device) -> Iterator[None]:
 def _arguments(problem: Problem) -> tuple[Any, ...]:
     """What the launcher of a module takes, for tensors of the problem's shape that have no memory."""
 
+    dtype: torch.dtype = getattr(torch, elements.get(problem.dtype).torch)
+
     def rows(heads: int, length: int, dim: int) -> Tensor:
-        return torch.empty(problem.batch, heads, length, dim, dtype=torch_dtype(problem), device="meta")
+        return torch.empty(problem.batch, heads, length, dim, dtype=dtype, device="meta")
 
     query = rows(problem.heads, problem.q_len, problem.head_dim)
     key = rows(problem.kv_heads, problem.kv_len, problem.head_dim)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from dataclasses import dataclass
-
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
+from elsa_tune.generate.gpu.limits import shared_bytes
 from elsa_tune.generate.laws import (
     SCRATCH_BYTES,
     longest_is_causal,
@@ -14,19 +12,11 @@ from elsa_tune.generate.laws import (
     scan_has_states,
     schedule_has_splits,
     scratch_is_bounded,
-    shared_bytes,
 )
+from elsa_tune.generate.triton.columns import parts
+from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
-
-
-def version() -> str:
-    """Triton's. Raises CompilerMissing."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        raise CompilerMissing("Triton is not installed; pip install 'elsa-tune[triton]'") from None
-
 
 DOTS = {
     "strict": ("ieee", "fma"),
@@ -39,29 +29,6 @@ DOTS = {
 
 LONGEST_PRODUCT = 8192
 """Multiply-adds of a thread in a row: sixteen bytes each, they fill what GPUs since Volta cache of a program."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Some columns of a dimension of ``total``: ``size`` of them, a power of two, from ``start``."""
-
-    start: int
-    size: int
-    total: int
-
-
-def parts(dim: int, how: str) -> tuple[Part, ...]:
-    """A dimension as one padded power of two, or as powers of two of at least 16 that fill it with the least padding."""
-    if how == "pad":
-        return (Part(0, max(16, 1 << (dim - 1).bit_length()), dim),)
-    found, start = list[Part](), 0
-    while start < dim:
-        left = dim - start
-        below, above = 1 << (left.bit_length() - 1), max(16, 1 << (left - 1).bit_length())
-        size = above if below < 16 or above - left < 16 else below
-        found.append(Part(start, size, dim))
-        start += size
-    return tuple(found)
 
 
 # Laws: each says in one sentence why a combination cannot work or cannot win.

@@ -1,4 +1,4 @@
-"""torch's own attention: the incumbent, raced like any candidate, and the last rung of dispatch."""
+"""Calling torch's own kernels: its function with a backend chosen, FlexAttention, and gradients through either."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.device import Device
-from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Law, Operands
-from elsa_tune.generate.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.operands import named
+from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
 from elsa_tune.generate.tensors import logsumexp
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.score._base import PLACE
 from elsa_tune.problem import Problem
-from elsa_tune.variant import Variant
-
-if TYPE_CHECKING:
-    from elsa_tune.generate.render import Source
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -37,78 +32,6 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-
-SLOW_TO_START = ("flex",)
-"""Compiled for every shape, for many seconds: raced where there is time."""
-
-
-def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
-    if not device.is_gpu:
-        return None if kernel in ("flash", "math", "eager") else f"{kernel} is not raced on CPUs"
-    if kernel == "cudnn" and device.kind == "hip":
-        return "cuDNN runs on NVIDIA GPUs"
-    if kernel in ("flash", "cudnn") and problem.dtype == "fp32":
-        return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not float32"
-    return None
-
-
-def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
-    if problem.precision == "strict" and device.is_gpu and kernel not in ("math", "eager"):
-        return f"torch's {kernel} kernel may use matrix units for float32"
-    return None
-
-
-def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | None:
-    size = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
-    if kernel in ("math", "eager") and device.memory and 3 * size > device.memory // 4:
-        return f"{kernel} products would hold {size >> 20} MiB of scores, several times"
-    return None
-
-
-def scores_are_known(kernel: str, problem: Problem) -> str | None:
-    if problem.score == scores.NONE:
-        return "torch's own kernels serve what has no score" if kernel == "eager" else None
-    return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
-
-
-def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
-    if kernel == "flash" and problem.head_dim != problem.value_dim:
-        return f"torch's fused kernel needs value_dim {problem.value_dim} equal to head_dim {problem.head_dim}"
-    return None
-
-
-LAWS: tuple[Law, ...] = (kernel_is_here, scores_are_known, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)
-generated = False
-
-
-def refusal(problem: Problem, device: Device) -> str | None:
-    """torch serves every problem."""
-    return None
-
-
-def source(variant: Variant, problem: Problem) -> Source | None:
-    """Nothing is rendered."""
-    return None
-
-
-def command(variant: Variant) -> list[str]:
-    """Nothing is compiled."""
-    return []
-
-
-def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
-    """The variant itself."""
-    return str(variant)
-
-
-def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
-    """Nothing to build."""
-    return Built(str(variant))
-
-
-def find(digest: str) -> Built | None:
-    """Always there."""
-    return Built(digest)
 
 
 def _attn_mask(posed: Posed) -> Tensor:
@@ -297,16 +220,3 @@ def _compiled_flex(problem: Problem) -> Callable[..., Any]:
 
     alone = FunctionType(attend.__code__.replace(), attend.__globals__, closure=attend.__closure__)
     return torch.compile(alone, dynamic=False)
-
-
-def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
-    """The chosen kernel, or the gradients through it."""
-    name = str(variant.axes["kernel"])
-    kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}
-    kernel = kernels[name](problem) if name in kernels else SdpaKernel(BACKENDS[name], problem)
-    return kernel if problem.direction == "forward" else AutogradKernel(kernel)
-
-
-def toolchain(device: Device | None = None) -> dict[str, str]:
-    """torch's version."""
-    return {"torch": torch.__version__}

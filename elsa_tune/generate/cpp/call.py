@@ -1,0 +1,103 @@
+"""Calling C++ kernels with tensors, on torch's own OpenMP pool."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_tune.generate.backends import Call, Operands
+from elsa_tune.generate.cpp import pool as _pool
+from elsa_tune.generate.cpp.pool import Pool
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
+from elsa_tune.parts.operand import Array, arguments
+from elsa_tune.problem import Problem
+
+# struct Call of templates/cpp/call.j2: five pointers that change with every call, then what a layout decides.
+_POINTERS = struct.Struct("<5q").pack
+_LAYOUT = struct.Struct("<17qdqq").pack
+
+
+class CppKernel:
+    """A compiled family: call it with any shape, or bind a shape for repeated calls."""
+
+    def __init__(self, library: Path, problem: Problem) -> None:
+        function = ctypes.CDLL(str(library)).elsa_attention
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        self._function, self._problem = function, problem
+        # appended to the call where there are any
+        letters = "".join("d" if a.kind == "real" else "q" for a in arguments(problem.declared))
+        self._operands = struct.Struct(f"<{letters}").pack
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        operands: Operands = (),
+    ) -> Tensor:
+        check_dims(self._problem, query, key, value)
+        query, key, value = map(rows_contiguous, (query, key, value))
+        return self.bind(query, key, value)(query, key, value, scale, out, lse, operands)
+
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """A call for exactly these shapes and strides. What the scale and torch's threads decide is computed when they change."""
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            return self  # rows are copied at every call
+        function, threads, pool, empty_like = self._function, torch.get_num_threads, Pool, torch.empty_like
+        value_dim, launch = self._problem.value_dim, _pool.openmp()[1]
+        default_scale = 1 / math.sqrt(self._problem.head_dim)
+        alike = value_dim == self._problem.head_dim and empty_like(query, device="meta").stride(3) == 1
+        batch, heads, q_len, _ = query.shape
+        _, kv_heads, kv_len, _ = value.shape
+        strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
+        known: tuple[object, bytes] = (None, b"")
+        problem, more = self._problem, self._operands
+        has_arrays = any(isinstance(one, Array) for one in problem.declared)
+
+        def packed(out: Sequence[int], scale: float | None, given: Sequence[Any]) -> bytes:
+            return _LAYOUT(
+                batch, heads, kv_heads, q_len, kv_len, *strides, *out,
+                default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
+            ) + more(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))  # fmt: skip
+
+        def call(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            scale: float | None = None,
+            out: Tensor | None = None,
+            lse: Tensor | None = None,
+            operands: Operands = (),
+        ) -> Tensor:
+            nonlocal known
+            if query.is_neg() or key.is_neg() or value.is_neg():
+                return self(query, key, value, scale, out, lse, operands)
+            if out is None and not has_arrays:  # always laid out alike
+                out, settings = (
+                    empty_like(query) if alike else new_output(query, value_dim),
+                    (scale, threads(), pool.usable, operands),
+                )
+                decided = known
+                if settings != decided[0]:
+                    given = kernel_arguments(problem, operands, query, key)
+                    decided = known = (settings, packed(out.stride()[:3], scale, given))
+                layout = decided[1]
+            else:
+                out = new_output(query, value_dim) if out is None else out
+                layout = packed(out.stride()[:3], scale, kernel_arguments(problem, operands, query, key))
+            sums = lse.data_ptr() if lse is not None else 0
+            if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
+                raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")
+            return out
+
+        return call

@@ -1,0 +1,149 @@
+"""What can be combined with what in C++ kernels, and why not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from elsa_tune.device import Device
+from elsa_tune.generate.laws import scan_has_states
+from elsa_tune.parts import exp2
+from elsa_tune.problem import Problem
+
+SCRATCH_BYTES = 64 << 20
+"""At most this much memory for packed heads and the states of splits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """An instruction set: floats in its widest vector, its vector registers, and the compiler's flags for it."""
+
+    lanes: int
+    registers: int
+    flags: tuple[str, ...]
+
+
+ISAS = {
+    "avx512": Isa(
+        16, 32, ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512")
+    ),
+    "avx2": Isa(8, 16, ("-mavx2", "-mfma")),
+    "neon": Isa(4, 32, ()),
+    "portable": Isa(4, 16, ()),
+}
+
+
+# Laws: each says in one sentence why a combination cannot work or cannot win.
+
+
+def isa_is_here(isa: str, device: Device) -> str | None:
+    if isa not in device.isas:
+        return f"{device} has {', '.join(device.isas)}, not {isa}"
+    if isa == "portable" and len(device.isas) > 1:
+        return f"the same code compiled for {device.isas[0]} is faster"
+    return None
+
+
+def lanes_fit_isa(isa: str, lanes: int) -> str | None:
+    widest = ISAS[isa].lanes
+    if lanes > widest or lanes * 2 < widest:
+        return f"{isa} vectors hold {widest} floats; {lanes} lanes waste or split them"
+    return None
+
+
+def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
+    if chunk > lanes:
+        return f"a row cannot take {chunk} of {lanes} lanes"
+    if problem.head_dim % chunk or problem.value_dim % chunk:
+        return f"chunk {chunk} does not divide head_dim {problem.head_dim} and value_dim {problem.value_dim}"
+    return None
+
+
+def rows_fill_vectors(lanes: int, chunk: int, problem: Problem) -> str | None:
+    rows, per_vector = problem.q_len * problem.group, lanes // chunk
+    if rows >= lanes and chunk > 1:
+        return f"{rows} query rows fill {lanes} lanes; a chunk would only repeat work"
+    if rows < lanes and per_vector > 2 * rows:
+        return f"{rows} query rows leave most of {per_vector} row lanes empty"
+    return None
+
+
+def tiles_fill_registers(
+    isa: str, lanes: int, chunk: int, query_vectors: int, key_tile: int, value_tile: int
+) -> str | None:
+    registers = ISAS[isa].registers
+    for tile in (key_tile, value_tile):
+        accumulators = query_vectors * tile
+        operands = query_vectors + (chunk > 1)
+        if accumulators + operands > registers:
+            return f"{accumulators} accumulators and {operands} operands exceed {registers} registers"
+        if accumulators < 4:
+            return f"{accumulators} accumulators cannot hide the latency of a multiply-add"
+    return None
+
+
+def leaf_holds_key_tiles(key_tile: int, block_n: int) -> str | None:
+    return f"a leaf of {block_n} keys is no multiple of {key_tile}" if block_n % key_tile else None
+
+
+def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None:
+    steps = problem.value_dim // chunk
+    return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
+
+
+def packed_heads_are_read_again(
+    lanes: int, chunk: int, query_vectors: int, splits: int, packing: str, problem: Problem
+) -> str | None:
+    if packing != "head":
+        return None
+    if splits > 1:
+        return "splits of a head are taken by several threads, each of which would pack its own"
+    rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
+    return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
+
+
+def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Device) -> str | None:
+    leaves = math.ceil(problem.kv_len / block_n)
+    size = 4 * device.cores * leaves * block_n * (problem.head_dim + problem.value_dim)
+    if packing == "head" and size > SCRATCH_BYTES:
+        return f"a head for each thread takes {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}"
+    return None
+
+
+def narrow_elements_are_packed(packing: str, problem: Problem) -> str | None:
+    if packing == "direct" and problem.dtype != "fp32":
+        return f"keys and values of {problem.dtype} are widened as they are packed"
+    return None
+
+
+def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | None:
+    steps = problem.head_dim // chunk
+    if head_parts > 1 and steps < 16 * head_parts:
+        return f"{steps} products are a short sum; {head_parts} parts of it cost more than they save"
+    return None
+
+
+def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
+    if float(exp2.COEFFICIENTS[exp_degree][0]) != 1:
+        return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
+    error = exp2.relative_error(exp_degree)
+    if problem.precision in ("strict", "fp32") and error > 8 * 2.0**-24:
+        return f"a polynomial of degree {exp_degree} errs by {error:.1e}; {problem.precision} allows 8 units in the last place"
+    return None
+
+
+LAWS = (
+    isa_is_here,
+    lanes_fit_isa,
+    chunk_divides,
+    rows_fill_vectors,
+    tiles_fill_registers,
+    leaf_holds_key_tiles,
+    value_tile_fits,
+    scan_has_states,
+    packed_heads_are_read_again,
+    packed_heads_fit,
+    narrow_elements_are_packed,
+    head_parts_are_long,
+    exp_is_exact,
+)

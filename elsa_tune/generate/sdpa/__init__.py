@@ -1,0 +1,74 @@
+"""torch's own attention: the incumbent, raced like any candidate, and the last rung of dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from elsa_tune.device import Device
+from elsa_tune.generate.backends import Built, Kernel
+from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, EagerKernel, FlexKernel, SdpaKernel
+from elsa_tune.generate.sdpa.laws import LAWS
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Variant
+
+if TYPE_CHECKING:
+    from elsa_tune.generate.render import Source
+
+__all__ = ["LAWS"]
+
+SLOW_TO_START = ("flex",)
+"""Compiled for every shape, for many seconds: raced where there is time."""
+
+
+generated = False
+
+
+def refusal(problem: Problem, device: Device) -> str | None:
+    """torch serves every problem."""
+    return None
+
+
+def source(variant: Variant, problem: Problem) -> Source | None:
+    """Nothing is rendered."""
+    return None
+
+
+def command(variant: Variant) -> list[str]:
+    """Nothing is compiled."""
+    return []
+
+
+def digest(variant: Variant, problem: Problem, device: Device | None = None) -> str:
+    """The variant itself."""
+    return str(variant)
+
+
+def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
+    """Nothing to build."""
+    return Built(str(variant))
+
+
+def find(digest: str) -> Built | None:
+    """Always there."""
+    return Built(digest)
+
+
+def load(built: Built, variant: Variant, problem: Problem) -> Any:
+    """The chosen kernel, or the gradients through it."""
+    name = str(variant.axes["kernel"])
+    kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}
+    kernel = kernels[name](problem) if name in kernels else SdpaKernel(BACKENDS[name], problem)
+    return kernel if problem.direction == "forward" else AutogradKernel(kernel)
+
+
+def toolchain(device: Device | None = None) -> dict[str, str]:
+    """torch's version."""
+    return {"torch": torch.__version__}
+
+
+def slow_to_start(variant: Variant) -> bool:
+    """FlexAttention is."""
+    return variant.axes["kernel"] in SLOW_TO_START

@@ -1,0 +1,50 @@
+"""Which of torch's kernels can serve what, and why not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from elsa_tune.device import Device
+from elsa_tune.parts import score as scores
+from elsa_tune.problem import Problem
+
+if TYPE_CHECKING:
+    from elsa_tune.generate.backends import Law
+
+
+def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
+    if not device.is_gpu:
+        return None if kernel in ("flash", "math", "eager") else f"{kernel} is not raced on CPUs"
+    if kernel == "cudnn" and device.kind == "hip":
+        return "cuDNN runs on NVIDIA GPUs"
+    if kernel in ("flash", "cudnn") and problem.dtype == "fp32":
+        return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not float32"
+    return None
+
+
+def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
+    if problem.precision == "strict" and device.is_gpu and kernel not in ("math", "eager"):
+        return f"torch's {kernel} kernel may use matrix units for float32"
+    return None
+
+
+def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | None:
+    size = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
+    if kernel in ("math", "eager") and device.memory and 3 * size > device.memory // 4:
+        return f"{kernel} products would hold {size >> 20} MiB of scores, several times"
+    return None
+
+
+def scores_are_known(kernel: str, problem: Problem) -> str | None:
+    if problem.score == scores.NONE:
+        return "torch's own kernels serve what has no score" if kernel == "eager" else None
+    return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
+
+
+def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
+    if kernel == "flash" and problem.head_dim != problem.value_dim:
+        return f"torch's fused kernel needs value_dim {problem.value_dim} equal to head_dim {problem.head_dim}"
+    return None
+
+
+LAWS: tuple[Law, ...] = (kernel_is_here, scores_are_known, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)
