@@ -26,6 +26,19 @@ def flex(problem: str) -> Any:
     return sdpa.load(Built(str(FLEX)), FLEX, Problem.parse(problem))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flex_and_eager_attention_know_scores_and_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # FlexAttention itself, not its compiler
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    problem = Problem.parse("fp32.d16.causal+lengths.softcap@b2.h4.kv2.q50.k60.softcap1.5")
+    inputs = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    rows = reference.every_row(problem)
+    truth = reference.attention_rows(problem, inputs, rows)
+    for kernel in (flex(str(problem)), sdpa.EagerKernel(problem)):
+        out = kernel(inputs.query, inputs.key, inputs.value, operands=inputs.operands)
+        assert float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max()) < 2e-6
+
+
 def test_flex_attention_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo's limit is eight recompilations of one code object; after that it calls the function eagerly."""
     compiled: list[int] = []
@@ -75,19 +88,6 @@ def test_block_masks_of_sequences_are_torchs(mask: str) -> None:
     batch, position, key = torch.arange(4)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len)
     assert torch.equal(mine.mask_mod(batch, None, position, key).expand(4, q_len, kv_len), dense)
     assert torch.equal(mine.to_dense(), torchs.to_dense())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_flex_and_eager_attention_know_scores_and_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # FlexAttention itself, not its compiler
-    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    problem = Problem.parse("fp32.d16.causal+lengths.softcap@b2.h4.kv2.q50.k60.softcap1.5")
-    inputs = reference.random_inputs(problem, torch.Generator().manual_seed(0))
-    rows = reference.every_row(problem)
-    truth = reference.attention_rows(problem, inputs, rows)
-    for kernel in (flex(str(problem)), sdpa.EagerKernel(problem)):
-        out = kernel(inputs.query, inputs.key, inputs.value, operands=inputs.operands)
-        assert float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max()) < 2e-6
 
 
 def test_what_is_made_of_operands_is_made_once_and_anew_for_others() -> None:
