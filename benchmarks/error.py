@@ -48,7 +48,7 @@ def contenders(problem: Problem, x: reference.Inputs) -> dict[str, Callable[[], 
         kernel = cpp.load(cpp.build(variant, problem), variant, problem)
         found[name] = partial(kernel, x.query, x.key, x.value)
     for name in ("flash", "math"):
-        found[f"torch, {name}"] = partial(sdpa.SdpaKernel(sdpa.BACKENDS[name], "none"), x.query, x.key, x.value)
+        found[f"torch, {name}"] = partial(sdpa.SdpaKernel(sdpa.BACKENDS[name], problem), x.query, x.key, x.value)
     with suppress(ImportError):
         found["ONNX Runtime"] = onnxruntime_peer(problem, x)
     return found

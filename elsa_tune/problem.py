@@ -12,6 +12,8 @@ from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
+from elsa_tune.parts import score as scores
+from elsa_tune.parts.operand import Operand
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,16 +23,19 @@ DIRECTIONS = ("forward", "backward")
 LAUNCHES = ("eager", "graph")
 LARGEST = 2**40
 """Of every dimension: more than any memory holds."""
+LARGEST_REAL = 1e30
+"""Of a score's numbers: they and their reciprocals are floats."""
 
-_MASKS = "|".join(sorted(masks.names(), key=len, reverse=True))
+_MASKS, _SCORES = ("|".join(sorted(kind.names(), key=len, reverse=True)) for kind in (masks, scores))
 _FAMILY = re.compile(
     rf"((?P<operator>{'|'.join(operators.names())})\.)?(?P<dtype>{'|'.join(elements.names())})(\.(?P<precision>{'|'.join(PRECISIONS)}))?\.d(?P<head_dim>\d{{1,13}})(\.v(?P<value_dim>\d{{1,13}}))?"
-    rf"(\.(?P<mask>({_MASKS})(\+({_MASKS}))*))?(\.(?P<direction>backward))?",
+    rf"(\.(?P<mask>({_MASKS})(\+({_MASKS}))*))?(\.(?P<score>({_SCORES})(\+({_SCORES}))*))?(\.(?P<direction>backward))?",
     re.ASCII,
 )
+_NUMBER = r"\d{1,17}(?:\.\d{1,25})?(?:e[+-]?\d{1,3})?"
 _SHAPE = re.compile(
     r"b(?P<batch>\d{1,13})\.h(?P<heads>\d{1,13})(\.kv(?P<kv_heads>\d{1,13}))?\.q(?P<q_len>\d{1,13})\.k(?P<kv_len>\d{1,13})"
-    rf"(\.(?P<order>({'|'.join(ORDERS)})(-({'|'.join(ORDERS)})){{0,2}}))?(?P<integers>(\.[a-z]+\d{{1,13}})*)(\.(?P<launch>graph))?",
+    rf"(\.(?P<order>({'|'.join(ORDERS)})(-({'|'.join(ORDERS)})){{0,2}}))?(?P<numbers>(\.[a-z]+{_NUMBER})*)(\.(?P<launch>graph))?",
     re.ASCII,
 )
 _EXAMPLE = "fp32.d64.causal@b1.h8.q4096.k4096 (grouped heads: h32.kv8)"
@@ -42,7 +47,9 @@ class Problem:
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` names one of elsa_tune.parts.mask, or several joined by ``+``; ``integers``
-    are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant.
+    are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant. ``score`` names one of
+    elsa_tune.parts.score, or several joined by ``+`` in the order they are done; ``reals`` are theirs, as integers are the mask's
+    (ones where a family alone is meant).
     ``precision`` is the arithmetic class; by default the dtype's own. ``operator`` names one of elsa_tune.parts.operator. ``order`` is
     how query, key and value lie in memory (elsa_tune.order): one word for all, or three, and the plainest among those that are alike
     for these lengths. ``launch`` is how a GPU is told: call by call (eager), or as part of a captured graph.
@@ -51,7 +58,8 @@ class Problem:
     dtype: str = "fp32"
     head_dim: int
     value_dim: int = 0
-    mask: str = "none"
+    mask: str = masks.NONE
+    score: str = scores.NONE
     precision: str = ""
     direction: str = "forward"
     batch: int = 1
@@ -61,6 +69,7 @@ class Problem:
     kv_len: int = 1
     order: str = CONTIGUOUS
     integers: tuple[int, ...] = ()
+    reals: tuple[float, ...] = ()
     launch: str = "eager"
     operator: str = operators.SOFTMAX
 
@@ -91,6 +100,12 @@ class Problem:
             raise BadProblem(
                 f"mask {self.mask} has the integers ({', '.join(own)}), from 0 to {LARGEST}; {given} are given"
             )
+        reals = tuple(map(float, self.reals))
+        wanted = scores.get(self.score).reals
+        if reals and (len(reals) != len(wanted) or not all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
+            given, limits = ", ".join(map(str, reals))[:60], f"from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
+            raise BadProblem(f"score {self.score} has the numbers ({', '.join(wanted)}), {limits}; {given} are given")
+        object.__setattr__(self, "reals", reals)
         object.__setattr__(self, "order", self._plainest_order())
 
     def _plainest_order(self) -> str:
@@ -114,7 +129,8 @@ class Problem:
                 self.precision if self.precision != self.dtype else "",
                 f"d{self.head_dim}",
                 f"v{self.value_dim}" if self.value_dim != self.head_dim else "",
-                self.mask if self.mask != "none" else "",
+                self.mask if self.mask != masks.NONE else "",
+                self.score if self.score != scores.NONE else "",
                 self.direction if self.direction != "forward" else "",
             )
             if part
@@ -126,9 +142,7 @@ class Problem:
         grouped = f".kv{self.kv_heads}" if self.kv_heads != self.heads else ""
         launch = f".{self.launch}" if self.launch != "eager" else ""
         order = f".{self.order}" if self.order != CONTIGUOUS else ""
-        own = "".join(
-            f".{name}{value}" for name, value in zip(masks.get(self.mask).integers, self.integers, strict=False)
-        )
+        own = "".join(f".{name}{_spelled(value)}" for name, value in self.numbers.items()) if self._has_numbers else ""
         return f"b{self.batch}.h{self.heads}{grouped}.q{self.q_len}.k{self.kv_len}{order}{own}{launch}"
 
     @property
@@ -145,27 +159,40 @@ class Problem:
 
     @property
     def seen_pairs(self) -> int:
-        """(query, key) pairs of one head that the mask lets through."""
-        return _pairs(self.mask, tuple(self.names.items()))
+        """(query, key) pairs of one head that the mask lets through, on average over the sequences of a typical batch."""
+        return _pairs(self.mask, min(self.batch, _MOST_SEQUENCES), tuple(self.names.items()))
 
-    def seen(self, position: Any) -> tuple[Any, Any]:
-        """The keys [low, high) that the queries at these positions (an integer or a tensor) see."""
-        return masks.get(self.mask).seen(position, **self.names)
+    def seen(self, position: Any, **sequences: Any) -> tuple[Any, Any]:
+        """The keys [low, high) that the queries at these positions (an integer or a tensor) see; ``sequences`` are what the mask's
+        arrays hold of a sequence, or tensors of it that broadcast with positions."""
+        return masks.get(self.mask).seen(position, **self.names, **sequences)
 
-    def dense(self) -> Tensor:
-        """bool [q_len, kv_len]: whether a position sees a key."""
-        return masks.get(self.mask).dense(**self.names)
+    def dense(self, **sequences: Any) -> Tensor:
+        """bool [q_len, kv_len], or [..., q_len, kv_len] for sequences shaped [..., 1, 1]: whether a position sees a key."""
+        return masks.get(self.mask).dense(**self.names, **sequences)
 
     @property
-    def operands(self) -> tuple[int, ...]:
-        """What a kernel takes beside its tensors."""
-        return self.integers or (0,) * len(masks.get(self.mask).integers)
+    def declared(self) -> tuple[Operand, ...]:
+        """What a kernel of the family takes beside its tensors, in order: what the mask has, then what scores have."""
+        return (*masks.get(self.mask).operands, *scores.get(self.score).operands)
+
+    @property
+    def numbers(self) -> dict[str, int | float]:
+        """The numbers among them by name, in order; where a family alone is meant, 0 and 1."""
+        mask, score = masks.get(self.mask), scores.get(self.score)
+        integers = zip(mask.integers, self.integers or (0,) * len(mask.integers), strict=True)
+        return {**dict(integers), **dict(zip(score.reals, self.reals or (1.0,) * len(score.reals), strict=True))}
+
+    @property
+    def _has_numbers(self) -> bool:
+        mask, score = masks.get(self.mask), scores.get(self.score)
+        return len(self.integers) == len(mask.integers) and len(self.reals) == len(score.reals)
 
     @property
     def names(self) -> dict[str, int]:
-        """What the bounds of the mask are of, beside positions."""
-        own = dict(zip(masks.get(self.mask).integers, self.operands, strict=True))
-        return {"q_len": self.q_len, "kv_len": self.kv_len, **own}
+        """What the bounds of the mask are of, beside positions and sequences."""
+        own = zip(masks.get(self.mask).integers, self.numbers.values(), strict=False)
+        return {"q_len": self.q_len, "kv_len": self.kv_len, **{name: int(value) for name, value in own}}
 
     def akin(self, family: str) -> bool:
         """Whether a family differs from this problem's in its dimensions at most."""
@@ -173,8 +200,8 @@ class Problem:
             other = Problem.parse(family)
         except BadProblem:  # of another version
             return False
-        mine = (self.operator, self.dtype, self.mask, self.precision, self.direction)
-        return (other.operator, other.dtype, other.mask, other.precision, other.direction) == mine
+        mine = (self.operator, self.dtype, self.mask, self.score, self.precision, self.direction)
+        return (other.operator, other.dtype, other.mask, other.score, other.precision, other.direction) == mine
 
     @property
     def flops(self) -> int:
@@ -192,7 +219,7 @@ class Problem:
         once = rows * (self.head_dim + self.value_dim) * elements.get(self.dtype).bytes
         return once if self.direction == "forward" else 2 * once
 
-    def reshaped(self, **shape: int | str | tuple[int, ...]) -> Problem:
+    def reshaped(self, **shape: int | str | tuple[float, ...]) -> Problem:
         """The same family with another shape."""
         return replace(self, **shape)  # type: ignore[arg-type]
 
@@ -212,16 +239,40 @@ def _parse(text: str) -> Problem:
     if not all(found):
         raise BadProblem(f"problem {text[:100]!r} is misspelled; write it like {_EXAMPLE}")
     words = {k: v for match in found if match for k, v in match.groupdict().items() if v is not None}
-    spelled = dict(re.findall(r"([a-z]+)(\d+)", words.pop("integers", "")))
+    found_numbers = re.findall(rf"([a-z]+)({_NUMBER})", words.pop("numbers", ""))
+    spelled = dict(found_numbers)
     values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in words.items()}
-    own = masks.get(values.get("mask", masks.NONE)).integers
-    if shape and list(spelled) != list(own):
-        raise BadProblem(
-            f"problem {text[:100]!r} needs the integers of its mask and no others: {', '.join(own) or 'none'}"
-        )
-    return Problem(**values, integers=tuple(map(int, spelled.values())))
+    integers = masks.get(values.get("mask", masks.NONE)).integers
+    reals = scores.get(values.get("score", scores.NONE)).reals
+    in_order = [name for name, _ in found_numbers] == [*integers, *reals]
+    if shape and not (in_order and all(spelled[name].isdigit() for name in integers)):
+        own = ", ".join((*integers, *reals)) or "none"
+        raise BadProblem(f"problem {text[:100]!r} needs the numbers of its mask and scores and no others: {own}")
+    if not shape:
+        return Problem(**values)
+    return Problem(
+        **values,
+        integers=tuple(int(spelled[name]) for name in integers),
+        reals=tuple(float(spelled[name]) for name in reals),
+    )
+
+
+def _spelled(value: float) -> str:
+    """A number without a needless fraction; read back, it is the same number."""
+    return repr(value).removesuffix(".0")
+
+
+_MOST_SEQUENCES = 64
+"""Of a batch, that are counted."""
 
 
 @lru_cache(maxsize=4096)
-def _pairs(mask: str, names: tuple[tuple[str, int], ...]) -> int:
-    return masks.get(mask).pairs(**dict(names))
+def _pairs(mask: str, batch: int, names: tuple[tuple[str, int], ...]) -> int:
+    one, known = masks.get(mask), dict(names)
+    drawn = {
+        array.name: array.typical({"batch": batch, **known}) for array in one.arrays if array.name in one.sequences
+    }
+    counts = [
+        one.pairs(**known, **{name: each[i] for name, each in drawn.items()}) for i in range(batch if drawn else 1)
+    ]
+    return sum(counts) // len(counts)

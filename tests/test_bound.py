@@ -86,8 +86,13 @@ def test_a_bound_that_may_fall_is_refused(text: str) -> None:
 
 
 def test_c_means_what_python_means(tmp_path: Path) -> None:
+    known = {"position": 0, "q_len": 12, "kv_len": 30, "left": 0}
+    given = {
+        **known,
+        **{name: 4 + i for i, name in enumerate(sorted(set().union(*(b.names for b in EVERY)) - set(known)))},
+    }
     functions = "\n".join(
-        f"long f{i}(long position, long q_len, long kv_len, long left, long right, long prefix) {{ return {bound.written('c')}; }}"
+        f"long f{i}({', '.join(f'long {name}' for name in given)}) {{ return {bound.written('c')}; }}"
         for i, bound in enumerate(EVERY)
     )
     text = (
@@ -99,9 +104,9 @@ def test_c_means_what_python_means(tmp_path: Path) -> None:
     library = ctypes.CDLL(str(tmp_path / "f.so"))
     for i, bound in enumerate(EVERY):
         function = getattr(library, f"f{i}")
-        function.argtypes, function.restype = [ctypes.c_long] * 6, ctypes.c_long
+        function.argtypes, function.restype = [ctypes.c_long] * len(given), ctypes.c_long
         for position, left in itertools.product(VALUES, VALUES):
-            given_ = {"position": position, "q_len": 12, "kv_len": 30, "left": left, "right": 5, "prefix": 4}
+            given_ = {**given, "position": position, "left": left}
             assert function(*given_.values()) == bound.value(**given_), (bound, given_)
 
 

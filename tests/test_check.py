@@ -106,7 +106,7 @@ def test_a_tree_over_a_million_keys_stays_within_the_bound(spelled: str) -> None
 def test_a_fold_over_a_million_keys_errs_no_more_than_torch(spelled: str) -> None:
     """Tens of thousands of leaves in a row may take it beyond the bound, which torch's kernel exceeds further."""
     problem = Problem.parse("fp32.d16@b1.h2.q1.k64")
-    kernel, torchs = kernel_of(spelled, problem), sdpa.SdpaKernel(sdpa.BACKENDS["flash"], "none")
+    kernel, torchs = kernel_of(spelled, problem), sdpa.SdpaKernel(sdpa.BACKENDS["flash"], problem)
     for posed, inputs in reference.hostile(problem, torch.Generator().manual_seed(0), (1 << 20) + 1):
         if posed.kv_len > 1 << 20:
             rows = reference.every_row(posed)

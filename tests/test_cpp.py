@@ -21,6 +21,7 @@ from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.exp import polynomial
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -87,6 +88,11 @@ HOW = [
     "cpp.blelloch.{isa}.c4.q4.k1.v4.n32.w2",
 ]
 SAMPLED += [(HOW[i % 3], f"fp32.d40.v24.{name}") for i, name in enumerate(MASKED)]
+
+# Every score, and with masks that leave rows without a key.
+SCORED = [*(name for name in scores.names() if name != scores.NONE), "causal.softcap", "lengths+window.softcap"]
+SAMPLED += [(HOW[(i + 1) % 3], f"fp32.d64.{name}") for i, name in enumerate(SCORED)]
+SAMPLED += [("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.lengths.softcap")]
 PAIRS = ["+".join(pair) for pair in itertools.combinations((name for name in masks.names() if name != masks.NONE), 2)]
 PAIRED = [pytest.param(how, f"fp32.d64.{pair}", marks=pytest.mark.slow) for how in HOW for pair in PAIRS]
 

@@ -89,6 +89,9 @@ MORE = [
     ("serial.{}t64.x8.r2.k2.{}", "fp32.d16.causal+window"),
     ("hillis_steele.{}t64.x8.r2.k2.w4.{}", "fp16.d16.causal_lower_right+window"),
     ("hybrid.{}t64.x8.r2.k2.w2.s4.two_kernels.{}", "fp32.d16.prefix"),
+    ("blelloch.{}t64.x8.r2.k2.w2.s2.last_block.{}", "fp32.d16.causal+lengths"),
+    ("serial.{}t64.x8.r2.k2.v2.native.{}", "fp32.d40.softcap"),
+    ("hillis_steele.{}t64.x8.r2.k2.w4.{}", "fp16.d16.lengths+window.softcap"),
     ("hybrid.{}t128.x8.r2.k4.w4.s8.last_block.swizzled.c32.apart.polynomial.{}", "fp32.d96.causal"),
 ]
 
@@ -127,6 +130,7 @@ HALVES = [
     ("serial.half2.v2.swizzled.t64.x8.r2.k4.c32.stages2.apart.{}", "fp16.approx.d40.v24.causal"),
     ("blelloch.half2.t64.x8.r2.k4.w2.s4.two_kernels.apart.{}", "fp16.approx.d80.causal"),
     ("hybrid.half2.v8.t128.x8.r2.k4.w4.c64.s8.last_block.apart.{}", "fp16.approx.d128"),
+    ("serial.half2.v8.t64.x8.r4.k4.apart.{}", "fp16.approx.d64.lengths.softcap"),
     ("serial.half2.v8.t64.x8.r4.k4.c64.stages2.async.apart.{}", "fp16.approx.d96.v128.causal"),
 ]
 

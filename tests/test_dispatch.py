@@ -479,6 +479,37 @@ def test_load_of_an_untuned_problem_is_torch() -> None:
     assert close(kernel(q, k, v), scaled_dot_product_attention(q, k, v))
 
 
+def test_a_loaded_kernel_takes_operands_by_name() -> None:
+    """Numbers that the shape says may be left out, tensors may not; what does not fit is told in one sentence."""
+    kernel = elsa_tune.load("fp32.d16.causal+lengths.softcap@b2.h4.q50.k50.softcap2")
+    q, k, v = tensors()
+    lengths = torch.tensor([50, 7])
+
+    def expected(cap: float, lengths: torch.Tensor) -> torch.Tensor:
+        scores = cap * (q.double() @ k.double().mT / 4 / cap).tanh()
+        seen = torch.ones(50, 50, dtype=torch.bool).tril() & (torch.arange(50) < lengths[:, None, None, None])
+        return (scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num() @ v.double()).float()
+
+    assert close(kernel(q, k, v, operands={"lengths": lengths}), expected(2.0, lengths))
+    assert close(kernel(q, k, v, operands={"lengths": lengths, "softcap": 0.5}), expected(0.5, lengths))
+    assert close(kernel(q, k, v, operands={"lengths": torch.tensor([9])}), expected(2.0, torch.tensor([9, 9])))
+    none = kernel(q, k, v, operands={"lengths": torch.tensor([0, 50])})
+    assert not none[0].any() and close(none, expected(2.0, torch.tensor([0, 50])))
+    for wrong in (
+        {},
+        {"lengths": lengths, "left": 1},
+        {"lengths": lengths.int()},
+        {"lengths": torch.tensor([1, 2, 3])},
+        {"lengths": lengths[:, None]},
+        {"lengths": [50, 7]},
+        {"lengths": lengths.to("meta")},
+        {"lengths": lengths, "softcap": 0.0},
+        {"lengths": lengths, "softcap": torch.tensor(1.0)},
+    ):
+        with pytest.raises(WrongArguments, match="lengths|softcap"):
+            kernel(q, k, v, operands=wrong)
+
+
 def test_load_mistakes() -> None:
     with pytest.raises(BadProblem):
         elsa_tune.load("nonsense")

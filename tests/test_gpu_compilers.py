@@ -196,6 +196,7 @@ LAUNCHED = [
     ("triton.blelloch.half.m16.n64.warps4.stages2.s8.two_kernels", "bf16.d128@b1.h32.kv8.q1.k4096", "sm_90", 3),
     ("triton.blelloch.fma.m16.n16.warps4.stages2.s2.last_block.apart", "fp32.d40.v24@b1.h6.kv3.q9.k9", "sm_90", 2),
     ("triton.serial.half.m64.n64.warps4.stages2", "fp16.d64.causal@b1.h16.q99.k99", "gfx942", 1),
+    ("triton.serial.half.m64.n64.warps4.stages2", "bf16.d64.lengths.softcap@b2.h8.q99.k99.softcap50", "sm_90", 1),
     ("triton.serial.half.m64.n64.warps4.stages2", "bf16.d72.causal.backward@b1.h8.kv2.q99.k99", "sm_90", 3),
     ("triton.serial.half.m64.n64.warps4.stages2.products5", "fp16.d64.backward@b1.h8.q128.k128", "sm_80", 3),
 ]

@@ -19,6 +19,7 @@ from elsa_tune.generate.render import undeclared
 from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import DIRECTIONS, PRECISIONS, Problem
 from elsa_tune.prove import reference
 from elsa_tune.space import Space
@@ -28,14 +29,20 @@ H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 NEON = Device("cpu", "arm_0x41_0xd0c", "neoverse_n1", 4)
 
 sizes = st.integers(1, 1 << 20)
+reals = st.floats(1e-30, 1e30)
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    kv_heads, mask = draw(st.integers(1, 16)), draw(st.sampled_from((*masks.names(), "causal+window", "prefix+window")))
+    kv_heads, mask = (
+        draw(st.integers(1, 16)),
+        draw(st.sampled_from((*masks.names(), "causal+window", "lengths+prefix+window"))),
+    )
+    score = draw(st.sampled_from(scores.names()))
     return Problem(
         dtype=draw(st.sampled_from(elements.names())), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
         mask=mask, integers=tuple(draw(sizes) for _ in masks.get(mask).integers), precision=draw(st.sampled_from(PRECISIONS)),
+        score=score, reals=tuple(draw(reals) for _ in scores.get(score).reals),
         direction=draw(st.sampled_from(DIRECTIONS)), batch=draw(sizes), heads=kv_heads * draw(st.integers(1, 8)),
         kv_heads=kv_heads, q_len=draw(sizes), kv_len=draw(sizes),
     )  # fmt: skip
@@ -63,6 +70,12 @@ def test_problem_reads_what_it_spells(problem: Problem) -> None:
         "fp32.d64@b1.h1.q4.k5.left3",
         "fp32.d64.window+causal",
         "fp32.d64.causal+causal",
+        "fp32.d64.softcap@b1.h1.q4.k5",
+        "fp32.d64.softcap@b1.h1.q4.k5.softcap0",
+        "fp32.d64.softcap@b1.h1.q4.k5.softcap1.softcap1",
+        "fp32.d64.softcap.causal@b1.h1.q4.k5.softcap1",
+        "fp32.d64.softcap+softcap",
+        "fp32.d64.window@b1.h1.q4.k5.left1.5.right2",
     ],
 )
 def test_bad_problem(text: str) -> None:
@@ -84,7 +97,25 @@ def test_a_masks_integers_are_its_own() -> None:
         Problem(head_dim=4, mask="window", integers=(2,))
     with pytest.raises(BadProblem, match="integers"):
         Problem(head_dim=4, mask="causal", integers=(2,))
-    assert Problem(head_dim=4, mask="window").operands == (0, 0), "of a family alone"
+    assert Problem(head_dim=4, mask="window").numbers == {"left": 0, "right": 0}, "of a family alone"
+
+
+def test_a_scores_numbers_are_its_own() -> None:
+    for cap in (0.1, 30, 50.0, 1e-05, 2e29, 1 / 3):
+        problem = Problem(head_dim=4, score="softcap", reals=(cap,))
+        assert Problem.parse(str(problem)) == problem and problem.numbers == {"softcap": cap}
+    assert str(Problem(head_dim=4, score="softcap", reals=(50,))).endswith(".softcap50")
+    for wrong in ((0.0,), (-1.0,), (float("nan"),), (float("inf"),), (1e31,), (1e-31,), (1.0, 2.0)):
+        with pytest.raises(BadProblem, match="softcap"):
+            Problem(head_dim=4, score="softcap", reals=wrong)
+    with pytest.raises(BadProblem, match="numbers"):
+        Problem(head_dim=4, reals=(1.0,))
+
+
+def test_pairs_of_sequences_are_of_a_typical_batch() -> None:
+    one = Problem.parse("fp32.d4.lengths@b1.h1.q8.k400")
+    assert one.seen_pairs == 8 * 300 and one.reshaped(batch=2).seen_pairs == 8 * (250 + 350) // 2
+    assert Problem.parse("fp32.d4.causal+lengths@b1.h1.q8.k400").seen_pairs == 36
 
 
 @pytest.mark.parametrize("device", [AVX512, NEON, host_cpu()])
@@ -184,9 +215,13 @@ def test_every_law_is_tested() -> None:
     assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.LAWS} - of_texts
 
 
+PARTS = {"scores", "score", "scored", "placed", "arguments", "elements"}
+"""What templates are told of a family's scores and operands."""
+
+
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cpp").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "operator"}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "operator", *PARTS}
     imported = {"storage", "carried", "operator_of"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
     used = undeclared(cpp.TEMPLATE)
@@ -196,7 +231,7 @@ def test_axes_and_templates_agree_both_ways() -> None:
 
 def test_triton_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("triton").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element"}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element", *PARTS} - {"elements"}
     derived = {"block_scan", "grid_scan", "merges", "head_parts", "value_parts", "scratch_bytes"}
     derived |= {"finish_m", "finish_warps"}
     used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}
@@ -206,7 +241,7 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
 
 def test_cuda_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cuda").axes}
-    family = {"head_dim", "value_dim", "mask", "element", "family", "variant", "operator"}
+    family = {"head_dim", "value_dim", "mask", "element", "family", "variant", "operator", *PARTS}
     derived = {"block_scan", "grid_scan", "tiling", "parts", "exp_degree", "state", "exp_of", "scheduled", "carried"}
     for name in cuda.TEMPLATES.values():
         assert undeclared(name) == axes - {"slice"} | family | derived, "slice decides tiling"

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate import sdpa
 from elsa_tune.generate.backends import Built
-from elsa_tune.generate.sdpa.block_masks import block_mask
+from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
 from elsa_tune.space import parse
 
 FLEX = parse("sdpa.flex")
@@ -22,6 +24,19 @@ FLEX = parse("sdpa.flex")
 
 def flex(problem: str) -> Any:
     return sdpa.load(Built(str(FLEX)), FLEX, Problem.parse(problem))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_flex_and_eager_attention_know_scores_and_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # FlexAttention itself, not its compiler
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    problem = Problem.parse("fp32.d16.causal+lengths.softcap@b2.h4.kv2.q50.k60.softcap1.5")
+    inputs = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    rows = reference.every_row(problem)
+    truth = reference.attention_rows(problem, inputs, rows)
+    for kernel in (flex(str(problem)), sdpa.EagerKernel(problem)):
+        out = kernel(inputs.query, inputs.key, inputs.value, operands=inputs.operands)
+        assert float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max()) < 2e-6
 
 
 def test_flex_attention_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +62,9 @@ def test_flex_attention_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("mask", ["causal", "causal_lower_right", "window", "prefix", "causal+window", "prefix+window"])
 def test_block_masks_are_torchs(q_len: int, kv_len: int, mask: str) -> None:
     operands = tuple(150 if name == "left" else 20 for name in masks.get(mask).integers)
-    mine = block_mask(mask, q_len, kv_len, operands, torch.device("cpu"))
-    dense = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands).dense()
+    problem = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
+    mine = block_mask(Posed(problem, dict(problem.numbers), torch.device("cpu")))
+    dense = problem.dense()
     torchs = create_block_mask(lambda b, h, i, j: dense[i, j], None, None, q_len, kv_len, device="cpu")
     position, key = torch.arange(q_len)[:, None], torch.arange(kv_len)
     assert torch.equal(mine.mask_mod(None, None, position, key).expand(q_len, kv_len), dense)
@@ -59,3 +75,29 @@ def test_block_masks_are_torchs(q_len: int, kv_len: int, mask: str) -> None:
         places, theirs = (getattr(mask, f"{kind}_indices")[0, 0] for mask in (mine, torchs))
         for row, count in enumerate(counts.tolist()):
             assert torch.equal(places[row, :count].sort().values, theirs[row, :count].sort().values), (kind, row)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "causal+lengths", "lengths+window"])
+def test_block_masks_of_sequences_are_torchs(mask: str) -> None:
+    q_len, kv_len, lengths = 300, 200, torch.tensor([0, 200, 130, 1])
+    problem = Problem(head_dim=1, mask=mask, batch=4, q_len=q_len, kv_len=kv_len)
+    problem = problem.reshaped(integers=tuple(50 for _ in masks.get(mask).integers))
+    mine = block_mask(Posed(problem, {**problem.numbers, "lengths": lengths}, torch.device("cpu")))
+    dense = problem.dense(lengths=lengths[:, None, None])
+    torchs = create_block_mask(lambda b, h, i, j: dense[b, i, j], 4, None, q_len, kv_len, device="cpu")
+    batch, position, key = torch.arange(4)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len)
+    assert torch.equal(mine.mask_mod(batch, None, position, key).expand(4, q_len, kv_len), dense)
+    assert torch.equal(mine.to_dense(), torchs.to_dense())
+
+
+def test_what_is_made_of_operands_is_made_once_and_anew_for_others() -> None:
+    made: list[Posed] = []
+    derived, problem = Derived(made.append, 2), Problem.parse("fp32.d16.lengths@b2.h1.q5.k7")
+    query, lengths = torch.zeros(2, 1, 5, 16), torch.tensor([3, 4])
+    for _ in range(3):
+        derived.of(problem, (lengths,), query, query)
+    assert len(made) == 1
+    lengths[0] = 1
+    derived.of(problem, (lengths,), query, query)
+    derived.of(problem, (lengths.clone(),), query, query)
+    assert len(made) == 3

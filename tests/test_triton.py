@@ -68,6 +68,13 @@ def test_every_scan_state_and_schedule(network: str, state: str) -> None:
         ("triton.blelloch.fma.m16.n64.warps8.stages1.s2.last_block.apart", "fp32.strict.d16.causal@b1.h8.kv2.q1.k1"),
         ("triton.serial.fma.m16.n64.warps8.stages1.apart.parts", "fp16.d24"),
         ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+window"),
+        ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+lengths.softcap"),
+        pytest.param(
+            "triton.hybrid.ieee.m16.n32.warps4.stages1.w2.s2.two_kernels", "fp32.d16.lengths", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "triton.serial.half.m32.n64.warps4.stages1.pair.apart.masked", "bf16.d16.softcap", marks=pytest.mark.slow
+        ),
         pytest.param(
             "triton.blelloch.ieee.m32.n64.warps4.stages1.w2", "fp32.d16.causal+window", marks=pytest.mark.slow
         ),

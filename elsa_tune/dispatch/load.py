@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built, Kernel
 from elsa_tune.generate.render import Source
+from elsa_tune.generate.tensors import by_name
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -35,18 +38,28 @@ class LoadedKernel:
     _kernel: Kernel
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, lse: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        lse: Tensor | None = None,
+        operands: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
-        the log-sum-exp. Raises WrongArguments for other tensors."""
+        the log-sum-exp. ``operands`` are those of its mask and scores by name: numbers, by default the problem's own, and tensors,
+        like ``lengths``, int64 [batch]. Raises WrongArguments for other tensors."""
         posed = dispatch.problem_of(query, key, value, is_causal=False, enable_gqa=True)
-        if posed is None or posed.reshaped(mask=self.problem.mask).family != self.problem.family:
+        family = posed and posed.reshaped(mask=self.problem.mask, score=self.problem.score).family
+        if family != self.problem.family:
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
             )
-        more = {"operands": self.problem.operands} if self.problem.operands else {}
-        return self._kernel(query, key, value, scale, None, lse, **more)
+        if not self.problem.declared:
+            return self._kernel(query, key, value, scale, None, lse)
+        given = by_name(self.problem, operands or {}, query, key)
+        return self._kernel(query, key, value, scale, None, lse, given)
 
     @property
     def source(self) -> Source | None:

@@ -55,7 +55,7 @@ class _Known:
         )
 
     def akin(self, problem: Problem, device: Device) -> list[Winner]:
-        kind = (problem.dtype, problem.mask, problem.precision, problem.direction)
+        kind = (problem.dtype, problem.mask, problem.score, problem.precision, problem.direction)
         return self._once((str(device), *kind), lambda: layers.known_winners(device, self._every_layer(), problem.akin))
 
     def slower(self, device: Device) -> set[tuple[str, str]]:

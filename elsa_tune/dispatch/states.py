@@ -10,6 +10,7 @@ from torch import Tensor
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.problem import Problem
 
 
 def attention_with_lse(
@@ -31,7 +32,8 @@ def attention_with_lse(
     if served := dispatch.serve_with_lse(query, key, value, is_causal, scale, enable_gqa):
         return served
     output = dispatch.attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
-    return output, logsumexp(query, key, "causal" if is_causal else "none", (), scale)
+    family = Problem(head_dim=query.shape[3], mask="causal" if is_causal else "none")
+    return output, logsumexp(query, key, family, (), scale)
 
 
 def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant
+from elsa_tune.parts.operand import Operands as Operands
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -32,14 +33,12 @@ if TYPE_CHECKING:
 Law = Callable[..., str | None]
 """A named rule: takes axis values by name (and ``problem``, ``device`` if it asks); returns a reason to refuse, or None."""
 
-Operands = tuple[int, ...]
-"""What a family takes beside its tensors: the integers of its mask, in its order."""
-
 
 class Call(Protocol):
     """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can.
 
-    ``lse`` [batch, heads, q_len], float32 and contiguous, receives the logarithm of each row's sum of exponentials.
+    ``lse`` [batch, heads, q_len], float32 and contiguous, receives the logarithm of each row's sum of exponentials. ``operands`` are
+    what the family declares beside its tensors, in its order. Raises WrongArguments for others.
     """
 
     def __call__(

@@ -11,6 +11,7 @@ from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import schedule as schedules
+from elsa_tune.parts import score as scores
 from elsa_tune.parts import state as states
 from elsa_tune.parts.bound import EVERY_KEY, Bound
 from elsa_tune.problem import Problem
@@ -31,7 +32,10 @@ def has_text(language: str, kind: str, value: str) -> bool:
 
 def family_has_text(language: str, problem: Problem) -> str | None:
     """Why a language cannot say what the problem's family is of, or None. What it has no text of is never taken for another."""
-    for kind, value in (("operator", problem.operator), ("element", problem.dtype)):
+    wanted = [("operator", problem.operator), ("element", problem.dtype)]
+    wanted += [("score", one.name) for one in scores.get(problem.score).ones]
+    wanted += [("mask", one.name) for one in masks.get(problem.mask).tested]
+    for kind, value in wanted:
         if not has_text(language, kind, value):
             return f"no text for the {kind} {value} in templates/{language}"
     return None
@@ -67,10 +71,19 @@ def exp_errs_little(error: float, problem: Problem) -> str | None:
 
 
 def mask_has_text(problem: Problem) -> str | None:
-    """Why what knows no mask but causal (gradients, headers, kits) cannot serve the problem, or None."""
+    """Why what knows no score and no mask but causal (headers, kits) cannot serve the problem, or None."""
+    if problem.score != scores.NONE:
+        return f"no text for the score {problem.score}"
     mask = masks.get(problem.mask)
     told = not mask.cuts_front and mask.high in (EVERY_KEY, Bound("position + 1"))
     return None if told else f"no text for the mask {problem.mask}"
+
+
+def gradients_are_written(problem: Problem) -> str | None:
+    """Why no gradients of the problem are generated, or None: those of scores and of masks with tensors are not."""
+    if problem.score != scores.NONE:
+        return f"no gradients of the score {problem.score}"
+    return f"no gradients of a mask with tensors, {problem.mask}" if masks.get(problem.mask).arrays else None
 
 
 def dims_are_generated(problem: Problem) -> str | None:
@@ -108,7 +121,7 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
     mask = masks.get(problem.mask)
-    grows = mask.cuts_back and not mask.cuts_front
+    grows = "position" in mask.high.names and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"
 
 

@@ -1,11 +1,15 @@
-"""What every backend does with tensors: check dimensions, lay outputs out like the query, make rows contiguous."""
+"""What every backend does with tensors: check dimensions and operands, lay outputs out like the query, make rows contiguous."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import BadProblem, WrongArguments
+from elsa_tune.parts.operand import Array, Number, Operand, Operands
 from elsa_tune.problem import Problem
 
 
@@ -14,6 +18,65 @@ def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> N
     dims = (query.shape[3], key.shape[3], value.shape[3])
     if dims != (problem.head_dim, problem.head_dim, problem.value_dim):
         raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {problem.family}")
+
+
+def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: Tensor) -> tuple[Any, ...]:
+    """A kernel's arguments for the operands of a call, in the order of elsa_tune.parts.operand.arguments: numbers, and of an array
+    the tensor and its strides. Raises WrongArguments where they are not what the family declares."""
+    declared = problem.declared
+    if len(operands) != len(declared):
+        names = ", ".join(one.name for one in declared) or "none"
+        raise WrongArguments(f"{problem.family} takes the operands {names}; {len(operands)} are given")
+    given: list[Any] = []
+    for one, value in zip(declared, operands, strict=True):
+        if isinstance(one, Array):
+            given += [value, *_strides(one, value, query, key)]
+        elif isinstance(value, int if one.kind == "integer" else (int, float)):
+            given.append(value)
+        else:
+            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
+    return tuple(given)
+
+
+def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tensor) -> Operands:
+    """A call's operands in the family's order, numbers by default the problem's own. Raises WrongArguments where they do not fit."""
+    known = {**problem.numbers, **given}
+    names = [one.name for one in problem.declared]
+    if set(known) != set(names):
+        odd = ", ".join(sorted(set(known) ^ set(names)))
+        raise WrongArguments(
+            f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them"
+        )
+    operands = tuple(known[name] for name in names)
+    kernel_arguments(problem, operands, query, key)
+    try:
+        problem.reshaped(
+            integers=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "integer"),
+            reals=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "real"),
+        )
+    except BadProblem as error:
+        raise WrongArguments(str(error)) from error
+    return operands
+
+
+def _kind(one: Operand) -> str:
+    return one.kind if isinstance(one, Number) else "array"
+
+
+def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:
+    """Elements from one to the next along each axis, 0 where all share one."""
+    sizes = {"batch": query.shape[0], "heads": query.shape[1], "q_len": query.shape[2], "kv_len": key.shape[2]}
+    wanted = [sizes[axis] for axis in array.axes]
+    fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == query.device
+    if not fits or value.dim() != len(wanted) or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
+        found = (
+            f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
+        )
+        raise WrongArguments(
+            f"operand {array.name} is {found}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted}, each or 1,"
+            f" on {query.device}"
+        )
+    return [stride if n > 1 else 0 for stride, n in zip(value.stride(), value.shape, strict=True)]
 
 
 def new_output(query: Tensor, value_dim: int) -> Tensor:

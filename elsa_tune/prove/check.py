@@ -16,7 +16,7 @@ from torch import Tensor
 from elsa_tune.device import Device
 from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
-from elsa_tune.parts import mask as masks
+from elsa_tune.generate.operands import with_example
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
@@ -151,8 +151,7 @@ def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
     """NaN in one query row must make that row NaN and no other."""
-    example = tuple(masks.get(problem.mask).examples[0].values())
-    small = problem.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70, integers=example)
+    small = with_example(problem).reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70)
     inputs = reference.random_inputs(small, generator)
     inputs.query[0, 0, 7, 0] = float("nan")
     out, _ = run(kernel, inputs.to(device))

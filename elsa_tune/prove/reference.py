@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from elsa_tune.generate import operands as given
 from elsa_tune.generate.logsumexp import hidden, logsumexp
 from elsa_tune.order import arranged
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.element import UNIT
 from elsa_tune.parts.mask import NONE
+from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
 
 
@@ -25,7 +28,7 @@ class Inputs:
 
     ``additions``: so many additions of equal numbers round the same way wherever keys are folded in a row; 0 where chance rules.
     ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
-    ``operands``: what a kernel takes beside its tensors, the integers of the problem's mask.
+    ``operands``: what a kernel takes beside its tensors, as the problem's family declares them.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Inputs:
     natural: bool = True
     additions: int = 0
     forward: tuple[Tensor, Tensor, Tensor] | None = None
-    operands: tuple[int, ...] = ()
+    operands: Operands = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -56,7 +59,8 @@ class Inputs:
 
     def to(self, device: str) -> Inputs:
         """The same case on another device."""
-        return self.with_tensors(lambda x: x.to(device))
+        moved = tuple(x.to(device) if isinstance(x, Tensor) else x for x in self.operands)
+        return replace(self.with_tensors(lambda x: x.to(device)), operands=moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +111,21 @@ KEYS_AT_ONCE = 1 << 16
 def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv_head: int) -> tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
     query = inputs.query[rows.batch, rows.head, rows.position].double() * scale
-    position = rows.position.to(query.device)[:, None]
+    position, heads = (x.to(query.device)[:, None] for x in (rows.position, rows.head))
+    mask, chain = masks.get(problem.mask), scores.get(problem.score)
+    own = given.named(problem, inputs.operands)
+    sequence = given.of_sequences(problem, own, batch)
 
     def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, problem.kv_len, KEYS_AT_ONCE):
             key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
-            logits = query @ key.T
+            index = torch.arange(first, first + len(key), device=query.device)
+            place = {"batch": batch, "head": heads, "position": position, "key": index}
+            logits = chain.of(query @ key.T, own, **place)
             if problem.mask != NONE:
-                logits = logits.masked_fill(hidden(problem, position, first, len(key)), -math.inf)
+                logits = logits.masked_fill(hidden(problem, position, index, sequence), -math.inf)
+            if mask.tested:
+                logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
             yield logits, value
 
     out, total = operators.get(problem.operator).rows(some_keys())
@@ -141,7 +152,7 @@ def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
         normal(p.batch, p.heads, p.q_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.head_dim),
         normal(p.batch, p.kv_heads, p.kv_len, p.value_dim),
-        operands=p.operands,
+        operands=given.typical(p),
     )
 
 
@@ -150,7 +161,7 @@ def _given_logits(problem: Problem, logits: Tensor, generator: torch.Generator, 
     base = random_inputs(problem, generator)
     query, key = torch.zeros_like(base.query), torch.zeros_like(base.key)
     query[..., 0], key[..., 0] = 1, logits.to(key.dtype)
-    return Inputs(name, query, key, base.value, scale=1.0, natural=False, operands=problem.operands)
+    return Inputs(name, query, key, base.value, scale=1.0, natural=False, operands=base.operands)
 
 
 LONG = (1 << 16) + 1
@@ -161,16 +172,18 @@ _MASKED_PAIRS = 1 << 24
 
 
 def hostile(problem: Problem, generator: torch.Generator, longest: int = LONG) -> Iterator[tuple[Problem, Inputs]]:
-    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys; a mask's
-    integers in turn what its examples are, so that they cut inside small shapes."""
-    examples = masks.get(problem.mask).examples
-    for number, example in enumerate(examples):
-        posed = problem.reshaped(integers=tuple(example.values()))
-        if not number:
+    """Problems of the same family and group that provoke the known mistakes: small ones, and some of ``longest`` keys; numbers in
+    turn what the examples of mask and scores are, so that they cut inside small shapes. Arrays are typical first, then hostile."""
+    arrays = any(isinstance(one, Array) for one in problem.declared)
+    for turn in range(given.turns(problem)):
+        posed = given.with_example(problem, turn)
+        if not turn:
             yield from _small(posed, generator)
             yield from _long(posed, generator, longest)
-        else:
-            yield from _lengths(posed, generator)
+        if turn or arrays:
+            for shaped, inputs in _lengths(posed, generator):
+                name = f"{inputs.name}, example {turn}"
+                yield shaped, replace(inputs, name=name, operands=given.example(shaped, turn))
 
 
 def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterator[tuple[Problem, Inputs]]:
@@ -193,7 +206,8 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
         key = torch.zeros(1, 1, keys, shaped.head_dim, dtype=dtype)
         key[0, 0, :, 0] = scores.to(dtype)
         value = values.to(dtype)[None, None]
-        posed = Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions, operands=shaped.operands)
+        operands = given.typical(shaped)
+        posed = Inputs(name, query, key, value, scale=1.0, natural=False, additions=additions, operands=operands)
         return shaped, posed
 
     yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
@@ -305,7 +319,9 @@ def _logit_error(problem: Problem, inputs: Inputs) -> float:
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
     terms = int((inputs.query != 0).flatten(0, -2).any(0).sum())
-    return _product_unit(problem) * math.sqrt(terms) * norms
+    error = _product_unit(problem) * math.sqrt(terms) * norms
+    own = {"q_len": problem.q_len, "kv_len": problem.kv_len, **given.named(problem, inputs.operands)}
+    return scores.get(problem.score).error(error, norms, own)[0]
 
 
 def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Tensor) -> str:
@@ -331,7 +347,7 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
 def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -> Inputs:
     """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
     wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
-    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem.mask, problem.operands, inputs.scale)
+    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem, inputs.operands, inputs.scale)
     group, dtype = problem.group, inputs.query.dtype
     output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
     for b in range(problem.batch):
@@ -352,7 +368,7 @@ def _weights(
     scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
     p = operators.get(problem.operator).weights(scores, lse[b, h, at].to(wide))
     if problem.mask != NONE:
-        p = p.masked_fill(hidden(problem, at[:, None], 0, problem.kv_len), 0.0)
+        p = p.masked_fill(hidden(problem, at[:, None], torch.arange(problem.kv_len, device=at.device), {}), 0.0)
     return p, scale
 
 

@@ -70,8 +70,7 @@ def race(problem: Problem, contenders: Sequence[Contender], rounds: int, seconds
     made, rng = workbench(problem, contenders[0].device), random.Random(0)
 
     def calls(kernel: Callable[..., object]) -> list[Callable[[], object]]:
-        more = {"operands": problem.operands} if problem.operands else {}
-        return [partial(kernel, *x.tensors, **more) for x in made.inputs]
+        return [partial(kernel, *x.tensors, **({"operands": x.operands} if x.operands else {})) for x in made.inputs]
 
     before = () if contenders[0].device.is_gpu else made.written()
     reader = telemetry.Gauge(contenders[0].device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Call, Kernel
+from elsa_tune.generate.operands import with_example
 from elsa_tune.order import ORDERS
 from elsa_tune.parts import element as elements
-from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as parts_of_scores
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -22,20 +24,36 @@ def obeys(
     verdict = check.check_family(kernel, problem, peers, longest=longest)
     assert not verdict.reason, verdict.reason
     problem = with_example(problem)
-    call: Call = partial(kernel, operands=problem.operands)
+    call = calling(kernel, problem)
     strides(call, problem)
     same_bits_again(call, problem, keys)
     inputs_untouched(call, problem)
     log_sum_exp(call, problem)
 
 
-def with_example(problem: Problem) -> Problem:
-    """The problem with integers of its mask that cut inside small shapes."""
-    return problem.reshaped(integers=tuple(masks.get(problem.mask).examples[0].values()))
+def calling(kernel: Kernel, problem: Problem) -> Call:
+    """The kernel with the problem's numbers, and arrays that all sequences share."""
+
+    def call(query: Tensor, key: Tensor, value: Tensor, *more: Any, **named: Any) -> Tensor:
+        return kernel(query, key, value, *more, operands=given.typical(_posed(problem, query, key, 1)), **named)
+
+    return call
 
 
-def _hidden(problem: Problem, scores: Tensor) -> Tensor:
-    return scores.masked_fill(~problem.dense(), float("-inf"))
+def _posed(problem: Problem, query: Tensor, key: Tensor, batch: int) -> Problem:
+    shape = {"heads": query.shape[1], "kv_heads": key.shape[1], "q_len": query.shape[2], "kv_len": key.shape[2]}
+    return problem.reshaped(batch=batch, **shape)
+
+
+def logits(problem: Problem, query: Tensor, key: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    """float64 scores [batch, heads, q_len, kv_len] as softmax meets them, -inf where no key is seen."""
+    posed = _posed(problem, query, key, query.shape[0])
+    own = given.named(posed, operands)
+    scores = query.double() @ key.double().repeat_interleave(posed.group, 1).mT / posed.head_dim**0.5
+    place = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
+    where = dict(zip(("batch", "head", "position", "key"), place, strict=True))
+    scores = parts_of_scores.get(posed.score).of(scores, own, **where)
+    return scores.masked_fill(~posed.dense(**given.of_sequences(posed, own, dims=3)), float("-inf"))
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
@@ -89,9 +107,7 @@ def log_sum_exp(kernel: Call, problem: Problem) -> None:
     lse = torch.full(x.query.shape[:3], float("nan"))
     with_it = kernel(x.query, x.key, x.value, lse=lse)
     assert torch.equal(with_it, kernel(x.query, x.key, x.value))
-    keys = x.key.double().repeat_interleave(shaped.group, 1)
-    scores = x.query.double() @ keys.transpose(-1, -2) / shaped.head_dim**0.5
-    scores = _hidden(shaped, scores)
+    scores = logits(shaped, x.query, x.key, given.typical(shaped.reshaped(batch=1)))
     assert torch.allclose(lse.double(), torch.logsumexp(scores, -1), rtol=0, atol=allowed_of_lse(problem))
 
 
@@ -103,7 +119,7 @@ def allowed_of_lse(problem: Problem) -> float:
 def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
     """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
     generator = torch.Generator().manual_seed(3)
-    dtype, posed = elements.get(problem.dtype).dtype, with_example(problem).reshaped(q_len=29, kv_len=53)
+    dtype, posed = elements.get(problem.dtype).dtype, with_example(problem).reshaped(batch=2, q_len=29, kv_len=53)
 
     def tensor(heads: int, length: int, dim: int) -> Tensor:
         x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
@@ -111,9 +127,9 @@ def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Ten
 
     q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
     lse = torch.full(q.shape[:3], float("nan"))
-    out = kernel(q, k, v, None, None, lse, posed.operands)
-    scores = q.double() @ k.double().repeat_interleave(2, 1).mT / problem.head_dim**0.5
-    scores = _hidden(posed, scores)
+    operands = given.example(posed, 2)
+    out = kernel(q, k, v, None, None, lse, operands)
+    scores = logits(posed, q, k, operands)
     truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(2, 1)
     of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)

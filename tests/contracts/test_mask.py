@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem
+from elsa_tune.generate import backends
 from elsa_tune.parts import mask
 from elsa_tune.parts.mask import Mask
+from elsa_tune.parts.operand import Array
+from elsa_tune.problem import Problem
 
 PAIRS = ["+".join(two) for two in itertools.combinations([n for n in mask.names() if n != mask.NONE], 2)]
 LENGTHS = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5), (33, 50)]
@@ -53,7 +57,7 @@ class TestContract:
 
     def test_examples_cut_inside_small_shapes(self, name: str) -> None:
         one = mask.get(name)
-        assert all(set(example) == set(one.integers) for example in one.examples)
+        assert all(set(example) == {*one.integers, *one.sequences} for example in one.examples)
         cut = [one.pairs(12, 12, **example) < 144 for example in one.examples]
         assert any(cut) or name == mask.NONE
 
@@ -99,5 +103,38 @@ def test_misspelled(text: str) -> None:
 
 def test_every_mask_is_one_short_file_and_their_integers_differ() -> None:
     ones = [mask.of_one_file(name) for name in mask.names()]
-    integers = [name for one in ones for name in one.integers]
-    assert len(set(integers)) == len(integers) and [one.name for one in ones] == list(mask.names())
+    operands = [operand.name for one in ones for operand in one.operands]
+    assert len(set(operands)) == len(operands) and [one.name for one in ones] == list(mask.names())
+
+
+def test_each_sequence_of_a_batch_has_its_own_bounds() -> None:
+    """Unequal lengths, none, too many, and fewer than none: [batch, q_len, kv_len] by hand."""
+    seen = mask.get("causal+lengths").dense(3, 4, lengths=torch.tensor([2, 0, 9, -1])[:, None, None])
+    drawn = ["x... xx.. xx..", ".... .... ....", "x... xx.. xxx.", ".... .... ...."]
+    assert [[["x."[not cell] for cell in row] for row in one] for one in seen] == [
+        [list(row) for row in one.split()] for one in drawn
+    ]
+
+
+def test_an_array_that_nothing_reads_is_refused() -> None:
+    """Or it would be rendered as no mask at all."""
+    array = Array("kept", "bool", ("batch", "kv_len"), lambda sizes: [[True]])
+    with pytest.raises(ValueError, match="nothing reads kept"):
+        Mask("kept", "what is kept", arrays=(array,))
+    assert Mask("kept", "what is kept", arrays=(array,), test=lambda kept, **place: kept).tested
+
+
+def test_what_is_counted_of_sequences_is_a_typical_batch() -> None:
+    (array,) = mask.get("lengths").arrays
+    for batch, kv_len in ((1, 1), (1, 4096), (3, 100), (64, 17)):
+        drawn = array.typical({"batch": batch, "kv_len": kv_len})
+        assert (
+            len(drawn) == batch and all(kv_len // 2 <= n <= kv_len and n > 0 for n in drawn) and drawn == sorted(drawn)
+        )
+
+
+def test_gradients_of_what_holds_tensors_are_refused_by_name() -> None:
+    gpu = Device("cuda", "nvidia_h200", "sm_90", 132)
+    for text in ("lengths", "causal+lengths"):
+        found = backends.get("triton").refusal(Problem(head_dim=64, mask=text, direction="backward"), gpu)
+        assert found and f"no gradients of a mask with tensors, {text}" in found

@@ -28,6 +28,9 @@ from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
 KINDS = sorted(path.parent.name for path in Path(parts.__path__[0]).glob("*/__init__.py"))
+BY_TORCH = {"score": "its function"}
+"""Kinds of which a part says in torch's operations what it does: torch's own, plain operations serve what is planted, as what it is."""
+
 CLOSED = {"mask": "its bounds", "scan": "its rounds"}
 """Kinds of which a part says everything itself: no text is needed, and what is planted is rendered as what it is."""
 
@@ -127,7 +130,7 @@ def test_what_is_in_no_registry_is_refused_by_name(kind: str) -> None:
 class TestPlantedInAFamily:
     def test_every_backend_refuses_it(self, kind: str, plant: Plant) -> None:
         problem = planted_problem(kind, plant)
-        for name in backends.names():
+        for name in GENERATED if kind in BY_TORCH else backends.names():
             device = named(DEVICES.get(name, "sm_90"))
             assert PLANTED in str(backends.get(name).refusal(problem, device)), name
         for name in GENERATED:
@@ -146,8 +149,21 @@ class TestPlantedInAFamily:
 
     def test_dispatch_refuses_it(self, kind: str, plant: Plant, home: Path) -> None:
         problem = planted_problem(kind, plant)
+        if kind in BY_TORCH:
+            assert elsa_tune.load(problem).variant.backend in backends.rivals()
+            return
         with pytest.raises(ElsaTuneError, match=PLANTED):
             elsa_tune.load(problem)
+
+
+def test_a_planted_score_is_served_as_its_function(plant: Plant, home: Path) -> None:
+    plant("score", "softcap", function=lambda score, **own: score * 3, reals=(), examples=({},))
+    problem = Problem(score=PLANTED, head_dim=64, heads=2, q_len=64, kv_len=64)
+    x = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    truth = (x.query.double() @ x.key.double().mT * 3 / 8).softmax(-1) @ x.value.double()
+    assert torch.allclose(elsa_tune.load(problem)(*x.tensors).double(), truth, rtol=0, atol=1e-5)
+    rows = reference.attention_rows(problem, x, reference.every_row(problem)).view(1, 2, 64, 64)
+    assert torch.allclose(rows, truth, rtol=0, atol=1e-12)
 
 
 def test_the_oracle_refuses_an_element_that_torch_has_not(plant: Plant) -> None:

@@ -22,10 +22,10 @@ from elsa_tune.generate.cpp.call import CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES
 from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
+from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
-from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
 from elsa_tune.parts import state as states
@@ -38,7 +38,8 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks in closed form, dimensions up to 256, on CPUs."""
+    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks and scores that it has texts of, dimensions up
+    to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
     precision = elements.precision(problem.precision)
@@ -67,7 +68,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "family": problem.family,
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
             "element": elements.get(problem.dtype),
             "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
             "exp": EXP,

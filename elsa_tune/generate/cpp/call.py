@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.pool import Pool
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
+from elsa_tune.parts.operand import Array, arguments
 from elsa_tune.problem import Problem
 
 # struct Call of templates/cpp/call.j2: five pointers that change with every call, then what a layout decides.
@@ -29,7 +31,9 @@ class CppKernel:
         function = ctypes.CDLL(str(library)).elsa_attention
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         self._function, self._problem = function, problem
-        self._operands = struct.Struct(f"<{len(problem.operands)}q").pack  # appended to the call where there are any
+        # appended to the call where there are any
+        letters = "".join("d" if a.kind == "real" else "q" for a in arguments(problem.declared))
+        self._operands = struct.Struct(f"<{letters}").pack
 
     def __call__(
         self,
@@ -57,13 +61,14 @@ class CppKernel:
         _, kv_heads, kv_len, _ = value.shape
         strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
-        more = self._operands
+        problem, more = self._problem, self._operands
+        has_arrays = any(isinstance(one, Array) for one in problem.declared)
 
-        def packed(out: Sequence[int], scale: float | None, operands: Operands) -> bytes:
+        def packed(out: Sequence[int], scale: float | None, given: Sequence[Any]) -> bytes:
             return _LAYOUT(
                 batch, heads, kv_heads, q_len, kv_len, *strides, *out,
                 default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
-            ) + more(*operands)  # fmt: skip
+            ) + more(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))  # fmt: skip
 
         def call(
             query: Tensor,
@@ -77,17 +82,19 @@ class CppKernel:
             nonlocal known
             if query.is_neg() or key.is_neg() or value.is_neg():
                 return self(query, key, value, scale, out, lse, operands)
-            if out is None:  # always laid out alike
+            if out is None and not has_arrays:  # always laid out alike
                 out, settings = (
                     empty_like(query) if alike else new_output(query, value_dim),
                     (scale, threads(), pool.usable, operands),
                 )
                 decided = known
                 if settings != decided[0]:
-                    decided = known = (settings, packed(out.stride()[:3], scale, operands))
+                    given = kernel_arguments(problem, operands, query, key)
+                    decided = known = (settings, packed(out.stride()[:3], scale, given))
                 layout = decided[1]
             else:
-                layout = packed(out.stride()[:3], scale, operands)
+                out = new_output(query, value_dim) if out is None else out
+                layout = packed(out.stride()[:3], scale, kernel_arguments(problem, operands, query, key))
             sums = lse.data_ptr() if lse is not None else 0
             if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")

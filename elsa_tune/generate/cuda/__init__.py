@@ -22,11 +22,11 @@ from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.gpu.work import Work
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, mask_has_text
+from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.portable import Blocks, Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
-from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
 from elsa_tune.parts import schedule as schedules
@@ -39,6 +39,8 @@ TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "ope
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 HEADERS = {"cuda": "cu", "opencl": "cpp"}
 """Dialects that headers are written in, and how a program that includes one ends."""
+ELEMENTS = {"int64": "index_t", "int32": "int", "float32": "float", "bool": "unsigned char"}
+"""What the text calls torch's dtypes, of what arrays hold."""
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -76,7 +78,8 @@ def source(variant: Variant, problem: Problem) -> Source:
             "element": elements.get(problem.dtype),
             "head_dim": problem.head_dim,
             "value_dim": problem.value_dim,
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
+            "elements": ELEMENTS,
             "tiling": tiling,
             "parts": [""] if tiling.words == 1 else [".x", ".y", ".z", ".w"][: tiling.words],
             "exp": exps.get(str(axes["exp"])),

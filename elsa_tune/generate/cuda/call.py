@@ -12,9 +12,11 @@ from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.cuda.launch import Launch, Runtime
 from elsa_tune.generate.cuda.tiling import Tiling
 from elsa_tune.generate.laws import SCRATCH_BYTES
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.parts import of_family
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import state as states
+from elsa_tune.parts.operand import arguments
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -49,6 +51,9 @@ class CudaKernel:
         self._runtime, self._problem = runtime, problem
         self._splits, self._schedule = int(variant.axes["splits"]), schedules.get(str(variant.axes["schedule"]))
         self._tiling = Tiling.of(variant.axes, problem)
+        letters = {"integer": "q", "real": "f", "pointer": "p"}
+        self._types = _ATTEND + "".join(letters[a.kind] for a in arguments(problem.declared))
+        self._scored = bool(of_family(problem)["scored"])
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def __call__(
@@ -87,15 +92,15 @@ class CudaKernel:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
             plan = self._plans[layout] = self._plan(*layout)
+        more = kernel_arguments(self._problem, operands, query, key) if operands or self._types != _ATTEND else ()
         tiling, partial, arrivals, launches = self._tiling, None, None, []
         if plan.scratch:
             partial = self._runtime.floats(query, plan.scratch)
         for turn in plan.turns:
             if self._schedule.counts:
                 arrivals = self._runtime.counters(query, turn.tiles)
-            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *operands)
-            types = _ATTEND + "q" * len(operands)
-            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, types, given))
+            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *more)
+            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, self._types, given))
             if turn.finish_blocks:
                 merged = (partial, out, lse, *turn.finish_plain)
                 launches.append(Launch("finish", turn.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))
@@ -109,7 +114,9 @@ class CudaKernel:
         batch, heads, q_len, head_dim = query_shape
         _, kv_heads, kv_len, value_dim = value_shape
         factor = 1 / math.sqrt(head_dim) if scale is None else scale
-        c, sign = (abs(factor) * math.log2(math.e), math.copysign(1.0, factor)) if factor else (1.0, 0.0)
+        c, sign = (abs(factor), math.copysign(1.0, factor)) if factor else (1.0, 0.0)
+        if factor and not self._scored:  # a score is of products times the scale, and meets log2(e) afterwards
+            c *= math.log2(math.e)
         group, pairs = heads // kv_heads, batch * kv_heads
         rows = group * q_len
         tiles = -(-rows // tiling.block_m)

@@ -14,7 +14,7 @@ C_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctype
 
 class Launch(NamedTuple):
     """One start of a kernel: its name, blocks, threads of a block, bytes of shared memory, and its arguments: a letter each
-    (p pointer, q 64-bit and i 32-bit integer, f float), pointers first, and values, tensors or None for pointers."""
+    (p pointer, q 64-bit and i 32-bit integer, f float), and values, tensors or None for pointers."""
 
     name: str
     blocks: int
@@ -51,8 +51,7 @@ def _address(x: Tensor | None) -> int:
 
 def values(launch: Launch) -> tuple[Any, ...]:
     """A launch's arguments as numbers."""
-    pointers = launch.types.count("p")
-    return (*map(_address, launch.arguments[:pointers]), *launch.arguments[pointers:])
+    return tuple(_address(x) if kind == "p" else x for kind, x in zip(launch.types, launch.arguments, strict=True))
 
 
 @cache

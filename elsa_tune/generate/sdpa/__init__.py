@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Kernel
-from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, FlexKernel, SdpaKernel
+from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, EagerKernel, FlexKernel, SdpaKernel
 from elsa_tune.generate.sdpa.laws import LAWS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import operator as operators
@@ -64,7 +65,8 @@ def find(digest: str) -> Built | None:
 def load(built: Built, variant: Variant, problem: Problem) -> Any:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
-    kernel: Kernel = FlexKernel(problem) if name == "flex" else SdpaKernel(BACKENDS[name], problem.mask)
+    kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}
+    kernel = kernels[name](problem) if name in kernels else SdpaKernel(BACKENDS[name], problem)
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 
 

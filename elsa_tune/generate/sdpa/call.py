@@ -18,9 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.sdpa.block_masks import block_mask
+from elsa_tune.generate.operands import named
+from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
 from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
+from elsa_tune.parts.score._base import PLACE
 from elsa_tune.problem import Problem
 
 BACKENDS = {
@@ -31,14 +34,16 @@ BACKENDS = {
 }
 
 
-@lru_cache(maxsize=4)
-def _attn_mask(mask: str, q_len: int, kv_len: int, operands: Operands, device: torch.device) -> Tensor:
+def _attn_mask(posed: Posed) -> Tensor:
     """What torch is given of a mask that is no flag: its own object where it takes one and means the same, or dense."""
-    if masks.get(mask).torchs == "causal_lower_right" and q_len <= kv_len:
+    q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
+    if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
         own: Tensor = causal_lower_right(q_len, kv_len)
         return own
-    posed = Problem(head_dim=1, mask=mask, q_len=q_len, kv_len=kv_len, integers=operands)
-    return posed.dense().to(device)
+    return posed.dense()
+
+
+_attn_masks = Derived(_attn_mask, 4)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class SdpaKernel:
     dense where it has none."""
 
     _backend: SDPBackend
-    _mask: str
+    _family: Problem
 
     def __call__(
         self,
@@ -60,10 +65,10 @@ class SdpaKernel:
         operands: Operands = (),
     ) -> Tensor:
         if lse is not None:
-            lse.copy_(logsumexp(query, key, self._mask, operands, scale))
-        is_causal, attn_mask = masks.get(self._mask).torchs == "is_causal", None
-        if self._mask != NONE and not is_causal:
-            attn_mask = _attn_mask(self._mask, query.shape[2], key.shape[2], operands, query.device)
+            lse.copy_(logsumexp(query, key, self._family, operands, scale))
+        is_causal, attn_mask = masks.get(self._family.mask).torchs == "is_causal", None
+        if self._family.mask != NONE and not is_causal:
+            attn_mask = _attn_masks.of(self._family, operands, query, key)
         grouped = query.shape[1] != key.shape[1]
         if grouped and self._backend is SDPBackend.EFFICIENT_ATTENTION:  # it takes no groups: what users do by hand
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -78,11 +83,11 @@ class SdpaKernel:
         return self
 
 
-class FlexKernel:
-    """torch's FlexAttention, compiled for the problem."""
+@dataclass(frozen=True)
+class EagerKernel:
+    """What a program writes by hand for scores that no kernel of torch's knows: products, scores, mask, softmax, products."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._mask, self._compiled = problem.mask, _compiled_flex(problem.reshaped(launch="eager"))
+    _family: Problem
 
     def __call__(
         self,
@@ -94,9 +99,72 @@ class FlexKernel:
         lse: Tensor | None = None,
         operands: Operands = (),
     ) -> Tensor:
-        lengths, grouped = (query.shape[2], key.shape[2]), query.shape[1] != key.shape[1]
-        mask = None if self._mask == NONE else block_mask(self._mask, *lengths, operands, query.device)
-        options = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
+        if lse is not None:
+            lse.copy_(logsumexp(query, key, self._family, operands, scale))
+        if query.shape[1] != key.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+        logits = _scored(self._family, operands, logits)
+        if self._family.mask == NONE:
+            return logits.softmax(-1) @ value
+        hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
+        weights: Tensor = torch.ops.aten._safe_softmax(logits.masked_fill_(hidden, float("-inf")), -1)
+        return weights @ value
+
+    def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """Nothing can be computed beforehand."""
+        return self
+
+
+def _dense(posed: Posed) -> Tensor:
+    return posed.dense()
+
+
+def _score_mod(posed: Posed) -> Callable[..., Any]:
+    """FlexAttention's function of a score."""
+    chain, own = scores.get(posed.problem.score), posed.own
+
+    def scored(score: Tensor, batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Any:
+        return chain.of(score, own, batch=batch, head=head, position=position, key=key)
+
+    return scored
+
+
+_attn_masks_dense, _score_mods, _block_masks = Derived(_dense, 4), Derived(_score_mod, 64), Derived(block_mask, 64)
+
+
+def _scored(family: Problem, operands: Operands, logits: Tensor) -> Tensor:
+    """The family's scores of logits [batch, heads, q_len, kv_len]."""
+    place = {
+        name: torch.arange(n, device=logits.device).view([-1, *[1] * (3 - axis)])
+        for axis, (name, n) in enumerate(zip(PLACE, logits.shape, strict=True))
+    }
+    batch, heads, q_len, kv_len = logits.shape
+    posed = family.reshaped(batch=batch, heads=heads, kv_heads=heads, q_len=q_len, kv_len=kv_len)
+    scored: Tensor = scores.get(family.score).of(logits, named(posed, operands), **place)
+    return scored
+
+
+class FlexKernel:
+    """torch's FlexAttention, compiled for the problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._family, self._compiled = problem, _compiled_flex(problem.reshaped(launch="eager"))
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        operands: Operands = (),
+    ) -> Tensor:
+        mask = None if self._family.mask == NONE else _block_masks.of(self._family, operands, query, key)
+        options = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+        if self._family.score != scores.NONE:
+            options["score_mod"] = _score_mods.of(self._family, operands, query, key)
         if lse is None:
             made: Tensor = self._compiled(query, key, value, **options)
             return made

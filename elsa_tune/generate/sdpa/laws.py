@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from elsa_tune.device import Device
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
     if not device.is_gpu:
-        return None if kernel in ("flash", "math") else f"{kernel} is not raced on CPUs"
+        return None if kernel in ("flash", "math", "eager") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
         return "cuDNN runs on NVIDIA GPUs"
     if kernel in ("flash", "cudnn") and not elements.get(problem.dtype).narrow:
@@ -23,16 +24,22 @@ def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
 
 
 def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
-    if elements.precision(problem.precision).ieee and device.is_gpu and kernel != "math":
+    if elements.precision(problem.precision).ieee and device.is_gpu and kernel not in ("math", "eager"):
         return f"torch's {kernel} kernel may use matrix units for float32"
     return None
 
 
 def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | None:
-    scores = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
-    if kernel == "math" and device.memory and 3 * scores > device.memory // 4:
-        return f"the math backend would hold {scores >> 20} MiB of scores, several times"
+    size = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
+    if kernel in ("math", "eager") and device.memory and 3 * size > device.memory // 4:
+        return f"{kernel} products would hold {size >> 20} MiB of scores, several times"
     return None
+
+
+def scores_are_known(kernel: str, problem: Problem) -> str | None:
+    if problem.score == scores.NONE:
+        return "torch's own kernels serve what has no score" if kernel == "eager" else None
+    return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
 
 
 def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
@@ -41,4 +48,4 @@ def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
     return None
 
 
-LAWS: tuple[Law, ...] = (kernel_is_here, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)
+LAWS: tuple[Law, ...] = (kernel_is_here, scores_are_known, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)

@@ -18,7 +18,8 @@ from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Finding, Gradients, Kernel
 from elsa_tune.generate.gpu import report as _gpu_report
 from elsa_tune.generate.gpu.work import Work
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, gradients_are_written
+from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.triton.call import TritonGradients, TritonKernel
 from elsa_tune.generate.triton.columns import parts
@@ -28,7 +29,6 @@ from elsa_tune.generate.triton.laws import LAWS, dots
 from elsa_tune.generate.triton.merging import finish, merges
 from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import element as elements
-from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan
 from elsa_tune.parts import schedule as schedules
@@ -53,7 +53,8 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"Triton serves sm_70 and later, not {device.arch}"
     if not dots(problem):
         return f"no Triton kernel of {problem.dtype} tensors is of class {problem.precision}"
-    return family_has_text("triton", problem) or dims_are_generated(problem)
+    untold = gradients_are_written(problem) if problem.direction == "backward" else None
+    return untold or family_has_text("triton", problem) or dims_are_generated(problem)
 
 
 @cache
@@ -82,7 +83,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "value_dim": problem.value_dim,
             "head_parts": parts(problem.head_dim, dims),
             "value_parts": parts(problem.value_dim, dims),
-            "mask": masks.get(problem.mask),
+            **of_family(problem),
             "finish_m": rows,
             "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,

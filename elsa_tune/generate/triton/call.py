@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.gpu.counters import cleared
-from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.problem import Problem
 
 
@@ -30,6 +30,7 @@ class TritonKernel:
 
     def __init__(self, module: ModuleType, problem: Problem) -> None:
         self._launch, self._problem = module.attention, problem
+        self._declared = bool(problem.declared)
         if torch.cuda.is_available():
             module.cleared = cleared  # type: ignore[attr-defined]
 
@@ -48,8 +49,9 @@ class TritonKernel:
             query, key, value = map(rows_contiguous, (query, key, value))
         if out is None:
             out = new_output(query, self._problem.value_dim)
+        more = [kernel_arguments(self._problem, operands, query, key)] if operands or self._declared else []
         with _on(query):
-            made: Tensor = self._launch(query, key, value, scale, out, lse, *_given(operands))
+            made: Tensor = self._launch(query, key, value, scale, out, lse, *more)
         return made
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:

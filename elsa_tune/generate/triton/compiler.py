@@ -14,6 +14,8 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.operands import typical
+from elsa_tune.generate.tensors import kernel_arguments
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 
@@ -74,7 +76,8 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     value = rows(problem.kv_heads, problem.kv_len, problem.value_dim)
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
-    operands = [problem.operands] if problem.operands else []
+    drawn = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in typical(problem))
+    operands = [kernel_arguments(problem, drawn, query, key)] if drawn else []
     if problem.direction == "forward":
         return (query, key, value, None, out, lse, *operands)
     return (query, key, value, out, lse, out, None, query, key, value, *operands)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.parts.bound import EVERY_KEY, ZERO, Bound, least_of, most_of
+from elsa_tune.parts.operand import Array, Number, Operand
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTHS = frozenset(("position", "q_len", "kv_len"))
-"""What a bound may be of, beside the mask's own integers."""
+"""What a bound may be of, beside the mask's own integers, and arrays of one integer for each sequence of a batch."""
 
 MOST_COUNTED = 1 << 22
 """Positions that are counted one by one; of more, as many are sampled evenly."""
@@ -22,9 +23,12 @@ MOST_COUNTED = 1 << 22
 class Mask:
     """The query at ``position`` sees keys low <= key < high. Both bounds grow with the position, or stay.
 
-    ``integers`` are its own, part of a problem's shape; ``examples`` are values of them that cut inside small shapes. ``picture``
-    is the first example written out by hand, a line a position: x where a key is seen.
+    ``integers`` are its own, part of a problem's shape; ``arrays`` come with the tensors. ``examples`` are values that cut inside
+    small shapes, of its integers and, for one sequence, of arrays with one integer for each. ``picture`` is the first example
+    written out by hand, a line a position: x where a key is seen.
     ``torchs`` names torch's own form, where it has one: is_causal or causal_lower_right.
+    ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own, batch=, head=, position=, key=)`` says
+    whether pairs are seen, of indices or tensors of them that broadcast; each language has a text of it.
     """
 
     name: str
@@ -32,15 +36,50 @@ class Mask:
     low: Bound = ZERO
     high: Bound = EVERY_KEY
     integers: tuple[str, ...] = ()
+    arrays: tuple[Array, ...] = ()
     examples: tuple[Mapping[str, int], ...] = ({},)
     picture: str = ""
     torchs: str = ""
+    test: Callable[..., Any] | None = None
+    of: tuple[Mask, ...] = ()
 
     def __post_init__(self) -> None:
-        if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers):
+        if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers) - set(self.sequences):
             raise ValueError(f"mask {self.name}: its bounds are of {', '.join(sorted(unknown))}, which nothing gives")
+        unread = {one.name for one in self.arrays} - set(self.sequences)
+        if unread and not self.tested:
+            raise ValueError(f"mask {self.name}: nothing reads {', '.join(sorted(unread))}; its bounds or a test must")
         for bound in (self.low, self.high):
             _ = bound.first_beyond  # raises ValueError where a bound may fall
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Its arrays that hold one integer for each sequence of a batch and that its bounds are of."""
+        each = [one.name for one in self.arrays if one.axes == ("batch",) and one.dtype == "int64"]
+        return tuple(name for name in each if name in self.low.names | self.high.names)
+
+    @property
+    def tested(self) -> tuple[Mask, ...]:
+        """The masks among those that intersect here that test pairs."""
+        return tuple(one for one in self.of or (self,) if one.test is not None)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What a kernel takes because of it, in order."""
+        return (*(Number(name, "integer") for name in self.integers), *self.arrays)
+
+    def integers_of(self, turn: int) -> tuple[int, ...]:
+        """Its integers in one of its examples, in turn."""
+        example = self.examples[turn % len(self.examples)]
+        return tuple(example[name] for name in self.integers)
+
+    def passes(self, own: Mapping[str, Any], **place: Any) -> Any:
+        """Whether pairs somewhere (batch, head, position, key) pass the tests of pairs; ``own`` holds operands by name."""
+        passed: Any = True
+        for one in self.tested:
+            assert one.test is not None
+            passed = passed & one.test(**{operand.name: own[operand.name] for operand in one.operands}, **place)
+        return passed
 
     @property
     def cuts_front(self) -> bool:
@@ -52,20 +91,21 @@ class Mask:
         """Whether a position may see less than all keys after its first."""
         return self.high != EVERY_KEY
 
-    def seen(self, position: Any, q_len: int, kv_len: int, **integers: int) -> tuple[Any, Any]:
+    def seen(self, position: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
         """The keys [low, high) that positions (an integer, array or tensor) see, both within [0, kv_len]; a position whose low
-        reaches its high sees none."""
-        names = {"position": position, "q_len": q_len, "kv_len": kv_len, **integers}
+        reaches its high sees none. ``own`` are the mask's integers, and what each sequence has, as one integer or shaped
+        to broadcast with positions."""
+        names = {"position": position, "q_len": q_len, "kv_len": kv_len, **own}
         return _within(self.low.value(**names), kv_len), _within(self.high.value(**names), kv_len)
 
-    def seeing(self, key: Any, q_len: int, kv_len: int, **integers: int) -> tuple[Any, Any]:
+    def seeing(self, key: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
         """The positions [first, end) that see a key (an integer, array or tensor within [0, kv_len)), both within [0, q_len]."""
-        names = {"key": key, "q_len": q_len, "kv_len": kv_len, **integers}
+        names = {"key": key, "q_len": q_len, "kv_len": kv_len, **own}
         first, end = self.high.first_beyond.value(**names), self.low.first_beyond.value(**names)
         return _within(first, q_len), _within(end, q_len)
 
-    def pairs(self, q_len: int, kv_len: int, **integers: int) -> int:
-        """(position, key) pairs that are seen; of more than MOST_COUNTED positions, estimated."""
+    def pairs(self, q_len: int, kv_len: int, **own: int) -> int:
+        """(position, key) pairs of one sequence within the bounds; of more than MOST_COUNTED positions, estimated."""
         if not self.cuts_front and not self.cuts_back:
             return q_len * kv_len
         import numpy as np
@@ -74,24 +114,25 @@ class Mask:
         position = np.arange(counted, dtype=np.int64)
         if counted < q_len:
             position = np.linspace(0, q_len - 1, counted).astype(np.int64)
-        low, high = self.seen(position, q_len, kv_len, **integers)
-        return int((high - low).clip(0).sum()) * q_len // counted
+        low, high = self.seen(position, q_len, kv_len, **own)
+        return int((high - low + 0 * position).clip(0).sum()) * q_len // counted
 
-    def dense(self, q_len: int, kv_len: int, **integers: int) -> Tensor:
-        """bool [q_len, kv_len]: whether a position sees a key."""
+    def dense(self, q_len: int, kv_len: int, **own: Any) -> Tensor:
+        """bool [..., q_len, kv_len]: whether a key is within a position's bounds; what comes before is how ``own`` are shaped,
+        [..., 1, 1]."""
         import torch
 
-        low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, **integers)
+        low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, **own)
         key = torch.arange(kv_len)
         seen: Tensor = (key >= low) & (key < high)
-        return seen.expand(q_len, kv_len)
+        return seen.expand(*seen.shape[:-2], q_len, kv_len)
 
 
 def intersection(masks: Sequence[Mask]) -> Mask:
     """What all of them let through."""
-    integers = [name for mask in masks for name in mask.integers]
-    if len(set(integers)) < len(integers):
-        raise ValueError(f"masks {', '.join(m.name for m in masks)} share the name of an integer")
+    names = [one.name for mask in masks for one in mask.operands]
+    if len(set(names)) < len(names):
+        raise ValueError(f"masks {', '.join(m.name for m in masks)} share the name of an operand")
     longest = max(len(mask.examples) for mask in masks)
     examples = [
         {name: value for mask in masks for name, value in mask.examples[i % len(mask.examples)].items()}
@@ -102,8 +143,10 @@ def intersection(masks: Sequence[Mask]) -> Mask:
         title="; ".join(mask.title for mask in masks),
         low=most_of([mask.low for mask in masks if mask.cuts_front] or [ZERO]),
         high=least_of([mask.high for mask in masks if mask.cuts_back] or [EVERY_KEY]),
-        integers=tuple(integers),
+        integers=tuple(name for mask in masks for name in mask.integers),
+        arrays=tuple(array for mask in masks for array in mask.arrays),
         examples=tuple(examples),
+        of=tuple(masks),
     )
 
 

@@ -1,0 +1,75 @@
+"""Operands of a case: the numbers of its problem, and arrays as a race or a hostile example has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
+from elsa_tune.parts.operand import Array, Operands
+from elsa_tune.problem import Problem
+
+
+def turns(problem: Problem) -> int:
+    """How many examples its mask and scores have together."""
+    mask, chain = masks.get(problem.mask), scores.get(problem.score)
+    arrays = [len(array.hostile) for array in (*mask.arrays, *chain.arrays)]
+    return max(len(mask.examples), chain.turns, *arrays, 1)
+
+
+def with_example(problem: Problem, turn: int = 0) -> Problem:
+    """The problem with numbers that one of its examples has."""
+    mask, chain = masks.get(problem.mask), scores.get(problem.score)
+    return problem.reshaped(integers=mask.integers_of(turn), reals=chain.reals_of(turn))
+
+
+def typical(problem: Problem) -> Operands:
+    """As a race has them."""
+    numbers, sizes = problem.numbers, _sizes(problem)
+    return tuple(
+        _made(one, one.typical(sizes)) if isinstance(one, Array) else numbers[one.name] for one in problem.declared
+    )
+
+
+def example(problem: Problem, turn: int) -> Operands:
+    """With arrays as an example has them; sequences of a batch have examples in turn."""
+    mask, sizes, numbers = masks.get(problem.mask), _sizes(problem), problem.numbers
+
+    def made(array: Array) -> Tensor:
+        if array.name in mask.sequences:
+            each = [mask.examples[(turn + i) % len(mask.examples)][array.name] for i in range(problem.batch)]
+            return _made(array, each)
+        return _made(array, (array.hostile[turn % len(array.hostile)] if array.hostile else array.typical)(sizes))
+
+    return tuple(made(one) if isinstance(one, Array) else numbers[one.name] for one in problem.declared)
+
+
+def _sizes(problem: Problem) -> dict[str, int]:
+    return {name: getattr(problem, name) for name in ("batch", "heads", "q_len", "kv_len")}
+
+
+def _made(array: Array, content: Any) -> Tensor:
+    return torch.as_tensor(content, dtype=getattr(torch, array.dtype))
+
+
+def named(problem: Problem, operands: Operands) -> dict[str, Any]:
+    """Operands by name, arrays as if nothing were shared; what the problem says of numbers where there are none."""
+    if not operands:
+        return dict(problem.numbers)
+    sizes = _sizes(problem)
+    return {
+        one.name: value.expand([sizes[axis] for axis in one.axes]) if isinstance(one, Array) else value
+        for one, value in zip(problem.declared, operands, strict=True)
+    }
+
+
+def of_sequences(problem: Problem, own: Mapping[str, Any], batch: int | None = None, dims: int = 2) -> dict[str, Any]:
+    """What the mask's bounds read of each sequence: of one, as an integer, or of all, as tensors [batch, 1, ...] of ``dims`` more."""
+    arrays = {name: own[name] for name in masks.get(problem.mask).sequences}
+    if batch is None:
+        return {name: x.view(-1, *[1] * dims) for name, x in arrays.items()}
+    return {name: int(x[batch % len(x)]) for name, x in arrays.items()}

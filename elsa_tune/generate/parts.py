@@ -1,0 +1,27 @@
+"""What templates are told of a family's mask and scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
+from elsa_tune.parts.operand import arguments
+from elsa_tune.problem import Problem
+
+C_TYPES = {"int64": "int64_t", "int32": "int32_t", "float32": "float", "float64": "double", "bool": "unsigned char"}
+"""What C calls torch's dtypes, of what arrays hold."""
+
+
+def of_family(problem: Problem) -> dict[str, Any]:
+    """The mask, the scores, whether anything is done to scores and asks where they are, and the arguments of operands."""
+    mask, chain = masks.get(problem.mask), scores.get(problem.score)
+    tested = bool(mask.tested)
+    return {
+        "mask": mask,
+        "scores": chain,
+        "scored": bool(chain.ones) or tested,
+        "placed": chain.placed or tested,
+        "arguments": arguments(problem.declared),
+        "elements": C_TYPES,
+    }

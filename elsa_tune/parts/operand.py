@@ -1,0 +1,68 @@
+"""Operands: what a part takes beside query, key and value. Numbers are part of a problem's shape; arrays come with the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Argument(NamedTuple):
+    """One argument of a kernel: an integer (64 bits), a real (a float on GPUs, a double on CPUs), or a pointer to ``dtype``."""
+
+    name: str
+    kind: str
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A whole number of at least 0 (``kind`` integer), or a real above 0."""
+
+    name: str
+    kind: str
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """Itself."""
+        return (Argument(self.name, self.kind),)
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor of torch's ``dtype``. Of its ``axes`` (batch, heads, q_len, kv_len) each may be 1: then all share what it holds.
+
+    ``typical`` makes what a race is run with from the sizes of those axes, the same whenever it is asked; ``hostile`` what else
+    kernels are checked with. Both return nested lists or tensors.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    typical: Callable[[Mapping[str, int]], Any]
+    hostile: tuple[Callable[[Mapping[str, int]], Any], ...] = ()
+
+    @property
+    def data(self) -> str:
+        """What a kernel calls the pointer."""
+        return f"{self.name}_data"
+
+    @property
+    def strides(self) -> tuple[str, ...]:
+        """What a kernel calls the elements from one to the next along each axis; 0 where all share one."""
+        return tuple(f"{self.name}_{axis}" for axis in self.axes)
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """The pointer, and the strides."""
+        return (Argument(self.data, "pointer", self.dtype), *(Argument(name, "integer") for name in self.strides))
+
+
+Operand = Number | Array
+Operands = tuple[Any, ...]
+"""What a call gives: numbers and tensors, in the order in which a family declares them."""
+
+
+def arguments(declared: tuple[Operand, ...]) -> tuple[Argument, ...]:
+    """The arguments of a kernel that takes all of them, in order."""
+    return tuple(argument for one in declared for argument in one.arguments)

@@ -1,0 +1,92 @@
+"""A score is a function of each score of a query and a key, and what it does to an error; each language has a text of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elsa_tune.parts.operand import Array, Number, Operand
+
+PLACE = ("batch", "head", "position", "key")
+"""What a score may ask of where it is: indices, or tensors of them that broadcast with the scores."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """``function(score, **own, **place)`` is what becomes of scores: ``own`` are its operands by name, ``place`` is PLACE.
+
+    ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
+    float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
+    problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
+    with. ``placed``: its texts ask where a score is.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    error: Callable[..., tuple[float, float]]
+    reals: tuple[str, ...] = ()
+    arrays: tuple[Array, ...] = ()
+    examples: tuple[Mapping[str, float], ...] = ({},)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    placed: bool = False
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What a kernel takes because of it, in order."""
+        return (*(Number(name, "real") for name in self.reals), *self.arrays)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Scores done one after the other; none is a chain of nothing."""
+
+    name: str
+    ones: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.operands]
+        if len(set(names)) < len(names):
+            raise ValueError(f"scores {self.name} share the name of an operand")
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What a kernel takes because of them, in order."""
+        return tuple(operand for one in self.ones for operand in one.operands)
+
+    @property
+    def reals(self) -> tuple[str, ...]:
+        """Their numbers, in order."""
+        return tuple(name for one in self.ones for name in one.reals)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Their tensors, in order."""
+        return tuple(array for one in self.ones for array in one.arrays)
+
+    @property
+    def placed(self) -> bool:
+        """Whether a text of theirs asks where a score is."""
+        return any(one.placed for one in self.ones)
+
+    @property
+    def turns(self) -> int:
+        """How many examples there are."""
+        return max((len(one.examples) for one in self.ones), default=1)
+
+    def reals_of(self, number: int) -> tuple[float, ...]:
+        """Their numbers in one of the examples, in turn."""
+        return tuple(one.examples[number % len(one.examples)][name] for one in self.ones for name in one.reals)
+
+    def of(self, scores: Any, own: Mapping[str, Any], **place: Any) -> Any:
+        """What becomes of scores somewhere (PLACE); ``own`` holds their operands by name."""
+        for one in self.ones:
+            scores = one.function(scores, **{operand.name: own[operand.name] for operand in one.operands}, **place)
+        return scores
+
+    def error(self, error: float, largest: float, own: Mapping[str, Any]) -> tuple[float, float]:
+        """The largest error and magnitude of scores after them, of those before; ``own`` holds operands by name, q_len and kv_len."""
+        for one in self.ones:
+            error, largest = one.error(error, largest, **own)
+        return error, largest

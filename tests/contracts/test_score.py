@@ -1,0 +1,133 @@
+"""What every score promises: a formula worked out by hand, an error that it does not exceed, and a refusal where a language has no
+text of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.errors import BadProblem
+from elsa_tune.generate import backends, laws
+from elsa_tune.parts import mask, score, tanh
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.prove.reference import Inputs
+
+NAMES = [name for name in score.names() if name != score.NONE]
+BY_HAND: dict[str, Callable[..., float]] = {
+    "softcap": lambda s, own, **place: own["softcap"] * math.tanh(s / own["softcap"]),
+}
+"""Each in Python's own words."""
+
+WRITTEN = {
+    ("softcap", (2.0,)): ([[0.0, 1.0, -1.0, 8.0]], [[0.0, 0.92423431, -0.92423431, 1.99865860]]),
+}
+"""Each of a few scores, worked out on paper."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_the_formula_by_hand(self, name: str) -> None:
+        one = score.of_one_file(name)
+        scores = torch.linspace(-9, 9, 24, dtype=torch.float64).view(2, 2, 2, 3)
+        for example in one.examples:
+            index = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
+            place = dict(zip(("batch", "head", "position", "key"), index, strict=True))
+            found = score.get(name).of(scores, example, **place)
+            for at in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape)).tolist():
+                where = dict(zip(place, at, strict=True))
+                expected = BY_HAND[name](float(scores[tuple(at)]), example, **where)
+                assert float(found[tuple(at)]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+    def test_the_oracle(self, name: str) -> None:
+        """Attention written out in Python for two queries and three keys."""
+        one = score.of_one_file(name)
+        problem = Problem(head_dim=1, score=name, reals=tuple(one.examples[0].values()), q_len=2, kv_len=3)
+        query, keys, values = [1.0, -2.0], [0.5, 3.0, -1.0], [1.0, 2.0, 4.0]
+        tensors = [torch.tensor(x).view(1, 1, -1, 1) for x in (query, keys, values)]
+        inputs = Inputs("by hand", *tensors, scale=1.0, operands=tuple(one.examples[0].values()))
+        out, lse = reference.attention_rows_with_lse(problem, inputs, reference.every_row(problem))
+        for position, q in enumerate(query):
+            place = {"batch": 0, "head": 0, "position": position}
+            weights = [math.exp(BY_HAND[name](q * k, one.examples[0], key=j, **place)) for j, k in enumerate(keys)]
+            mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+            assert float(out[position, 0]) == pytest.approx(mean) and float(lse[position]) == pytest.approx(
+                math.log(sum(weights))
+            )
+        sums = reference.logsumexp(inputs.query, inputs.key, problem, inputs.operands, 1.0)
+        assert torch.allclose(sums.double().flatten(), lse, atol=1e-6)
+
+    def test_errors_grow_as_it_says(self, name: str) -> None:
+        """Scores that err by as much as given never err by more afterwards, computed in float64."""
+        one = score.of_one_file(name)
+        exact = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+        for example in one.examples:
+            for error in (1e-6, 1e-2, 100.0):
+                difference = one.function(exact + error, **example) - one.function(exact, **example)
+                allowed, largest = one.error(error, 30 + error, **example)
+                assert float(difference.abs().max()) <= allowed
+                assert float(one.function(exact, **example).abs().max()) <= largest
+
+    def test_a_language_without_its_text_refuses_it_by_name(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        devices = {"cpp": host_cpu(), "triton": Device("cuda", "nvidia_h200", "sm_90", 132)}
+        devices["cuda"] = devices["triton"]
+        problem = Problem(head_dim=64, score=name, reals=tuple(score.of_one_file(name).examples[0].values()))
+        for backend, device in devices.items():
+            with monkeypatch.context() as patched:
+                assert backends.get(backend).refusal(problem, device) is None
+                patched.setattr(laws, "has_text", lambda language, kind, value: kind != "score")
+                assert f"no text for the score {name}" in (backends.get(backend).refusal(problem, device) or "")
+
+    def test_gradients_refuse_it_by_name(self, name: str) -> None:
+        problem = Problem(head_dim=64, score=name, direction="backward")
+        for backend in ("triton", "cuda", "cpp"):
+            assert backends.get(backend).refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
+        found = backends.get("triton").refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
+        assert f"no gradients of the score {name}" in (found or "")
+
+    def test_headers_refuse_it_by_name(self, name: str) -> None:
+        problem = Problem(head_dim=64, score=name, reals=score.get(name).reals_of(0))
+        for language in ("cpp", "cuda"):
+            assert f"score {name}" in (backends.get(language).no_header(problem) or "")
+
+
+@pytest.mark.parametrize(("name", "reals"), WRITTEN)
+def test_a_few_scores_written_out(name: str, reals: tuple[float, ...]) -> None:
+    scores, expected = WRITTEN[name, reals]
+    own = dict(zip(score.get(name).reals, reals, strict=True))
+    found = score.get(name).of(torch.tensor(scores, dtype=torch.float64), own, batch=0, head=0, position=0, key=0)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-8)
+
+
+def test_every_score_is_written_out_here_and_shares_no_name() -> None:
+    assert set(BY_HAND) == {name for name, _ in WRITTEN} == set(NAMES)
+    assert not set(NAMES) & set(mask.names())
+    operands = [one.name for kind in (score, mask) for name in kind.names() for one in kind.of_one_file(name).operands]
+    assert len(set(operands)) == len(operands)
+
+
+@pytest.mark.parametrize("text", ["steep", "softcap+softcap", "none+softcap", "softcap+", ""])
+def test_misspelled(text: str) -> None:
+    with pytest.raises(BadProblem, match="unknown|misspelled"):
+        score.get(text)
+
+
+def test_tanh_by_a_quotient() -> None:
+    """What it claims, in float64, and in float32 with every operation rounded."""
+    assert tanh.relative_error() < 2.0**-24
+    y = torch.linspace(1e-6, tanh.LIMIT, 100001)
+    z = y * y
+
+    def polynomial(coefficients: tuple[str, ...]) -> torch.Tensor:
+        total = torch.zeros_like(z)
+        for c in reversed(coefficients):
+            total = total * z + float(c)
+        return total
+
+    found = y * polynomial(tanh.NUMERATOR) / polynomial(tanh.DENOMINATOR)
+    error = (found.double() / torch.tanh(y.double()) - 1).abs().max()
+    assert float(error) < tanh.UNITS * 2.0**-24
