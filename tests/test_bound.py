@@ -15,6 +15,7 @@ from hypothesis import strategies as some
 
 from elsa_tune.parts import mask
 from elsa_tune.parts.bound import Bound, least_of, most_of
+from elsa_tune.parts.mask import Mask
 
 NAMES = ("position", "q_len", "kv_len", "left")
 VALUES = (-1000003, -17, -8, -7, -1, 0, 1, 6, 7, 8, 100, 1000003)
@@ -49,6 +50,39 @@ def test_values_are_pythons(text: str, numbers: list[int]) -> None:
     assert np.broadcast_to(bound.value(**arrays), 2).tolist() == [expected, more]
     found = bound.value(**tensors)
     assert (found.tolist() if isinstance(found, torch.Tensor) else [found] * 2) == [expected, more]
+
+
+growing = some.recursive(
+    some.sampled_from(("position", "position", "left", "q_len", "(-3)", "kv_len")),
+    lambda inner: some.one_of(
+        some.tuples(inner, some.sampled_from("+-"), some.integers(-9, 9)).map(lambda t: f"({t[0]} {t[1]} ({t[2]}))"),
+        inner.map(lambda x: f"(kv_len + {x} - left * 2)"),
+        some.tuples(inner, some.sampled_from(("*", "//")), some.integers(1, 9)).map(
+            lambda t: f"({t[0]} {t[1]} {t[2]})"
+        ),
+        some.tuples(some.sampled_from(("min", "max")), inner, inner).map(lambda t: f"{t[0]}({t[1]}, {t[2]})"),
+    ),
+    max_leaves=6,
+)
+
+
+@given(growing, some.integers(1, 40), some.integers(1, 40), some.integers(-20, 20))
+@settings(max_examples=300, deadline=None)
+def test_the_first_position_beyond_a_key(text: str, q_len: int, kv_len: int, left: int) -> None:
+    names, bound = {"q_len": q_len, "kv_len": kv_len, "left": left}, Bound(text)
+    values = [bound.value(position=position, **names) for position in range(q_len)]
+    assert values == sorted(values)
+    for key in range(kv_len):
+        first = bound.first_beyond.value(key=key, **names)
+        assert max(0, min(first, q_len)) == next((i for i, value in enumerate(values) if value > key), q_len)
+
+
+@pytest.mark.parametrize(
+    "text", ["left - position", "-position", "position * left", "position + position", "2 * -position"]
+)
+def test_a_bound_that_may_fall_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not seen to grow"):
+        Mask("planted", "planted", high=Bound(text), integers=("left",))
 
 
 def test_c_means_what_python_means(tmp_path: Path) -> None:

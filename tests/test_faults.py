@@ -126,7 +126,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from victim import made
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
 from elsa_tune.errors import DatabaseUnusable
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Database.for_writing(Path({str(tmp_path / "measurements.db")!r})) as database:
@@ -184,7 +184,7 @@ def test_forty_processes_read_during_a_tune(home: Path) -> None:
     program = f"""
 import os, sys, time
 from pathlib import Path
-from elsa_tune.winners import Database
+from elsa_tune.remember.winners import Database
 path, done = Path({str(places.database())!r}), Path({str(home / "done")!r})
 for number in range({READERS}):
     if not os.fork():
@@ -272,8 +272,10 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     home.chmod(0o555)
     program = f"""
 import os, sys, torch, elsa_tune
-from elsa_tune import dispatch, tuning, measure, check
-from elsa_tune.backends import cpp, sdpa, cuda, triton
+from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.tuning import tune as tuning, measure
+from elsa_tune.prove import check
+from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl
 archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp.openmp()
 os.setgid(65534); os.setuid(65534)

@@ -10,6 +10,7 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.generate import triton
 from elsa_tune.generate.backends import Kernel
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
@@ -19,6 +20,15 @@ MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
 BIG = "@b1.h8.q4096.k4096"
 INTERPRETED = 301
 """Keys of the long cases: the interpreter takes a millisecond for a leaf."""
+
+
+MASKED = [name for name in masks.names() if name != masks.NONE]
+GRADIENTS = [  # loops that are peeled or not, dS^T recomputed or kept, tiles of either kind longer
+    "triton.serial.half.m32.n32.warps4.stages1",
+    "triton.serial.half.m64.n32.warps4.stages1.products5",
+    "triton.serial.ieee.m16.n64.warps4.stages1",
+    "triton.serial.ieee.m32.n16.warps4.stages1.products5",
+]
 
 
 def kernel_of(spelling: str, problem: Problem) -> Kernel:
@@ -110,6 +120,31 @@ def test_gradients(spelling: str, problem: str) -> None:
     variant = space.parse(spelling)
     verdict = check.check_family(triton.load(triton.build(variant, family), variant, family), family, [])
     assert not verdict.reason and 0 < verdict.constant < 4, verdict
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("spelling", GRADIENTS)
+@pytest.mark.parametrize(
+    "mask",
+    ["causal+window", "causal_lower_right+prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in MASKED)],
+)
+def test_gradients_of_masks(mask: str, spelling: str) -> None:
+    """Memory that nobody wrote holds NaN: what is read of kept scores was written."""
+    family = Problem.parse(f"{'fp16' if 'half' in spelling else 'fp32'}.d16.v8.{mask}.backward")
+    variant, generator = space.parse(spelling), torch.Generator().manual_seed(0)
+    kernel = triton.load(triton.build(variant, family), variant, family)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for example in masks.get(mask).examples[:2]:
+            for q_len, kv_len in ((37, 70), (70, 37)):
+                lengths = {"batch": 1, "heads": 2, "kv_heads": 1, "q_len": q_len, "kv_len": kv_len}
+                posed = family.reshaped(**lengths, integers=tuple(example.values()))
+                inputs = reference.random_inputs(posed, generator)
+                inputs = reference.with_forward(posed, inputs, generator)
+                error = check.gradient_error(kernel, posed, inputs)
+                assert error.allowed, (example, lengths, error)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_kept_score_gradients_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ class Gradients(Protocol):
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]: ...
 
 

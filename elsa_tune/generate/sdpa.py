@@ -189,7 +189,7 @@ class AutogradKernel:
         self._lasting = (
             partial(functorch.patch, donated_buffer=False) if isinstance(forward, FlexKernel) else nullcontext
         )
-        self._forward, self._graphs = forward, dict[tuple[int, float | None], tuple[Tensor, tuple[Tensor, ...]]]()
+        self._forward, self._graphs = forward, dict[tuple[object, ...], tuple[Tensor, tuple[Tensor, ...]]]()
 
     def __call__(
         self,
@@ -200,12 +200,13 @@ class AutogradKernel:
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]:
-        name = (query.data_ptr(), scale)
+        name = (query.data_ptr(), scale, operands)
         with self._lasting():
             if name not in self._graphs:
                 q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-                self._graphs[name] = self._forward(q, k, v, scale), (q, k, v)
+                self._graphs[name] = self._forward(q, k, v, scale, operands=operands), (q, k, v)
             made, leaves = self._graphs[name]
             return torch.autograd.grad(made, leaves, grad, retain_graph=True)
 

@@ -87,9 +87,52 @@ class Bound:
         operations = operator.add, operator.sub, operator.mul, operator.floordiv
         return _folded(_tree(self.text), Algebra(values.__getitem__, int, *operations, _least, _most))
 
+    @property
+    def first_beyond(self) -> Bound:
+        """The first position at which this bound lies beyond ``key``, as an expression of key and of what the bound is of: at most 0
+        where it does at all, at least q_len where it does at none. Raises ValueError unless the expression is seen to grow."""
+        return Bound(_first_beyond(_tree(self.text), "key", self.text))
+
     def written(self, notation: str, names: Mapping[str, str] | None = None) -> str:
         """The expression, fully parenthesised, in one of NOTATIONS; ``names`` says what its names are called there."""
         return str(_folded(_tree(self.text), _text(names or {}, *NOTATIONS[notation])))
+
+
+POSITION = "position"
+
+
+def _first_beyond(node: ast.expr, key: str, text: str) -> str:
+    """The first position at which ``node`` is larger than ``key``. What is of no position is so at all positions or at none."""
+
+    def grows(part: ast.expr) -> bool:
+        return any(isinstance(n, ast.Name) and n.id == POSITION for n in ast.walk(part))
+
+    if not grows(node):
+        return f"min(max({key} - ({ast.unparse(node)}) + 1, 0), 1) * q_len"
+    if isinstance(node, ast.Name):
+        return f"{key} + 1"
+    if isinstance(node, ast.Call):  # all of them are beyond, or one is
+        assert isinstance(node.func, ast.Name)
+        every = ", ".join(_first_beyond(part, key, text) for part in node.args)
+        return f"{'max' if node.func.id == 'min' else 'min'}({every})"
+    if isinstance(node, ast.BinOp):
+        left, right = node.left, node.right
+        if isinstance(node.op, ast.Add | ast.Mult) and not grows(left):
+            left, right = right, left
+        if not grows(right):
+            n = ast.unparse(right)
+            if isinstance(node.op, ast.Add):
+                return _first_beyond(left, f"({key} - ({n}))", text)
+            if isinstance(node.op, ast.Sub):
+                return _first_beyond(left, f"({key} + ({n}))", text)
+            if isinstance(node.op, ast.FloorDiv):
+                return _first_beyond(left, f"(({key} + 1) * {n} - 1)", text)
+            if isinstance(right, ast.Constant) and isinstance(right.value, int) and right.value > 0:
+                return _first_beyond(left, f"({key} // {n})", text)
+    raise ValueError(
+        f"bound {text!r} is not seen to grow with the position: add to a position, subtract from it, multiply or divide it by a "
+        "positive integer, and write it once in a sum"
+    )
 
 
 def least_of(bounds: list[Bound]) -> Bound:

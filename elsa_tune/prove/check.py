@@ -162,7 +162,7 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
 def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:
     """The error of dQ, dK and dV for the first and the last KV head."""
     assert inputs.forward is not None
-    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale)
+    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands)
     heads = dict.fromkeys(((0, 0), (problem.batch - 1, problem.kv_heads - 1)))
     return reference.gradient_error(problem, inputs, found, list(heads))
 

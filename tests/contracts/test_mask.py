@@ -43,6 +43,14 @@ class TestContract:
             assert dense.shape == (q_len, kv_len) and dense.tolist() == expected
             assert one.pairs(q_len, kv_len, **integers) == sum(map(sum, expected))
 
+    def test_positions_that_see_a_key(self, name: str) -> None:
+        one = mask.get(name)
+        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
+            dense = by_definition(one, q_len, kv_len, dict(integers))
+            for key in range(kv_len):
+                first, end = one.seeing(key, q_len, kv_len, **integers)
+                assert [first <= i < end for i in range(q_len)] == [row[key] for row in dense]
+
     def test_examples_cut_inside_small_shapes(self, name: str) -> None:
         one = mask.get(name)
         assert all(set(example) == set(one.integers) for example in one.examples)

@@ -22,7 +22,7 @@ from elsa_tune.generate import gpu_report as _gpu_report
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Call, Gradients, Kernel, Operands
 from elsa_tune.generate.counters import cleared
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, mask_has_text
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.tensors import check_dims, new_output, rows_contiguous
 from elsa_tune.generate.triton.compiler import compile_kernels, compile_report
@@ -43,7 +43,7 @@ generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """Triton serves float32, float16 and bfloat16, no mask or causal, dimensions up to 256, on GPUs."""
+    """Triton serves float32, float16 and bfloat16, dimensions up to 256, on GPUs."""
     if not device.is_gpu:
         return f"Triton runs on GPUs, not on {device}"
     if device.kind == "cuda" and device.capability < 70:
@@ -52,8 +52,7 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"no Triton kernel is of class {problem.precision}"
     if problem.dtype != "fp32" and problem.precision != problem.dtype:
         return f"{problem.dtype} tensors have no class {problem.precision}"
-    untold = mask_has_text(problem) if problem.direction == "backward" else None
-    return untold or dims_are_generated(problem)
+    return dims_are_generated(problem)
 
 
 @cache
@@ -224,6 +223,11 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if here else torch.cuda.device(x.device)
 
 
+def _given(operands: Operands) -> tuple[Operands, ...]:
+    """The last argument of a module whose family has operands."""
+    return (operands,) if operands else ()
+
+
 class TritonKernel:
     """A family's module: call it with any shape."""
 
@@ -248,7 +252,7 @@ class TritonKernel:
         if out is None:
             out = new_output(query, self._problem.value_dim)
         with _on(query):
-            made: Tensor = self._launch(query, key, value, scale, out, lse, *([operands] if operands else []))
+            made: Tensor = self._launch(query, key, value, scale, out, lse, *_given(operands))
         return made
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -271,10 +275,13 @@ class TritonGradients:
         lse: Tensor,
         grad: Tensor,
         scale: float | None = None,
+        operands: Operands = (),
     ) -> tuple[Tensor, ...]:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
         with _on(query):
-            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale)
+            made: tuple[Tensor, ...] = self._launch(
+                *rows, lse.contiguous(), rows_contiguous(grad), scale, *_given(operands)
+            )
         return made
 
 

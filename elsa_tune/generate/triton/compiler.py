@@ -72,9 +72,10 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     value = rows(problem.kv_heads, problem.kv_len, problem.value_dim)
     out = rows(problem.heads, problem.q_len, problem.value_dim)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device="meta")
+    operands = [problem.operands] if problem.operands else []
     if problem.direction == "forward":
-        return (query, key, value, None, out, lse, *([problem.operands] if problem.operands else []))
-    return query, key, value, out, lse, out, None, query, key, value
+        return (query, key, value, None, out, lse, *operands)
+    return (query, key, value, out, lse, out, None, query, key, value, *operands)
 
 
 def compile_kernels(module: ModuleType, problem: Problem, device: Device) -> dict[str, Any]:

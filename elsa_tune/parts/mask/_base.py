@@ -39,6 +39,8 @@ class Mask:
     def __post_init__(self) -> None:
         if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers):
             raise ValueError(f"mask {self.name}: its bounds are of {', '.join(sorted(unknown))}, which nothing gives")
+        for bound in (self.low, self.high):
+            _ = bound.first_beyond  # raises ValueError where a bound may fall
 
     @property
     def cuts_front(self) -> bool:
@@ -55,6 +57,12 @@ class Mask:
         reaches its high sees none."""
         names = {"position": position, "q_len": q_len, "kv_len": kv_len, **integers}
         return _within(self.low.value(**names), kv_len), _within(self.high.value(**names), kv_len)
+
+    def seeing(self, key: Any, q_len: int, kv_len: int, **integers: int) -> tuple[Any, Any]:
+        """The positions [first, end) that see a key (an integer, array or tensor within [0, kv_len)), both within [0, q_len]."""
+        names = {"key": key, "q_len": q_len, "kv_len": kv_len, **integers}
+        first, end = self.high.first_beyond.value(**names), self.low.first_beyond.value(**names)
+        return _within(first, q_len), _within(end, q_len)
 
     def pairs(self, q_len: int, kv_len: int, **integers: int) -> int:
         """(position, key) pairs that are seen; of more than MOST_COUNTED positions, estimated."""
@@ -99,7 +107,7 @@ def intersection(masks: Sequence[Mask]) -> Mask:
     )
 
 
-def _within(bound: Any, kv_len: int) -> Any:
+def _within(bound: Any, length: int) -> Any:
     if isinstance(bound, int):
-        return max(0, min(bound, kv_len))
-    return bound.clip(0, kv_len)
+        return max(0, min(bound, length))
+    return bound.clip(0, length)

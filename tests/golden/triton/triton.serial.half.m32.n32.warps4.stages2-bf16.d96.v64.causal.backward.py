@@ -45,6 +45,30 @@ def prepare(
     tl.store(sums + pair * q_len + rows, tl.where(total == NONE, -NONE, total * LOG2_E), mask=valid)
     tl.store(deltas + pair * q_len + rows, delta, mask=valid)
 
+@triton.jit
+def floor_divide(x, n):
+    return (x - tl.where(x < 0, n - 1, 0)) // n
+
+@triton.jit
+def keys_low(position, q_len, kv_len):
+    """Keys up to its own position: the first key that a position sees."""
+    return tl.maximum(0, tl.minimum(0, kv_len))
+
+@triton.jit
+def keys_high(position, q_len, kv_len):
+    """The first key that it no longer sees."""
+    return tl.maximum(0, tl.minimum((position + 1), kv_len))
+
+@triton.jit
+def first_position(key, q_len, kv_len):
+    """The first position that sees a key or some key after it."""
+    return tl.maximum(0, tl.minimum(((key - 1) + 1), q_len))
+
+@triton.jit
+def end_position(key, q_len, kv_len):
+    """The first position that no longer sees a key."""
+    return tl.maximum(0, tl.minimum((tl.minimum(tl.maximum(((key - 0) + 1), 0), 1) * q_len), q_len))
+
 @triton.jit(
     do_not_specialize=["kv_heads", "q_len", "kv_len"],
     do_not_specialize_on_alignment=["group"],
@@ -71,8 +95,11 @@ def grad_query(
     g0 = tl.load(grad_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
     sums = tl.load(sums + pair * q_len + rows, mask=valid, other=-NONE)
     deltas = tl.load(deltas + pair * q_len + rows, mask=valid, other=0.0)
-    high = tl.minimum(kv_len, block * BLOCK_M + BLOCK_M)
-    whole = tl.minimum(kv_len, block * BLOCK_M + 1) // BLOCK_N * BLOCK_N  # seen by every row, in whole tiles
+    last = tl.minimum(block * BLOCK_M + BLOCK_M, q_len) - 1
+    high = keys_high(last, q_len, kv_len)
+    row_high = (rows + 1)
+    every = keys_high(block * BLOCK_M, q_len, kv_len)
+    whole = 0 + tl.maximum(every - 0, 0) // BLOCK_N * BLOCK_N  # seen by every row, in whole tiles
     for start in tl.range(0, whole, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         key_rows = keys_of_head + keys * step_k
@@ -95,7 +122,7 @@ def grad_query(
         v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
         scores = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -sums[:, None] + tl.zeros_like(scores)))
-        p = tl.where(inside[None, :] & (keys[None, :] <= rows[:, None]), p, 0.0)
+        p = tl.where(inside[None, :] & (keys[None, :] < row_high[:, None]), p, 0.0)
         weighted = tl.dot(g0, tl.trans(v0), input_precision="ieee")
         ds = p * (weighted - deltas[:, None])
 
@@ -126,16 +153,18 @@ def grad_key_value(
     dk0 = tl.zeros([BLOCK_N, 128], tl.float32)
     v0 = tl.load(value_rows[:, None] + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0.0)
     dv0 = tl.zeros([BLOCK_N, 64], tl.float32)
-    low = tl.minimum(block * BLOCK_N // BLOCK_M * BLOCK_M, q_len)  # rows before see none of the keys
-    whole = tl.minimum(tl.cdiv(block * BLOCK_N + BLOCK_N - 1, BLOCK_M) * BLOCK_M, q_len)  # and from here on, all
+    first_key, last_key = block * BLOCK_N, tl.minimum(block * BLOCK_N + BLOCK_N, kv_len) - 1
+    low = first_position(first_key, q_len, kv_len) // BLOCK_M * BLOCK_M  # rows before see none of the keys
+    whole = tl.cdiv(first_position(last_key, q_len, kv_len), BLOCK_M) * BLOCK_M  # rows from here on see them all
     for shared in range(0, group):
         head = kv_head * group + shared
         queries_of_head = query + batch * stride_qb + head * stride_qh
         grads_of_head = grad + batch * stride_gb + head * stride_gh
         facts = (batch * kv_heads * group + head) * q_len
-        for start in tl.range(low, whole, BLOCK_M):
+        for start in tl.range(low, tl.minimum(whole, q_len), BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             valid = rows < q_len
+            row_high = (rows + 1)
             query_rows = queries_of_head + rows.to(tl.int64) * stride_qm
             grad_rows = grads_of_head + rows.to(tl.int64) * stride_gm
             q0 = tl.load(query_rows[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None] & (tl.arange(0, 128)[None, :] < HEAD_DIM), other=0.0)
@@ -144,7 +173,7 @@ def grad_key_value(
             delta = tl.load(deltas + facts + rows, mask=valid, other=0.0)
             scores = tl.dot(k0, tl.trans(q0), input_precision="ieee")
             p = tl.exp2(tl.math.fma(scores, tl.zeros_like(scores) + c, -total[None, :] + tl.zeros_like(scores)))
-            p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
+            p = tl.where((keys[:, None] < row_high[None, :]), p, 0.0)
             weighted = tl.dot(v0, tl.trans(g0), input_precision="ieee")
             ds = p * (weighted - delta[None, :])
 
