@@ -16,6 +16,7 @@ from typing import Any
 from elsa_tune import places
 from elsa_tune.device import Device
 from elsa_tune.errors import BadVariant
+from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Value, Variant
 
@@ -165,6 +166,11 @@ def _ordered(axis: Axis, wanted: Value | None, rng: random.Random | None) -> tup
     return axis.values
 
 
+def _values(name: str, listed: list[Value]) -> tuple[Value, ...]:
+    """The values of an axis; of scans, every one, those that the space names first: none needs a text in any language."""
+    return tuple(dict.fromkeys([*listed, *(scan.names() if name == "scan" else ())]))
+
+
 @cache
 def _load(backend: str) -> Space:
     from elsa_tune.generate import backends
@@ -174,7 +180,8 @@ def _load(backend: str) -> Space:
         raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(backends.names())}")
     content = read_toml(path)
     axes = tuple(
-        Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
+        Axis(a["name"], a["spell"], _values(a["name"], a["values"]), a["meaning"], a.get("default"))
+        for a in content["axis"]
     )
     return Space(backend, axes, backends.get(backend).LAWS, tuple(content["start"]["variants"]))
 
