@@ -10,8 +10,10 @@ import inspect
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from allpairspy import AllPairs
@@ -25,6 +27,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.space import Axis, Law, Space
 from elsa_tune.variant import Value, Variant
 
+Row = tuple[tuple[str, Value], ...]
 ABSENT = "-"
 """Where a language has no axis of a kind: its own way, which no variant chooses."""
 
@@ -32,11 +35,12 @@ ABSENT = "-"
 @dataclass(frozen=True)
 class Language:
     """One language of kernels: the backend that writes it, devices whose laws it is drawn under (the first that allows a row),
-    and the values of axes that are this language, or small enough to run here."""
+    the values of axes that are this language, or small enough to run here, and by arithmetic what alone runs here."""
 
     backend: str
     devices: tuple[Device, ...]
     values: Mapping[str, tuple[Value, ...]]
+    only: Mapping[str, Row] = field(default_factory=dict)
 
 
 _BLOCKS = {
@@ -45,6 +49,8 @@ _BLOCKS = {
 }  # fmt: skip
 _TILES = {"query_vectors": (1, 2, 3), "key_tile": (2, 4), "value_tile": (2, 4), "block_n": (16, 24), "prefetch": (0, 8)}
 _PROGRAMS = {"block_m": (16, 32), "block_n": (16, 32), "warps": (4,), "stages": (1,), "programs": (0, 1)}
+_INTERPRETED: Mapping[str, Row] = {"bf16": (("dot", "fma"),)}
+"""Triton's interpreter multiplies the bits of bfloat16 tiles as whole numbers."""
 _NVIDIA = Device("cuda", "some", "sm_90", 132), Device("cuda", "some", "sm_62", 2)
 _AMD = Device("hip", "some", "gfx942", 304), Device("hip", "some", "gfx1030", 40)
 _OPENCL = Device("opencl", "some", "shuffle0", 2)
@@ -53,9 +59,11 @@ LANGUAGES = {
     "cuda": Language("cuda", _NVIDIA, {"dialect": ("cuda",), **_BLOCKS}),
     "hip": Language("cuda", _AMD, {"dialect": ("hip",), **_BLOCKS}),
     "opencl": Language("cuda", (_OPENCL,), {"dialect": ("opencl",), **_BLOCKS}),
-    "triton": Language("triton", (_NVIDIA[0], _AMD[0]), _PROGRAMS),
+    "triton": Language("triton", (_NVIDIA[0], _AMD[0]), _PROGRAMS, _INTERPRETED),
 }
 KINDS_OF_VARIANTS = ("scan", "state", "schedule", "exp")
+KINDS_OF_FAMILIES = ("mask", "score")
+"""In the order that a family spells them, beside its element."""
 AT_RUN_TIME = {"query", "heads", "layout"}
 SHAPES = ({"q_len": 512, "kv_len": 512, "heads": 4}, {"q_len": 1, "kv_len": 512, "heads": 4})
 """For which laws are asked."""
@@ -70,10 +78,16 @@ def _axis(language: str, kind: str) -> Axis | None:
     return next((axis for axis in Space.load(LANGUAGES[language].backend).axes if axis.name == kind), None)
 
 
+def _names(kind: str) -> tuple[str, ...]:
+    """The files of a kind of parts; none where there is no such kind yet."""
+    package = f"elsa_tune.parts.{kind}"
+    return tuple(import_module(package).names()) if find_spec(package) else ()
+
+
 def _values_of(kind: str) -> list[Value]:
-    """Of every language's axis of that name; absent, where one has none."""
+    """Of every language's axis of that name, and every part's; absent, where a language has no such axis."""
     axes = [_axis(language, kind) for language in LANGUAGES]
-    found = dict.fromkeys(value for axis in axes if axis for value in axis.values)
+    found = dict.fromkeys([*(value for axis in axes if axis for value in axis.values), *_names(kind)])
     return [*found, *([ABSENT] if None in axes else [])]
 
 
@@ -86,9 +100,10 @@ def _arithmetics() -> list[str]:
     ]
 
 
-def _masks() -> list[str]:
-    """Every mask, and the intersection of all of them."""
-    return [*mask.names(), "+".join(name for name in mask.names() if name != mask.NONE)]
+def _alone_and_together(kind: str) -> list[Value]:
+    """Every part of a kind of which a family has several, and all of them together."""
+    several = [name for name in _names(kind) if name != mask.NONE]
+    return [*dict.fromkeys([*_names(kind), "+".join(several)])] if several else [mask.NONE]
 
 
 @cache
@@ -98,7 +113,7 @@ def parameters() -> dict[str, list[Value]]:
         language=list(LANGUAGES),
         arithmetic=_arithmetics(),
         dims=list(DIMS),
-        mask=_masks(),
+        **{kind: _alone_and_together(kind) for kind in KINDS_OF_FAMILIES},
         **{name: list(values) for name, values in SEVERAL.items()},
         **{kind: _values_of(kind) for kind in KINDS_OF_VARIANTS},
         query=["many", "one"],
@@ -107,13 +122,10 @@ def parameters() -> dict[str, list[Value]]:
     )
 
 
-Row = tuple[tuple[str, Value], ...]
-
-
 def family_of(row: Mapping[str, Value]) -> Problem:
     """The family of a row. Raises BadProblem."""
-    masked = f".{row['mask']}" if row["mask"] != mask.NONE else ""
-    return Problem.parse(f"{row['arithmetic']}.{row['dims']}{masked}")
+    parts = [row["arithmetic"], row["dims"], *(row[kind] for kind in KINDS_OF_FAMILIES if row[kind] != mask.NONE)]
+    return Problem.parse(".".join(map(str, parts)))
 
 
 @cache
@@ -135,7 +147,8 @@ def _narrowed(language: str, chosen: Row) -> Space:
 
 def _chosen(row: Mapping[str, Value]) -> Row:
     """What a row says of axes."""
-    return tuple((n, row[n]) for n in (*SEVERAL, *KINDS_OF_VARIANTS) if row.get(n, ABSENT) != ABSENT)
+    said = tuple((n, row[n]) for n in (*SEVERAL, *KINDS_OF_VARIANTS) if row.get(n, ABSENT) != ABSENT)
+    return said + LANGUAGES[str(row["language"])].only.get(str(row.get("arithmetic")), ())
 
 
 @cache
@@ -167,7 +180,7 @@ def doubt(row: Mapping[str, Value]) -> str:
         if kind in row and (row[kind] == ABSENT) != (_axis(language, kind) is None):
             return f"{language} has {'an' if row[kind] == ABSENT else 'no'} axis {kind}"
     try:
-        problem = family_of(row) if {"arithmetic", "dims", "mask"} <= set(row) else None
+        problem = family_of(row) if {"arithmetic", "dims", *KINDS_OF_FAMILIES} <= set(row) else None
     except BadProblem as error:
         return str(error)
     if set(parameters()) - set(row) <= AT_RUN_TIME:
