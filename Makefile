@@ -8,10 +8,10 @@ tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
 
 test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-all: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from functools import cache, cached_property, lru_cache
 
 from elsa_tune import places
 from elsa_tune.errors import BadVariant
+from elsa_tune.parts import scan
 from elsa_tune.variant import Value, Variant
 
 
@@ -86,6 +87,11 @@ class Space:
         return hashlib.sha256(repr([(axis.name, axis.values) for axis in self.axes]).encode()).hexdigest()[:8]
 
 
+def _values(name: str, listed: list[Value]) -> tuple[Value, ...]:
+    """The values of an axis; of scans, every one, those that the space names first: none needs a text in any language."""
+    return tuple(dict.fromkeys([*listed, *(scan.names() if name == "scan" else ())]))
+
+
 @cache
 def _read(backend: str) -> Space:
     path = places.data("search_spaces") / f"{backend}.toml"
@@ -93,7 +99,8 @@ def _read(backend: str) -> Space:
     if "axis" not in content:
         raise BadVariant(f"backend {backend!r} is unknown; use one of {', '.join(names())}")
     axes = tuple(
-        Axis(a["name"], a["spell"], tuple(a["values"]), a["meaning"], a.get("default")) for a in content["axis"]
+        Axis(a["name"], a["spell"], _values(a["name"], a["values"]), a["meaning"], a.get("default"))
+        for a in content["axis"]
     )
     return Space(backend, axes, tuple(content["start"]["variants"]))
 

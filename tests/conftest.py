@@ -13,6 +13,7 @@ _SESSION_HOME = tempfile.TemporaryDirectory(prefix="elsa-tune-tests-")
 os.environ["ELSA_TUNE_HOME"] = _SESSION_HOME.name  # before anything reads it: tests never touch the user's own
 for name in ("ELSA_TUNE_DB", "ELSA_TUNE_KERNELS"):
     os.environ.pop(name, None)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to the other worker
 os.environ["TRITON_INTERPRET"] = (
     "1"  # kernels of GPUs run here on the CPU, slowly; what compiles them does so elsewhere
 )

@@ -47,20 +47,16 @@ def here(variant: str) -> str:
     return variant.format(isa=f"{NATIVE}.l{LANES}", lanes=LANES)
 
 
-# Every value of every axis that changes code, each scan, both levels of states, odd dimensions, groups and causality.
+# What the covering array of tests/contracts does not draw: large tiles and dimensions, chunks of decoding, many workers and splits.
 SAMPLED = [
     ("cpp.serial.{isa}.q1.k6.v6.n24", "fp32.d64@b1.h2.q64.k64"),
-    ("cpp.serial.{isa}.q2.k5.v5.n120.packed", "fp32.d64.causal@b1.h4.kv2.q64.k64"),
     ("cpp.serial.{isa}.q3.k2.v2.n16.e6.p8", "fp32.d33.v17@b1.h2.q64.k64"),
-    ("cpp.hillis_steele.{isa}.q2.k4.v4.n16.w4", "fp32.d80@b1.h2.q64.k64"),
     ("cpp.hillis_steele.{isa}.q2.k4.v3.n16.s8.packed", "fp32.d48.v72.causal@b1.h6.kv2.q64.k64"),
     ("cpp.blelloch.{isa}.q2.k4.v4.n16.w8", "fp32.d64.causal@b1.h2.q64.k64"),
     ("cpp.blelloch.{isa}.q1.k8.v8.n48.s16.p32", "fp32.d128@b1.h8.kv2.q64.k64"),
-    ("cpp.hybrid.{isa}.q2.k4.v4.n16.w4.s4", "fp32.d64.causal@b1.h4.kv1.q64.k64"),
     ("cpp.hybrid.{isa}.q4.k2.v2.n16.w2.s16.packed.e6", "fp32.d1.v3@b1.h2.q64.k64"),
     ("cpp.serial.{isa}.q2.k4.v4.n16.d2", "fp32.d80@b1.h4.kv2.q64.k64"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32.d4", "fp32.d256@b1.h8.kv2.q1.k64"),
-    ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp32.d48.v72@b1.h2.q64.k64"),
     ("cpp.blelloch.{isa}.q1.k4.v4.n16.w4.head.p8", "fp32.d64.causal@b1.h6.kv2.q64.k64"),
     ("cpp.serial.{isa}.q2.k4.v4.n16.head", "fp32.d40.v24.causal+window@b1.h4.kv2.q64.k64.left9.right0"),
     ("cpp.serial.{isa}.c4.q2.k4.v4.n32", "fp32.d64@b1.h8.kv2.q1.k64"),
@@ -76,28 +72,21 @@ SAMPLED = [
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp16.d80.causal+window@b1.h3.kv1.q2.k64.left9.right0"),
 ]
 
-# Every mask, and intersections: sequential, and split over workers and memory.
-MASKED = [
-    *(name for name in masks.names() if name not in (masks.NONE, "causal")),
-    "causal+window",
-    "causal_lower_right+prefix",
-]
+# Every mask and every two: sequential, and split over workers and memory.
 HOW = [
     "cpp.serial.{isa}.q2.k4.v4.n24",
     "cpp.hybrid.{isa}.q2.k5.v5.n16.w4.s4.packed",
     "cpp.blelloch.{isa}.c4.q4.k1.v4.n32.w2",
 ]
-SAMPLED += [(HOW[i % 3], f"fp32.d40.v24.{name}") for i, name in enumerate(MASKED)]
-
-# Every score, and with masks that leave rows without a key.
+ALONE = [name for name in masks.names() if name != masks.NONE]
+MASKED = [*ALONE, *("+".join(pair) for pair in itertools.combinations(ALONE, 2))]
 SCORED = [*(name for name in scores.names() if name != scores.NONE), "causal.softcap", "lengths+window.softcap"]
 SAMPLED += [(HOW[(i + 1) % 3], f"fp32.d64.{name}") for i, name in enumerate(SCORED)]
 SAMPLED += [("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.lengths.softcap")]
-PAIRS = ["+".join(pair) for pair in itertools.combinations((name for name in masks.names() if name != masks.NONE), 2)]
-PAIRED = [pytest.param(how, f"fp32.d64.{pair}", marks=pytest.mark.slow) for how in HOW for pair in PAIRS]
+EVERY_MASK = [pytest.param(how, f"fp32.d40.v24.{name}", marks=pytest.mark.slow) for how in HOW for name in MASKED]
 
 
-@pytest.mark.parametrize(("variant", "problem"), [*SAMPLED, *PAIRED])
+@pytest.mark.parametrize(("variant", "problem"), [*SAMPLED, *EVERY_MASK])
 def test_contract(variant: str, problem: str) -> None:
     wanted = Problem.parse(problem)
     wanted = wanted if "@" in problem else wanted.reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64)

@@ -96,13 +96,11 @@ MORE = [
 ]
 
 
-def cases() -> list[tuple[str, str]]:
-    """Every network with every dtype and mask, then every other value that changes code."""
-    return [*((network, family) for network in networks() for family in FAMILIES), *MORE]
+EVERY_NETWORK = [pytest.param(network, family, marks=pytest.mark.slow) for network in networks() for family in FAMILIES]
 
 
 @pytest.mark.opencl
-@pytest.mark.parametrize(("spelling", "family"), dict.fromkeys(cases()))
+@pytest.mark.parametrize(("spelling", "family"), [*MORE, *EVERY_NETWORK])
 def test_opencl_contract(spelling: str, family: str, opencl_cpu: Device) -> None:
     problem = Problem.parse(family).reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64)
     obeys("cuda." + spelling.format("opencl.", "shared"), problem, opencl_cpu)
@@ -136,7 +134,10 @@ HALVES = [
 
 
 EMULATED = [
-    *((network.format("", ""), FAMILIES[i % 6]) for i, network in enumerate(networks())),
+    *(
+        pytest.param(network.format("", ""), FAMILIES[i % 6], marks=pytest.mark.slow)
+        for i, network in enumerate(networks())
+    ),
     *(
         (spelling.format("", "shared" if i % 2 else ""), family)
         for i, (spelling, family) in enumerate([*MORE, *ASYNC, *HALVES])
@@ -161,7 +162,7 @@ def test_cuda_text_under_an_emulator(spelling: str, family: str, tmp_path: Path)
         )
 
 
-@pytest.mark.parametrize(("spelling", "family"), [HALVES[0], HALVES[2]])
+@pytest.mark.parametrize(("spelling", "family"), [HALVES[0], pytest.param(*HALVES[2], marks=pytest.mark.slow)])
 def test_sums_in_halves_obey_the_contract(spelling: str, family: str, tmp_path: Path) -> None:
     """Class approx, hostile inputs included; further from float64 than class fp16, or it would not need a name of its own."""
     problem = Problem.parse(f"{family}@b1.h4.kv2.q64.k64")

@@ -10,9 +10,9 @@ from torch import Tensor
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Call, Kernel
 from elsa_tune.generate.operands import with_example
-from elsa_tune.order import ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import score as parts_of_scores
+from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -116,21 +116,35 @@ def allowed_of_lse(problem: Problem) -> float:
     return 8e-3 if problem.precision == "approx" else 4e-6
 
 
-def compute(kernel: Kernel, problem: Problem, aligned: bool = True) -> tuple[Tensor, Tensor, float]:
-    """Output, log-sum-exp and their largest error as a share of what is allowed; grouped heads, rows aligned or not."""
+def compute(
+    kernel: Kernel,
+    problem: Problem,
+    aligned: bool = True,
+    order: str = CONTIGUOUS,
+    q_len: int = 29,
+    kv_len: int = 53,
+    group: int = 2,
+) -> tuple[Tensor, Tensor, float]:
+    """Output, log-sum-exp and their largest error as a share of what is allowed; two KV heads, rows aligned or not."""
     generator = torch.Generator().manual_seed(3)
-    dtype, posed = elements.get(problem.dtype).dtype, with_example(problem).reshaped(batch=2, q_len=29, kv_len=53)
+    shape = {"batch": 2, "heads": 2 * group, "kv_heads": 2, "q_len": q_len, "kv_len": kv_len}
+    dtype, posed = elements.get(problem.dtype).dtype, with_example(problem).reshaped(**shape)
 
     def tensor(heads: int, length: int, dim: int) -> Tensor:
         x = torch.randn(2, heads, length, dim, generator=generator).to(dtype)
         return x if aligned else torch.nn.functional.pad(x, (1, 2))[..., 1 : dim + 1]
 
-    q, k, v = tensor(4, 29, problem.head_dim), tensor(2, 53, problem.head_dim), tensor(2, 53, problem.value_dim)
+    made = (
+        tensor(2 * group, q_len, problem.head_dim),
+        tensor(2, kv_len, problem.head_dim),
+        tensor(2, kv_len, problem.value_dim),
+    )
+    q, k, v = reference.Inputs("", *made).ordered([order] * 3).tensors if order != CONTIGUOUS else made
     lse = torch.full(q.shape[:3], float("nan"))
     operands = given.example(posed, 2)
     out = kernel(q, k, v, None, None, lse, operands)
     scores = logits(posed, q, k, operands)
-    truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(2, 1)
+    truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(group, 1)
     of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)
     difference = torch.where(lse == sums, 0.0, lse - sums)  # -inf where no key is seen

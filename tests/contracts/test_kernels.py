@@ -1,0 +1,98 @@
+"""The contract of kernels over a covering array: every two values of languages, parts and shapes meet in a kernel that runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+
+from contracts import covering, kernels
+from elsa_tune import device as devices
+from elsa_tune.generate import cpp, cuda, triton
+from elsa_tune.generate.backends import Kernel
+from elsa_tune.parts import element, mask, scan
+from elsa_tune.problem import Problem
+from elsa_tune.variant import Value, Variant
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter where a row sees no key
+
+
+def on_opencl(variant: Variant, problem: Problem, folder: Path) -> Kernel:
+    pytest.importorskip("pyopencl", reason="needs pyopencl: pip install 'elsa-tune[opencl]'")
+    if not devices.opencl_devices():
+        pytest.skip("needs an OpenCL device: apt-get install pocl-opencl-icd")
+    return cuda.load(cuda.build(variant, problem, devices.opencl_devices()[0]), variant, problem)
+
+
+RUN = {
+    "cpp": lambda variant, problem, folder: cpp.load(cpp.build(variant, problem), variant, problem),
+    "cuda": lambda variant, problem, folder: emulated.kernel(variant, problem, folder)[0],
+    "hip": lambda variant, problem, folder: emulated.kernel(variant, problem, folder)[0],
+    "opencl": on_opencl,
+    "triton": lambda variant, problem, folder: triton.load(triton.build(variant, problem), variant, problem),
+}
+"""How each language runs on this CPU: compiled, emulated, by PoCL, interpreted."""
+
+
+def holds(row: Mapping[str, Value], variant: Variant, folder: Path) -> None:
+    """Right in the row's shape and memory order; the same bits again, whatever order an emulator's threads run in; all hostile
+    inputs where the language is fast enough here."""
+    problem = covering.family_of(row)
+    kernel = RUN[str(row["language"])](variant, problem, folder)
+    order = "bhsd" if row["layout"] == "unaligned" else str(row["layout"])
+    shape = {"q_len": {"many": 29, "one": 1}[str(row["query"])], "group": {"alone": 1, "grouped": 2}[str(row["heads"])]}
+    runtime = getattr(kernel, "_runtime", None)
+    answers = []
+    for seed in (0, 1) if isinstance(runtime, emulated.EmulatedRuntime) else (0,):
+        if seed:
+            runtime.seed = seed
+        out, lse, error = kernels.compute(kernel, problem, row["layout"] != "unaligned", order, **shape)
+        assert error < 1
+        answers.append((out, lse))
+    assert all(torch.equal(x, y) for other in answers for x, y in zip(answers[0], other, strict=True)), "a race"
+    if row["language"] == "cpp":
+        kernels.obeys(kernel, problem.reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64), [])
+    elif row["language"] == "opencl":
+        kernels.obeys(kernel, problem.reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64), [], keys=200, longest=301)
+
+
+def _case(row: Mapping[str, Value], variant: Variant) -> object:
+    marks = [pytest.mark.opencl] if row["language"] == "opencl" else []
+    return pytest.param(row, variant, id="-".join(map(str, row.values())), marks=marks)
+
+
+@pytest.mark.parametrize(("row", "variant"), [_case(*kernel) for kernel in covering.kernels()])
+def test_every_two_values_meet(row: Mapping[str, Value], variant: Variant, tmp_path: Path) -> None:
+    holds(row, variant, tmp_path)
+
+
+SHARES = 12
+
+
+@pytest.mark.slow
+@pytest.mark.opencl
+@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("language", covering.LANGUAGES)
+def test_every_two_values_meet_in_each_language(language: str, share: int, tmp_path: Path) -> None:
+    for number, (row, variant) in enumerate(covering.kernels(language)[share::SHARES]):
+        holds(row, variant, tmp_path / str(number))
+
+
+def test_what_is_not_covered_is_refused_with_a_reason() -> None:
+    """Every pair is drawn or refused; a language that lacks an axis is no reason against masks, elements and scans, which every
+    language has."""
+    rows, refused = covering.drawn()
+    parameters = covering.parameters()
+    pairs = sum(len(parameters[a]) * len(parameters[b]) for a, b in itertools.combinations(parameters, 2))
+    met = {pair for row in rows for pair in itertools.combinations(row.items(), 2)}
+    assert len(met) + len(refused) == pairs and all(refused.values())
+    everywhere = {("mask", name) for name in mask.names()} | {("scan", name) for name in scan.names()}
+    everywhere |= {("arithmetic", name) for name in element.names()}
+    assert not [pair for pair in refused if pair[0][0] == "language" and pair[1] in everywhere]
+    assert not {value for values in refused for value in values} - {value for pair in met for value in pair}, (
+        "never run"
+    )
