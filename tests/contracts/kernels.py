@@ -10,9 +10,9 @@ from torch import Tensor
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Call, Kernel
 from elsa_tune.generate.operands import with_example
+from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import score as parts_of_scores
-from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
