@@ -263,15 +263,10 @@ def test_every_file_opens_with_one_sentence() -> None:
         assert path.read_text().lstrip().startswith(("//", "{#", "{%")), path
 
 
-LONG = {"cpp", "cuda", "triton"}
-"""Folders of templates in which lines are still longer."""
-
-
 def test_lines_of_templates_fit_a_page() -> None:
     folder = ROOT / "templates"
     for path in folder.rglob("*.j2"):
-        if path.relative_to(folder).parts[0] not in LONG:
-            assert all(len(line) <= 120 for line in path.read_text().splitlines()), path
+        assert all(len(line) <= 120 for line in path.read_text().splitlines()), path
 
 
 def test_importing_does_nothing() -> None:

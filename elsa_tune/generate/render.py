@@ -35,9 +35,6 @@ _COMMENTS = {
     "py": re.compile(r'^\s*""".*?"""$|#[^\n]*', re.M | re.S),
 }
 """What may change without changing what is computed, by language."""
-_BREAKS = {
-    suffix: re.compile(rf"{mark}\n[ \t]*") for suffix, mark in (("cpp", "//"), ("cu", "//"), ("cl", "//"), ("py", "#"))
-}
 
 
 def powers(n: int) -> list[int]:
@@ -92,7 +89,7 @@ def render(template: str, context: Mapping[str, Any]) -> Source:
     """Render ``templates/<template>``; a name the context lacks is an error that gives the template's line."""
     text = write(template, context)
     suffix = template.removesuffix(".j2").rpartition(".")[2]
-    code = _COMMENTS[suffix].sub("", _BREAKS[suffix].sub("", text))
+    code = _COMMENTS[suffix].sub("", text)
     code = "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
     return Source(text, suffix, hashlib.sha256(code.encode()).hexdigest()[:20])
 

@@ -118,8 +118,9 @@ constexpr int HEAD_STEPS = HEAD_DIM / CHUNK;
 constexpr int VALUE_STEPS = VALUE_DIM / CHUNK;
 
 // The state of QV vectors of query rows over some set of keys, in base 2:
-//   m = max score log2(e), rounded up,  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W / S.
-// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
+//   m = max score log2(e), rounded up,  S = sum 2^(score log2(e) - m),  W = sum 2^(score log2(e) - m) v;  output = W
+//   / S. m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded,
+//   however often.
 template <int QV>
 struct State {
   vec m[QV], s[QV], w[VALUE_STEPS][QV];
@@ -343,8 +344,8 @@ struct Tile {
     if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
   }
 
-  // The total over leaves [begin, end) of the key axis, keys below limit, into worker[WORKERS - 1]. Every row of the tile sees
-  // keys below unmasked.
+  // The total over leaves [begin, end) of the key axis, keys below limit, into worker[WORKERS - 1]. Every row of the
+  // tile sees keys below unmasked.
   INLINE void total(const Rows<QV>& rows, Keys& keys, int64_t begin, int64_t end, int64_t limit, int64_t unmasked) {
     for (int w = 0; w < WORKERS; ++w) {
       worker[w].identity();

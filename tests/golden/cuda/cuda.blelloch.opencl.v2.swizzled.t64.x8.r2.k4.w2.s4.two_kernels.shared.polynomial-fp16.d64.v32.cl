@@ -6,8 +6,9 @@
 //   fold   a worker folds its leaves, state in registers
 //   block  2 worker states of one block merged on chip by rounds
 //   grid   4 splits of the key axis, states in memory merged by rounds (two_kernels)
-// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K and V
-// read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the dialect.
+// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K
+// and V read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the
+// dialect.
 // OpenCL C 1.2.
 #define KERNEL(threads, blocks) __kernel __attribute__((reqd_work_group_size(threads, 1, 1))) void
 #define DEVICE static inline __attribute__((always_inline))
@@ -67,7 +68,8 @@ DEVICE element element_from(float x) {  // to nearest, ties to even; NaN stays N
   return (element)(sign | rounded);
 }
 DEVICE float no_key(void) { return float_of(0xff800000u); }  // the maximum over no keys: -infinity
-// 2^x: split x into an integer, placed in the exponent, and f in [-1/2, 1/2]. Below 2^-126 the answer is 0; NaN stays NaN.
+// 2^x: split x into an integer, placed in the exponent, and f in [-1/2, 1/2]. Below 2^-126 the answer is 0; NaN stays
+// NaN.
 DEVICE float exp2_of(float x) {
   const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the low mantissa bits become the integer
   const float f = x - (shifted - 12582912.0f);
@@ -139,8 +141,8 @@ DEVICE void slice_put(const vec* held, SHARED stored* to, const int columns, int
     if (row < BLOCK_N) store_vec(to + place(row, column, SLICE_STRIDE), held[n]);
   }
 }
-// Threads side by side differ in their query row first, then in their lane: each address of a load of K and V, and of Q and the weights,
-// is that of a pair of threads, and shared memory answers a load of 128 bits in half the time.
+// Threads side by side differ in their query row first, then in their lane: each address of a load of K and V, and of
+// Q and the weights, is that of a pair of threads, and shared memory answers a load of 128 bits in half the time.
 DEVICE int lane_of(int t) { return t / ABREAST % LANES; }
 DEVICE int team_row_of(int t) { return t / (ABREAST * LANES) * ABREAST + t % ABREAST; }
 
@@ -185,9 +187,10 @@ DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
   barrier_block();
 }
 
-// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score c - m), and
-// w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
-// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score
+// c - m), and w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share
+// of the sum. m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded,
+// however often.
 typedef struct {
   float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
 } State;
@@ -230,7 +233,8 @@ DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, int lan
     }
 }
 
-// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the past.
+// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the
+// past.
 DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored* p, float c, int team_row, int lane, int t) {
   float top[ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) {
@@ -344,8 +348,8 @@ KERNEL(128, 1) finish(const GLOBAL float* partial, GLOBAL element* output, GLOBA
   const index_t lse_row = ((index_t)batch * kv_heads * group + kv_head * group + row % group) * q_len + row / group;
   finish_value(partial, output, lse, (index_t)slots * rows, state_row, batch * stride_ob + row_offset(row, group, kv_head, stride_oh, stride_om), lse_row, (int)(i % VALUE_DIM));
 }
-// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
-// their way while one is used. From key `whole` on leaves need the mask.
+// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones
+// on their way while one is used. From key `whole` on leaves need the mask.
 DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, float c, int worker, int t) {
   const int lane = lane_of(t), team_row = team_row_of(t);
   float score[ROWS][KEYS], keep[ROWS];

@@ -6,8 +6,9 @@
 //   fold   a worker folds its leaves, state in registers
 //   block  1 worker state of one block
 //   grid   1 split of the key axis
-// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K and V
-// read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the dialect.
+// A query row is one (position, head of the group) pair of a KV head, position-major, so all query heads that share K
+// and V read them together. Multiply-adds alone: no matrix unit. C++14 and OpenCL C 1.2 read the text below the
+// dialect.
 // CUDA: nvcc 10.2 and later, NVRTC.
 #define KERNEL(threads, blocks) extern "C" __global__ __launch_bounds__(threads) void
 #define DEVICE __device__ __forceinline__
@@ -126,8 +127,8 @@ DEVICE void slice_copy(SHARED stored* to, const Source from, int first_row, int 
       store_vec(place_of, inside ? fetch(origin, first_column + column, from.dim, 0) : zero_vec());
   }
 }
-// Threads side by side differ in their query row first, then in their lane: each address of a load of K and V, and of Q and the weights,
-// is that of a pair of threads, and shared memory answers a load of 128 bits in half the time.
+// Threads side by side differ in their query row first, then in their lane: each address of a load of K and V, and of
+// Q and the weights, is that of a pair of threads, and shared memory answers a load of 128 bits in half the time.
 DEVICE int lane_of(int t) { return t / ABREAST % LANES; }
 DEVICE int team_row_of(int t) { return t / (ABREAST * LANES) * ABREAST + t % ABREAST; }
 
@@ -166,9 +167,10 @@ DEVICE void row_sum(float* x, SHARED float* scratch, int t, int lane) {
   UNROLL for (int i = 0; i < ROWS; ++i) x[i] = x[i] + lane_xor(x[i], 2);
 }
 
-// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score c - m), and
-// w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share of the sum.
-// m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded, however often.
+// The state of a thread's query rows over some set of keys, in base 2: m = max score c, rounded up, s = sum 2^(score
+// c - m), and w = sum 2^(score c - m) v for the thread's value columns. While a worker folds, s is this lane's share
+// of the sum. m is whole, so what scales a state when a larger score comes is a whole power of 2: nothing is rounded,
+// however often.
 typedef struct {
   float m[ROWS], s[ROWS], w[ROWS][COLUMNS];
 } State;
@@ -213,7 +215,8 @@ DEVICE void apply_mask(float score[ROWS][KEYS], int first_key, int high, int lan
     }
 }
 
-// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the past.
+// The leaf's maximum and weights, which the lanes of a row share through shared memory; keep is what remains of the
+// past.
 DEVICE void weigh(float score[ROWS][KEYS], State* x, float* keep, SHARED stored* p, float c, int team_row, int lane, int t) {
   float top[ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) {
@@ -282,8 +285,8 @@ DEVICE void add_values(State* x, const float* keep, const SHARED stored* p, cons
     }
   }
 }
-// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones on
-// their way while one is used. From key `whole` on leaves need the mask.
+// Fold the keys low <= key < high of a head into x: slices of K, then of V, pass through shared memory, the next ones
+// on their way while one is used. From key `whole` on leaves need the mask.
 DEVICE void fold(State* x, const SHARED stored* query, SHARED stored* stages, SHARED stored* p, const Source keys, const Source values, int low, int whole, int high, float c, int worker, int t) {
   const int lane = lane_of(t), team_row = team_row_of(t);
   float score[ROWS][KEYS], keep[ROWS];

@@ -379,8 +379,8 @@ def attention(query, key, value, scale=None, out=None, lse=None):
     return out
 
 def launches(query, key, value, scale, out, lse):
-    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
-    device the tensors are on."""
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled,
+    whatever device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
     scale = 1 / math.sqrt(80) if scale is None else scale
@@ -426,8 +426,9 @@ _lock = Lock()
 def arrivals_of(query, count):
     """``count`` counters, all 0: the last program of a tile to arrive leaves its own so, and no launch clears them.
 
-    Launches of one stream follow one another and share counters. What is captured in a CUDA graph has counters of its own for as
-    long as this module lives, since the graph may be replayed beside anything; beyond ARRIVALS, the graph clears them.
+    Launches of one stream follow one another and share counters. What is captured in a CUDA graph has counters of its
+    own for as long as this module lives, since the graph may be replayed beside anything; beyond ARRIVALS, the graph
+    clears them.
     """
     count = -(-count // 4) * 4  # 16 bytes: as aligned as a launch was compiled for
     device, stream, captured = place(query)

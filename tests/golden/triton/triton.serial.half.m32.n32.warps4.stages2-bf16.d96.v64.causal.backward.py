@@ -219,8 +219,8 @@ def gradients(query, key, value, output, lse, grad, scale=None):
     return found
 
 def launches(query, key, value, output, lse, grad, scale, dq, dk, dv):
-    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
-    device the tensors are on."""
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled,
+    whatever device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
     scale = 1 / math.sqrt(96) if scale is None else scale

@@ -215,8 +215,8 @@ def attention(query, key, value, scale=None, out=None, lse=None, operands=()):
     return out
 
 def launches(query, key, value, scale, out, lse, operands):
-    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled, whatever
-    device the tensors are on."""
+    """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled,
+    whatever device the tensors are on."""
     batch, heads, q_len, _ = query.shape
     _, kv_heads, kv_len, _ = key.shape
     scale = 1 / math.sqrt(64) if scale is None else scale
