@@ -29,6 +29,7 @@ from elsa_tune.generate import backends, lawful, sdpa
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.prove.check import Verdict
+from elsa_tune.remember import lines as files
 from elsa_tune.remember.database import Database
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import offline, telemetry
@@ -318,5 +319,5 @@ def write(session: Session, out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str))
     winners = [w.measurement for w in session.database.winners(device=device) if w.ratio_low > 1]
     kept = [m for m in winners if m.error is not None and not m.is_rival]
-    lines.write(kept, out / f"{name}.jsonl")
-    lines.write(session.database.measurements(device=device), out / f"{name}.trials.jsonl")
+    files.write(kept, out / f"{name}.jsonl")
+    files.write(session.database.measurements(device=device), out / f"{name}.trials.jsonl")

@@ -256,7 +256,7 @@ from elsa_tune.tuning import tune, race, worker
 from elsa_tune.prove import check
 from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl
-archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp.openmp()
+archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp._pool.openmp()
 os.setgid(65534); os.setuid(65534)
 q = torch.randn(1, 2, 96, 16)
 out = elsa_tune.attention(q, q, q)

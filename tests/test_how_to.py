@@ -31,7 +31,7 @@ LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "d
 
 def steps(page: str) -> tuple[dict[str, str], list[str]]:
     """Files that a page says to write, and the commands that it says to run, in its order."""
-    text = (PAGES / page).read_text()
+    text = (PAGES / page).read_text().partition("\n## ")[0]  # what is less plain has a test of its own
     files, commands, begin = dict[str, str](), list[str](), 0
     for block in BLOCK.finditer(text):
         content = textwrap.dedent(block["text"])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
@@ -38,6 +37,8 @@ def _attn_mask(posed: Posed) -> Tensor:
     """What torch is given of a mask that is no flag: its own object where it takes one and means the same, or dense."""
     q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
     if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
+        from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
+
         own: Tensor = causal_lower_right(q_len, kv_len)
         return own
     return posed.dense()
