@@ -27,7 +27,7 @@ DEVICES = (
 )
 DTYPES = ("fp32", "fp32.strict", "fp32.tf32", "fp16", "fp16.approx", "bf16")
 DIMS = ("d64", "d80", "d128", "d96.v64", "d32", "d256")
-MASKS = ("", ".causal", ".causal.backward", ".window", ".causal_lower_right", ".prefix", ".causal.window", ".backward")
+MASKS = ("", ".causal", ".causal.backward", ".window", ".causal_lower_right", ".prefix", ".causal+window", ".backward")
 SHAPES = ("b1.h8.q4096.k4096", "b1.h32.kv8.q1.k8192", "b2.h4.kv2.q300.k500")
 
 
@@ -39,7 +39,7 @@ def posed() -> list[Problem]:
             for mask in MASKS:
                 for shape in SHAPES:
                     family = f"{dtype}.{dims}{mask}"
-                    integers = {"window": ".left64.right0", "prefix": ".prefix10"}.get(mask.rpartition(".")[2], "")
+                    integers = ".left64.right0" if "window" in mask else ".prefix10" if "prefix" in mask else ""
                     try:
                         found.append(Problem.parse(f"{family}@{shape}{integers}"))
                     except ElsaTuneError:

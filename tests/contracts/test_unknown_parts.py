@@ -196,6 +196,28 @@ def test_a_planted_mask_is_rendered_as_its_bounds(backend: str, plant: Plant) ->
 SDPA = Space.read("sdpa").parse(Space.read("sdpa").start[0])
 
 
+def test_a_test_of_pairs_without_a_text_is_refused(plant: Plant, tmp_path: Path, home: Path) -> None:
+    """It is no bound: rendered without its text, it would be no mask at all."""
+    plant("mask", "none", test=lambda batch, head, position, key: position != key)
+    problem = Problem(mask=PLANTED, head_dim=16, heads=2, q_len=64, kv_len=64)
+    for name in GENERATED:
+        reason = str(backends.get(name).refusal(problem, named(DEVICES[name])))
+        assert f"no text for the mask {PLANTED}" in reason, name
+        variant = Space.read(name).parse(Space.read(name).start[0])
+        with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
+            backends.get(name).source(variant, problem)
+    for device in ("sm_75", "opencl", "zen4"):
+        assert PLANTED in str(export.refusal(problem, named(device)))
+        with pytest.raises(KernelMissing, match=PLANTED):
+            kit.make(device, tmp_path / "kit", [problem])
+    x = reference.random_inputs(problem, torch.Generator().manual_seed(0))
+    scores = (x.query.double() @ x.key.double().mT / 4).masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)
+    truth = scores.softmax(-1) @ x.value.double()
+    rows = reference.attention_rows(problem, x, reference.every_row(problem)).view(1, 2, 64, 16)
+    assert torch.allclose(rows, truth, rtol=0, atol=1e-12)
+    assert torch.allclose(elsa_tune.load(problem)(*x.tensors).double(), truth, rtol=0, atol=1e-5)
+
+
 def test_what_ships_refuses_bounds_that_it_does_not_know(plant: Plant) -> None:
     problem = planted_problem("mask", plant)
     for device in ("sm_75", "opencl", "zen4"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
@@ -14,7 +15,13 @@ def known(variant: Variant, problem: Problem) -> dict[str, Any]:
     and whole leaves alone."""
     axes = variant.axes
     whole = problem.kv_len % _turn(variant) == 0
-    even = whole and problem.mask == "none" and axes["edges"] == "peeled" and problem.direction == "forward"
+    mask = masks.get(problem.mask)
+    even = (
+        whole
+        and not (mask.cuts_front or mask.cuts_back or mask.tested)
+        and axes["edges"] == "peeled"
+        and problem.direction == "forward"
+    )
     return {"group": min(problem.group, 2), "EVEN": even}
 
 
