@@ -199,7 +199,7 @@ SDPA = Space.read("sdpa").parse(Space.read("sdpa").start[0])
 def test_a_test_of_pairs_without_a_text_is_refused(plant: Plant, tmp_path: Path, home: Path) -> None:
     """It is no bound: rendered without its text, it would be no mask at all."""
     plant("mask", "none", test=lambda batch, head, position, key: position != key)
-    problem = Problem(mask=PLANTED, head_dim=16, heads=2, q_len=64, kv_len=64)
+    problem = Problem(mask=PLANTED, head_dim=16, heads=2, q_len=40, kv_len=40)
     for name in GENERATED:
         reason = str(backends.get(name).refusal(problem, named(DEVICES[name])))
         assert f"no text for the mask {PLANTED}" in reason, name
@@ -211,9 +211,9 @@ def test_a_test_of_pairs_without_a_text_is_refused(plant: Plant, tmp_path: Path,
         with pytest.raises(KernelMissing, match=PLANTED):
             kit.make(device, tmp_path / "kit", [problem])
     x = reference.random_inputs(problem, torch.Generator().manual_seed(0))
-    scores = (x.query.double() @ x.key.double().mT / 4).masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)
+    scores = (x.query.double() @ x.key.double().mT / 4).masked_fill(torch.eye(40, dtype=torch.bool), -torch.inf)
     truth = scores.softmax(-1) @ x.value.double()
-    rows = reference.attention_rows(problem, x, reference.every_row(problem)).view(1, 2, 64, 16)
+    rows = reference.attention_rows(problem, x, reference.every_row(problem)).view(1, 2, 40, 16)
     assert torch.allclose(rows, truth, rtol=0, atol=1e-12)
     assert torch.allclose(elsa_tune.load(problem)(*x.tensors).double(), truth, rtol=0, atol=1e-5)
 
