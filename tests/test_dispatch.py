@@ -659,3 +659,11 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     for number in range(2 * handovers.MOST):
         handovers.note("fp32.d16", ValueError(number))
     assert len(handovers.counts) <= handovers.MOST + 1 and handovers.counts[("fp32.d16", "other reasons")] > 1
+
+
+def test_a_loaded_kernel_loses_no_gradient_in_silence() -> None:
+    kernel, x = elsa_tune.load("fp32.d16@b1.h2.q4.k4"), torch.randn(1, 2, 4, 16)
+    with pytest.raises(WrongArguments, match="no gradients"):
+        kernel(x.clone().requires_grad_(), x, x)
+    with torch.no_grad():
+        assert kernel(x.clone().requires_grad_(), x, x).shape == x.shape

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elsa_tune.device import Device, detect
@@ -49,6 +50,8 @@ class LoadedKernel:
         """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
         the log-sum-exp. ``operands`` are those of its mask and scores by name: numbers, by default the problem's own, and tensors,
         like ``lengths``, int64 [batch]. Raises WrongArguments for other tensors."""
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
         posed = dispatch.problem_of(query, key, value, is_causal=False, enable_gqa=True)
         family = posed and posed.reshaped(mask=self.problem.mask, score=self.problem.score).family
         if family != self.problem.family:
