@@ -20,11 +20,6 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if here else torch.cuda.device(x.device)
 
 
-def _given(operands: Operands) -> tuple[Operands, ...]:
-    """The last argument of a module whose family has operands."""
-    return (operands,) if operands else ()
-
-
 class TritonKernel:
     """A family's module: call it with any shape."""
 
@@ -77,8 +72,7 @@ class TritonGradients:
         operands: Operands = (),
     ) -> tuple[Tensor, ...]:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
+        more = [operands] if operands else []  # numbers of a mask in closed form; gradients have no others
         with _on(query):
-            made: tuple[Tensor, ...] = self._launch(
-                *rows, lse.contiguous(), rows_contiguous(grad), scale, *_given(operands)
-            )
+            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale, *more)
         return made
