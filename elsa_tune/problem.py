@@ -13,7 +13,7 @@ from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import Operand
+from elsa_tune.parts.operand import STATE, Array, Operand
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +174,7 @@ class Problem:
     @property
     def declared(self) -> tuple[Operand, ...]:
         """What a kernel of the family takes beside its tensors, in order: what the mask has, then what scores have."""
-        return (*masks.get(self.mask).operands, *scores.get(self.score).operands)
+        return _declared(self.mask, self.score, elements.get(self.dtype).state)
 
     @property
     def numbers(self) -> dict[str, int | float]:
@@ -260,6 +260,14 @@ def _parse(text: str) -> Problem:
 def _spelled(value: float) -> str:
     """A number without a needless fraction; read back, it is the same number."""
     return repr(value).removesuffix(".0")
+
+
+@lru_cache(maxsize=1024)
+def _declared(mask: str, score: str, state: str) -> tuple[Operand, ...]:
+    both = (*masks.get(mask).operands, *scores.get(score).operands)
+    return tuple(
+        replace(one, dtype=state) if isinstance(one, Array) and one.dtype == STATE else one for one in both
+    )
 
 
 _MOST_SEQUENCES = 64

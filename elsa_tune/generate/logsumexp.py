@@ -39,6 +39,8 @@ def logsumexp(
     sequences = of_sequences(posed, own, dims=3)
     of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
     place = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
+    place["behind"] = kv_len - q_len
+    heads_of = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
     found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     for first in range(0, q_len, rows):
         some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
@@ -49,5 +51,8 @@ def logsumexp(
             logits = logits.masked_fill(hidden(posed, position, of_key, sequences), float("-inf"))
         if mask.tested:
             logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
-        found[:, :, first : first + rows] = torch.logsumexp(logits, -1)
+        sums = torch.logsumexp(logits, -1)
+        for term in chain.terms:
+            sums = torch.logaddexp(sums, term.at(own[term.name], heads_of).to(wide))
+        found[:, :, first : first + rows] = sums
     return found

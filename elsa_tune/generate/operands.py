@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import Array, Operands
+from elsa_tune.parts.operand import PLACES, Array, Operands
 from elsa_tune.problem import Problem
 
 
@@ -57,14 +57,17 @@ def _made(array: Array, content: Any) -> Tensor:
 
 
 def named(problem: Problem, operands: Operands) -> dict[str, Any]:
-    """Operands by name, arrays as if nothing were shared; what the problem says of numbers where there are none."""
+    """Operands by name; what the problem says of numbers where there are none."""
     if not operands:
         return dict(problem.numbers)
-    sizes = _sizes(problem)
-    return {
-        one.name: value.expand([sizes[axis] for axis in one.axes]) if isinstance(one, Array) else value
-        for one, value in zip(problem.declared, operands, strict=True)
-    }
+    return {one.name: value for one, value in zip(problem.declared, operands, strict=True)}
+
+
+def places(problem: Problem, device: torch.device) -> dict[str, Any]:
+    """Where every pair of a problem is, for parts that ask: indices that broadcast to [batch, heads, q_len, kv_len]."""
+    sizes = [(name, getattr(problem, axis)) for axis, name in PLACES.items()]
+    index = {name: torch.arange(n, device=device).view([-1, *[1] * (3 - i)]) for i, (name, n) in enumerate(sizes)}
+    return {**index, "behind": problem.kv_len - problem.q_len}
 
 
 def of_sequences(problem: Problem, own: Mapping[str, Any], batch: int | None = None, dims: int = 2) -> dict[str, Any]:

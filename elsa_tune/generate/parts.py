@@ -6,7 +6,7 @@ from typing import Any
 
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import arguments
+from elsa_tune.parts.operand import Array, arguments
 from elsa_tune.problem import Problem
 
 C_TYPES = {"int64": "int64_t", "int32": "int32_t", "float32": "float", "float64": "double", "bool": "unsigned char"}
@@ -17,11 +17,14 @@ def of_family(problem: Problem) -> dict[str, Any]:
     """The mask, the scores, whether anything is done to scores and asks where they are, and the arguments of operands."""
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     tested = bool(mask.tested)
+    bounds = mask.sequences
+    reads = [one for one in problem.declared if isinstance(one, Array) and one.name not in bounds]
     return {
         "mask": mask,
         "scores": chain,
-        "scored": bool(chain.ones) or tested,
-        "placed": chain.placed or tested,
+        "scored": tested or any(not one.term for one in chain.ones),
+        "placed": chain.placed or any(one.placed for one in mask.tested),
+        "reads": reads,
         "arguments": arguments(problem.declared),
         "elements": C_TYPES,
     }

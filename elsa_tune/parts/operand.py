@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+
+PLACES = {"batch": "batch", "heads": "head", "q_len": "position", "kv_len": "key"}
+"""What each axis of an array is indexed with: where a pair of a query and a key is."""
+
+STATE = "state"
+"""As the dtype of an array: the floats that states are of, whatever the element."""
 
 
 class Argument(NamedTuple):
@@ -30,7 +37,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor of torch's ``dtype``. Of its ``axes`` (batch, heads, q_len, kv_len) each may be 1: then all share what it holds.
+    """A tensor of torch's ``dtype``, or STATE. Of its ``axes`` (batch, heads, q_len, kv_len) each may be 1: then all share what it holds.
 
     ``typical`` makes what a race is run with from the sizes of those axes, the same whenever it is asked; ``hostile`` what else
     kernels are checked with. Both return nested lists or tensors.
@@ -41,6 +48,20 @@ class Array:
     axes: tuple[str, ...]
     typical: Callable[[Mapping[str, int]], Any]
     hostile: tuple[Callable[[Mapping[str, int]], Any], ...] = ()
+
+    @property
+    def over_keys(self) -> bool:
+        """Whether it holds something for each key."""
+        return "kv_len" in self.axes
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floats, and no integers or truths."""
+        return self.dtype == STATE or self.dtype.startswith("float")
+
+    def at(self, whole: Any, place: Mapping[str, Any]) -> Any:
+        """What ``whole``, of its axes or 1, holds at places (of PLACES): indices, or tensors of them that broadcast."""
+        return whole[tuple(0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True))]
 
     @property
     def data(self) -> str:
@@ -61,6 +82,11 @@ class Array:
 Operand = Number | Array
 Operands = tuple[Any, ...]
 """What a call gives: numbers and tensors, in the order in which a family declares them."""
+
+
+def values_at(operands: Iterable[Operand], own: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+    """What parts are given of their operands for pairs at places: numbers, and of arrays what they hold there."""
+    return {one.name: one.at(own[one.name], place) if isinstance(one, Array) else own[one.name] for one in operands}
 
 
 def arguments(declared: tuple[Operand, ...]) -> tuple[Argument, ...]:

@@ -19,6 +19,7 @@ from elsa_tune.parts import score as scores
 from elsa_tune.parts.element import UNIT
 from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.operand import Array, Operands
+from elsa_tune.parts.score import FARTHEST
 from elsa_tune.problem import Problem
 
 
@@ -116,17 +117,22 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     own = given.named(problem, inputs.operands)
     sequence = given.of_sequences(problem, own, batch)
 
+    behind = {"behind": problem.kv_len - problem.q_len}
+
     def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, problem.kv_len, KEYS_AT_ONCE):
             key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
             index = torch.arange(first, first + len(key), device=query.device)
-            place = {"batch": batch, "head": heads, "position": position, "key": index}
+            place = {"batch": batch, "head": heads, "position": position, "key": index, **behind}
             logits = chain.of(query @ key.T, own, **place)
             if problem.mask != NONE:
                 logits = logits.masked_fill(hidden(problem, position, index, sequence), -math.inf)
             if mask.tested:
                 logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
             yield logits, value
+        for term in chain.terms:
+            score = term.at(own[term.name], {"batch": batch, "head": heads}).double().expand(len(query), 1)
+            yield score, value.new_zeros(1, problem.value_dim)
 
     out, total = operators.get(problem.operator).rows(some_keys())
     return out.cpu(), total.cpu()
@@ -329,10 +335,12 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
 
     Its sum of weights, of float32 in every class, errs relatively as an output does: C u (1 + log2 n), and a logarithm turns
     that into an absolute error. Adding the maximum and changing the base cost C u |lse| more, and an error of all logits is one
-    of their log-sum-exp. -inf, of a row that sees no key, is met exactly.
+    of their log-sum-exp. -inf, of a row that sees no key, is met exactly. A row all of whose scores lie below FARTHEST is as far away
+    as they are, within a factor of 2.
     """
     found = lse[rows.batch, rows.head, rows.position].double().cpu()
-    difference = torch.where(found == truth, 0.0, (found - truth).abs()).nan_to_num(math.inf)
+    both_far = (truth < FARTHEST) & (found < FARTHEST) & (found <= truth / 2) & (found >= 2 * truth) & truth.isfinite()
+    difference = torch.where((found == truth) | both_far, 0.0, (found - truth).abs()).nan_to_num(math.inf)
     unit = UNIT * (1 + math.log2(problem.kv_len) + truth.abs().nan_to_num(posinf=0.0))
     allowed = LARGEST_CONSTANT * unit + UNIT * inputs.additions + _logit_error(problem, inputs)
     worst = int((difference / allowed).argmax())

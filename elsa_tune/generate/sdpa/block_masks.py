@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from elsa_tune.generate.operands import named, of_sequences
+from elsa_tune.generate.operands import named, of_sequences, places
 from elsa_tune.parts import mask as masks
-from elsa_tune.parts.operand import Operands
+from elsa_tune.parts.operand import PLACES, Operands
 from elsa_tune.problem import Problem
 
 BLOCK = 128
@@ -38,10 +38,18 @@ class Posed:
         mask = masks.get(self.problem.mask)
         if not mask.tested:
             return seen
-        sizes = [getattr(self.problem, name) for name in ("batch", "heads", "q_len", "kv_len")]
-        index = [torch.arange(n, device=self.device).view([-1, *[1] * (3 - axis)]) for axis, n in enumerate(sizes)]
-        passed: Tensor = mask.passes(self.own, **dict(zip(("batch", "head", "position", "key"), index, strict=True)))
+        everywhere = places(self.problem, self.device)
+        passed: Tensor = mask.passes(self.own, **{name: everywhere[name] for name in PLACES.values()})
         return seen & passed
+
+
+def posed(family: Problem, operands: Operands, query: Tensor, key: Tensor) -> Posed:
+    """A family as tensors pose it."""
+    batch, heads, q_len, _ = query.shape
+    problem = family.reshaped(batch=batch, heads=heads, kv_heads=key.shape[1], q_len=q_len, kv_len=key.shape[2])
+    own = named(problem, operands)
+    integers = tuple(own[name] for name in masks.get(family.mask).integers)
+    return Posed(problem.reshaped(integers=integers), own, query.device)
 
 
 class Derived(Generic[T]):
@@ -58,14 +66,8 @@ class Derived(Generic[T]):
         if entry not in self._made:
             if len(self._made) >= self._most:
                 self._made.clear()
-            batch, heads, q_len, _ = query.shape
-            posed = family.reshaped(batch=batch, heads=heads, kv_heads=key.shape[1], q_len=q_len, kv_len=key.shape[2])
-            own = named(posed, operands)
-            posed = posed.reshaped(integers=tuple(own[name] for name in masks.get(family.mask).integers))
-            self._made[entry] = (
-                operands,
-                self._make(Posed(posed, own, query.device)),
-            )  # operands are held: ids stay theirs
+            # operands are held: ids stay theirs
+            self._made[entry] = operands, self._make(posed(family, operands, query, key))
         return self._made[entry][1]
 
 

@@ -17,12 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.operands import named
+from elsa_tune.generate.operands import places
 from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.sdpa.block_masks import posed as _posed
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
-from elsa_tune.parts.score._base import PLACE
 from elsa_tune.problem import Problem
 
 BACKENDS = {
@@ -34,8 +34,13 @@ BACKENDS = {
 
 
 def _attn_mask(posed: Posed) -> Tensor:
-    """What torch is given of a mask that is no flag: its own object where it takes one and means the same, or dense."""
+    """What torch is given of a mask that is no flag and of scores that add: its own object where it takes one and means the same, or
+    dense."""
     q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
+    chain = scores.get(posed.problem.score)
+    if chain.additive:
+        bias: Tensor = chain.of(torch.zeros((), device=posed.device), posed.own, **places(posed.problem, posed.device))
+        return bias if posed.problem.mask == NONE else bias.where(posed.dense(), float("-inf"))
     if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
         from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
 
@@ -68,7 +73,9 @@ class SdpaKernel:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._family, operands, scale))
         is_causal, attn_mask = masks.get(self._family.mask).torchs == "is_causal", None
-        if self._family.mask != NONE and not is_causal:
+        if self._family.score != scores.NONE:
+            is_causal = False
+        if self._family.score != scores.NONE or (self._family.mask != NONE and not is_causal):
             attn_mask = _attn_masks.of(self._family, operands, query, key)
         grouped = query.shape[1] != key.shape[1]
         if grouped and self._backend is SDPBackend.EFFICIENT_ATTENTION:  # it takes no groups: what users do by hand
@@ -105,12 +112,16 @@ class EagerKernel:
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
-        logits = _scored(self._family, operands, logits)
-        if self._family.mask == NONE:
-            return logits.softmax(-1) @ value
-        hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
-        weights: Tensor = torch.ops.aten._safe_softmax(logits.masked_fill_(hidden, float("-inf")), -1)
-        return weights @ value
+        posed = _posed(self._family, operands, query, key)
+        chain = scores.get(self._family.score)
+        logits = chain.of(logits, posed.own, **places(posed.problem, query.device))
+        if self._family.mask != NONE:
+            hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
+            logits = logits.masked_fill_(hidden, float("-inf"))
+        for term in chain.terms:
+            logits = torch.cat([logits, posed.own[term.name][:, None, None].expand(*logits.shape[:3], 1)], -1)
+        weights: Tensor = torch.ops.aten._safe_softmax(logits, -1)
+        return weights[..., : key.shape[2]] @ value
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
@@ -123,27 +134,15 @@ def _dense(posed: Posed) -> Tensor:
 
 def _score_mod(posed: Posed) -> Callable[..., Any]:
     """FlexAttention's function of a score."""
-    chain, own = scores.get(posed.problem.score), posed.own
+    chain, own, behind = scores.get(posed.problem.score), posed.own, posed.problem.kv_len - posed.problem.q_len
 
     def scored(score: Tensor, batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Any:
-        return chain.of(score, own, batch=batch, head=head, position=position, key=key)
+        return chain.of(score, own, batch=batch, head=head, position=position, key=key, behind=behind)
 
     return scored
 
 
 _attn_masks_dense, _score_mods, _block_masks = Derived(_dense, 4), Derived(_score_mod, 64), Derived(block_mask, 64)
-
-
-def _scored(family: Problem, operands: Operands, logits: Tensor) -> Tensor:
-    """The family's scores of logits [batch, heads, q_len, kv_len]."""
-    place = {
-        name: torch.arange(n, device=logits.device).view([-1, *[1] * (3 - axis)])
-        for axis, (name, n) in enumerate(zip(PLACE, logits.shape, strict=True))
-    }
-    batch, heads, q_len, kv_len = logits.shape
-    posed = family.reshaped(batch=batch, heads=heads, kv_heads=heads, q_len=q_len, kv_len=kv_len)
-    scored: Tensor = scores.get(family.score).of(logits, named(posed, operands), **place)
-    return scored
 
 
 class FlexKernel:
@@ -166,11 +165,17 @@ class FlexKernel:
         options = {"block_mask": mask, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
         if self._family.score != scores.NONE:
             options["score_mod"] = _score_mods.of(self._family, operands, query, key)
-        if lse is None:
+        terms = scores.get(self._family.score).terms
+        if lse is None and not terms:
             made: Tensor = self._compiled(query, key, value, **options)
             return made
         made, sums = self._compiled(query, key, value, **options, return_lse=True)
-        lse.copy_(sums)
+        for term in terms:  # as models do: the sink takes its share of the weights afterwards
+            sink = _posed(self._family, operands, query, key).own[term.name][:, None]
+            made = made * (sums - sink).sigmoid().unsqueeze(-1)
+            sums = torch.logaddexp(sums, sink)
+        if lse is not None:
+            lse.copy_(sums)
         return made
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:

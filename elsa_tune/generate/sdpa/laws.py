@@ -37,8 +37,8 @@ def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | No
 
 
 def scores_are_known(kernel: str, problem: Problem) -> str | None:
-    if problem.score == scores.NONE:
-        return "torch's own kernels serve what has no score" if kernel == "eager" else None
+    if problem.score == scores.NONE or scores.get(problem.score).additive:
+        return "torch's own kernels serve what has no score, or adds a mask" if kernel == "eager" else None
     return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
 
 

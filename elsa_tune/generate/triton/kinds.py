@@ -18,7 +18,7 @@ def known(variant: Variant, problem: Problem) -> dict[str, Any]:
     mask = masks.get(problem.mask)
     even = (
         whole
-        and not (mask.cuts_front or mask.cuts_back or mask.tested)
+        and not (mask.cuts_front or mask.cuts_back)
         and axes["edges"] == "peeled"
         and problem.direction == "forward"
     )

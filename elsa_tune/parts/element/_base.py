@@ -46,12 +46,13 @@ class Precision:
 @dataclass(frozen=True)
 class Element:
     """``bytes`` of one number, the name of its dtype in ``torch``, and the precision classes that its tensors have, the one it is
-    named after among them. States are float32, whatever the element."""
+    named after among them. ``state``: the dtype of the floats that its states are of."""
 
     name: str
     bytes: int
     torch: str
     precisions: tuple[Precision, ...]
+    state: str = "float32"
 
     @property
     def classes(self) -> tuple[str, ...]:

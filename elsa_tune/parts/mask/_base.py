@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.parts.bound import EVERY_KEY, ZERO, Bound, least_of, most_of
-from elsa_tune.parts.operand import Array, Number, Operand
+from elsa_tune.parts.operand import Array, Number, Operand, values_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ class Mask:
     small shapes, of its integers and, for one sequence, of arrays with one integer for each. ``picture`` is the first example
     written out by hand, a line a position: x where a key is seen.
     ``torchs`` names torch's own form, where it has one: is_causal or causal_lower_right.
-    ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own, batch=, head=, position=, key=)`` says
-    whether pairs are seen, of indices or tensors of them that broadcast; each language has a text of it.
+    ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own)`` says whether pairs are seen, of what
+    its arrays hold there; ``placed``: it asks where that is too, batch=, head=, position=, key=. Each language has a text of it.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Mask:
     picture: str = ""
     torchs: str = ""
     test: Callable[..., Any] | None = None
+    placed: bool = False
     of: tuple[Mask, ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class Mask:
         passed: Any = True
         for one in self.tested:
             assert one.test is not None
-            passed = passed & one.test(**{operand.name: own[operand.name] for operand in one.operands}, **place)
+            passed = passed & one.test(**values_at(one.operands, own, place), **(place if one.placed else {}))
         return passed
 
     @property

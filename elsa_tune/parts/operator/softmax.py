@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 from elsa_tune.parts.operator._base import Operator
-from elsa_tune.parts.state.pair import leaf, merge, total
+from elsa_tune.parts.state.triple import leaf, merge, total
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,20 +6,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elsa_tune.parts.operand import Array, Number, Operand
+from elsa_tune.parts.operand import PLACES, Array, Number, Operand, values_at
 
-PLACE = ("batch", "head", "position", "key")
-"""What a score may ask of where it is: indices, or tensors of them that broadcast with the scores."""
+PLACE = (*PLACES.values(), "behind")
+"""What a score may ask of where it is: indices, or tensors of them that broadcast with the scores, and by how much keys outnumber
+queries."""
+
+
+FARTHEST = -(2.0**30)
+"""A score below it may be rounded to a power of 2: the difference of two such scores is then exact, or a row that sees nothing else, as
+where a mask holds the least float, would be the exponential of a rounding error."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """``function(score, **own, **place)`` is what becomes of scores: ``own`` are its operands by name, ``place`` is PLACE.
+    """``function(score, **own)`` is what becomes of scores: ``own`` are its numbers, and what its arrays hold there. ``placed``: it
+    is asked, as its texts are, with where that is too, PLACE.
 
     ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
     float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
     problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
-    with. ``placed``: its texts ask where a score is.
+    with. ``additive``: it adds to a score what does not depend on it.
+    ``term`` names an array, of one number for each head, that is the score of one more key, whose value is 0.
     """
 
     name: str
@@ -31,6 +39,8 @@ class Score:
     examples: tuple[Mapping[str, float], ...] = ({},)
     constants: Mapping[str, Any] = field(default_factory=dict)
     placed: bool = False
+    additive: bool = False
+    term: str = ""
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -71,6 +81,16 @@ class Chain:
         return any(one.placed for one in self.ones)
 
     @property
+    def terms(self) -> tuple[Array, ...]:
+        """Their arrays that are scores of one more key, whose value is 0."""
+        return tuple(array for one in self.ones for array in one.arrays if array.name == one.term)
+
+    @property
+    def additive(self) -> bool:
+        """Whether they add to scores what does not depend on them, something at least."""
+        return bool(self.ones) and all(one.additive for one in self.ones)
+
+    @property
     def turns(self) -> int:
         """How many examples there are."""
         return max((len(one.examples) for one in self.ones), default=1)
@@ -82,7 +102,7 @@ class Chain:
     def of(self, scores: Any, own: Mapping[str, Any], **place: Any) -> Any:
         """What becomes of scores somewhere (PLACE); ``own`` holds their operands by name."""
         for one in self.ones:
-            scores = one.function(scores, **{operand.name: own[operand.name] for operand in one.operands}, **place)
+            scores = one.function(scores, **values_at(one.operands, own, place), **(place if one.placed else {}))
         return scores
 
     def error(self, error: float, largest: float, own: Mapping[str, Any]) -> tuple[float, float]:

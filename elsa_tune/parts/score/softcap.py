@@ -8,7 +8,7 @@ from elsa_tune.parts import tanh
 from elsa_tune.parts.score._base import Score
 
 
-def _capped(score: Any, softcap: Any, **place: Any) -> Any:
+def _capped(score: Any, softcap: Any) -> Any:
     return softcap * (score / softcap).tanh()
 
 

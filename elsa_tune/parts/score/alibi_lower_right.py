@@ -1,0 +1,28 @@
+"""ALiBi counted from the lower right: the last query is where the last key is, as when a cache holds what came before the queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elsa_tune.parts.operand import STATE, Array
+from elsa_tune.parts.score import alibi
+from elsa_tune.parts.score._base import Score
+
+
+def _lowered(score: Any, late_slopes: Any, position: Any, key: Any, behind: Any, **place: Any) -> Any:
+    return score - late_slopes * abs(position + behind - key)
+
+
+def _error(error: float, largest: float, late_slopes: Any, **more: Any) -> tuple[float, float]:
+    return alibi.error(error, largest, late_slopes, **more)
+
+
+SCORE = Score(
+    "alibi_lower_right",
+    "score - `late_slopes` |position + kv_len - q_len - key|",
+    _lowered,
+    _error,
+    arrays=(Array("late_slopes", STATE, ("batch", "heads"), alibi.slopes),),
+    placed=True,
+    additive=True,
+)
