@@ -174,7 +174,7 @@ class Problem:
     @property
     def declared(self) -> tuple[Operand, ...]:
         """What a kernel of the family takes beside its tensors, in order: what the mask has, then what scores have."""
-        return _declared(self.mask, self.score, elements.get(self.dtype).state)
+        return declared(self.mask, self.score, elements.get(self.dtype).state)
 
     @property
     def numbers(self) -> dict[str, int | float]:
@@ -263,7 +263,8 @@ def _spelled(value: float) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _declared(mask: str, score: str, state: str) -> tuple[Operand, ...]:
+def declared(mask: str, score: str, state: str) -> tuple[Operand, ...]:
+    """What a kernel takes for a mask and scores, in order; ``state`` is the dtype of the floats that states are of."""
     both = (*masks.get(mask).operands, *scores.get(score).operands)
     return tuple(
         replace(one, dtype=state) if isinstance(one, Array) and one.dtype == STATE else one for one in both

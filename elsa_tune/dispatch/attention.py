@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.device import Device, of_tensor, tf32_allowed
-from elsa_tune.dispatch import exactness, handovers, shelf
+from elsa_tune.dispatch import exactness, fallback, handovers, meaning, shelf
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
+from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -42,7 +41,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
+    attn_mask: Tensor | AttnMask | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -51,15 +50,15 @@ def attention(
     """torch's scaled_dot_product_attention, by the fastest kernel measured on this device.
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
-    value_dim], no mask or causal: float32 on a CPU where no gradient is needed, float32, float16 and bfloat16 on a GPU,
-    gradients included, served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned,
-    goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
+    value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
+    of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster and no
+    gradient is needed (without a tensor in masks and scores also gradients, on GPUs). Everything else, and every shape that is not
+    tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
     mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
-    mask on another device.
+    mask on another device; and for operands of masks and scores that do not fit.
     """
     if (
-        attn_mask is None
-        and not dropout_p
+        not dropout_p
         and not _is_compiling()  # before what older compilers do not understand
         and (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         and type(is_causal) is bool is type(enable_gqa)
@@ -70,29 +69,41 @@ def attention(
     ):
         if type(scale) is int:
             scale = float(scale)
+        operands: Operands = ()
         try:
             entry = _entry(query, key, value, is_causal, enable_gqa)
+            if attn_mask is None:
+                wanted = CAUSAL if is_causal else NONE
+            else:
+                wanted = meaning.of(attn_mask, is_causal, query, key)
+                entry = wanted and (*entry, wanted.mask, wanted.score, wanted.numbers)
         except RuntimeError:  # nested tensors have no shape
-            return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if wanted is None:
+            return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if exactness.active:
             entry = (*entry, exactness.asked())
         serve = _serving.get(entry)
         if serve is None:
-            serve = _serving_for(entry, query, key, value, is_causal, enable_gqa)
+            serve = _serving_for(entry, query, key, value, wanted, enable_gqa)
         if serve is not _torch_serves and type(scale) in _SCALES and not _autocast():
+            if wanted.operands:
+                operands = wanted.in_order(query, key)
             try:
                 if not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
-                    return serve(query, key, value, scale)
-                gradients = _gradients_for(entry, query, key, value, is_causal, enable_gqa)
+                    return serve(query, key, value, scale, None, None, operands)
+                gradients = _gradients_for(entry, query, key, value, wanted, enable_gqa)
                 if gradients is not None:
-                    return differentiable(query, key, value, scale, serve, gradients)
+                    return differentiable(query, key, value, scale, serve, gradients, operands)
+            except WrongArguments:
+                raise
             except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
-                _hand_over(error, query, key, value, is_causal, enable_gqa)
-    return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+                _hand_over(error, query, key, value, wanted, enable_gqa)
+    return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def serve_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, enable_gqa: bool
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
@@ -100,24 +111,26 @@ def serve_with_lse(
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if not plain or needs_grad or _is_compiling() or _autocast() or observed:
         return None
-    entry = _entry(query, key, value, is_causal, enable_gqa)
+    entry = (*_entry(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
     if exactness.active:
         entry = (*entry, exactness.asked())
-    serve = _serving.get(entry) or _serving_for(entry, query, key, value, is_causal, enable_gqa)
+    serve = _serving.get(entry) or _serving_for(entry, query, key, value, wanted, enable_gqa)
     if serve is _torch_serves:
         return None
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     try:
-        return serve(query, key, value, scale, None, lse), lse
+        return serve(query, key, value, scale, None, lse, wanted.in_order(query, key)), lse
+    except WrongArguments:
+        raise
     except Exception as error:
-        _hand_over(error, query, key, value, is_causal, enable_gqa)
+        _hand_over(error, query, key, value, wanted, enable_gqa)
         return None
 
 
-def _hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> None:
+def _hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> None:
     """Count that torch answers in a kernel's place."""
     with suppress(Exception):
-        problem = problem_of(query, key, value, is_causal, enable_gqa)
+        problem = problem_of(query, key, value, wanted, enable_gqa)
         handovers.note(problem.family if problem else "a tensor without memory of its own", error)
 
 
@@ -134,38 +147,6 @@ def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
     if not (query.is_cuda and query.device == key.device == value.device and query.dtype is key.dtype is value.dtype):
         return query.dtype, key.dtype, value.dtype, query.device, key.device, value.device
     return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
-
-
-def _torch_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None, enable_gqa: bool,
-) -> Tensor:  # fmt: skip
-    """torch's function, kept away from what its fused CPU kernel gets wrong: causal with a scale of 0 or less, a float32
-    mask with a float64 query, and mistakes it lets pass."""
-    dense = isinstance(key, Tensor) and isinstance(value, Tensor) and not key.is_nested and not value.is_nested
-    if dense and key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
-        raise WrongArguments(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
-        )
-    if attn_mask is not None and is_causal:
-        raise WrongArguments(
-            "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
-        )
-    if attn_mask is not None and attn_mask.device != query.device:
-        raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
-    arguments: dict[str, Any] = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
-    causal_without_scale = is_causal and scale is not None and scale <= 0
-    mixed_mask = attn_mask is not None and attn_mask.dtype not in (query.dtype, torch.bool)
-    if (causal_without_scale or mixed_mask) and query.device.type == "cpu":
-        with sdpa_kernel(SDPBackend.MATH):
-            return scaled_dot_product_attention(query, key, value, **arguments)
-    return scaled_dot_product_attention(query, key, value, **arguments)
 
 
 def _torch_serves(
@@ -187,7 +168,7 @@ _serving: dict[_Key, Call] = {}
 _gradients: dict[_Key, Gradients | None] = {}
 
 
-def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Call:
+def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Call:
     """Decide who serves a shape, and remember it."""
     before = _shelf
     like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (query, key, value)]
@@ -196,14 +177,14 @@ def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_caus
         if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
             _serving[entry] = kernel.bind(*like)
 
-    found = _ready_kernel(problem_of(query, key, value, is_causal, enable_gqa), query, ready)
+    found = _ready_kernel(problem_of(query, key, value, wanted, enable_gqa), query, ready)
     if len(_serving) >= MOST_SHAPES:
         _serving.clear()
     return _serving.setdefault(entry, found.bind(query, key, value) if isinstance(found, Kernel) else _torch_serves)
 
 
 def _gradients_for(
-    entry: _Key, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool
+    entry: _Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool
 ) -> Gradients | None:
     """The kernel for a shape's gradients, if one is faster than torch's, decided once."""
     if entry not in _gradients:
@@ -213,7 +194,7 @@ def _gradients_for(
             if before is _shelf and not isinstance(kernel, Kernel):
                 _gradients[entry] = kernel
 
-        problem = problem_of(query, key, value, is_causal, enable_gqa)
+        problem = problem_of(query, key, value, wanted, enable_gqa)
         backward = problem.reshaped(direction="backward") if problem else None
         found = _ready_kernel(backward, query, ready)
         if len(_gradients) >= MOST_SHAPES:
@@ -236,7 +217,9 @@ def _ready_kernel(problem: Problem | None, query: Tensor, ready: Ready) -> Kerne
 _DTYPES = {getattr(torch, elements.get(name).torch): name for name in elements.names()}
 
 
-def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Problem | None:
+def problem_of(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask = NONE, enable_gqa: bool = False
+) -> Problem | None:
     """The problem these tensors pose, or None if no kernel of ours is meant for such tensors.
 
     On a GPU, torch's setting that lets float32 matrix products use TF32 is read as the class tf32.
@@ -253,12 +236,13 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
         return None
     rough = query.is_cuda and query.dtype == torch.float32 and tf32_allowed()
     captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
-    return Problem(
+    problem = Problem(
         dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",
-        head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
+        head_dim=head_dim, value_dim=value_dim,
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
         order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),
     )  # fmt: skip
+    return problem if wanted is NONE else wanted.of(problem)
 
 
 _shelf = Shelf()

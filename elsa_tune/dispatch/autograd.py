@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elsa_tune.generate.backends import Call, Gradients
+from elsa_tune.generate.backends import Call, Gradients, Operands
 
 
 class _Attention(torch.autograd.Function):
@@ -23,24 +23,26 @@ class _Attention(torch.autograd.Function):
         scale: float | None,
         serve: Call,
         gradients: Gradients,
+        operands: Operands,
     ) -> Tensor:
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        output = serve(query, key, value, scale, None, lse)
+        output = serve(query, key, value, scale, None, lse, operands)
         ctx.save_for_backward(query, key, value, output, lse)
-        ctx.scale, ctx.gradients = scale, gradients
+        ctx.scale, ctx.gradients, ctx.operands = scale, gradients, operands
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.gradients(*ctx.saved_tensors, grad, ctx.scale)
+        found = ctx.gradients(*ctx.saved_tensors, grad, ctx.scale, ctx.operands)
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, None, None, None)
+        return (*wanted, None, None, None, None)
 
 
 def differentiable(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, serve: Call, gradients: Gradients
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, serve: Call, gradients: Gradients,
+    operands: Operands = (),
 ) -> Tensor:
     """Attention by ``serve`` whose gradients ``gradients`` computes. Differentiable once."""
-    output: Tensor = _Attention.apply(query, key, value, scale, serve, gradients)  # type: ignore[no-untyped-call]
+    output: Tensor = _Attention.apply(query, key, value, scale, serve, gradients, operands)  # type: ignore[no-untyped-call]
     return output

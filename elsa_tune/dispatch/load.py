@@ -52,7 +52,7 @@ class LoadedKernel:
         like ``lengths``, int64 [batch]. Raises WrongArguments for other tensors."""
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
-        posed = dispatch.problem_of(query, key, value, is_causal=False, enable_gqa=True)
+        posed = dispatch.problem_of(query, key, value, enable_gqa=True)
         family = posed and posed.reshaped(mask=self.problem.mask, score=self.problem.score).family
         if family != self.problem.family:
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import fallback, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.problem import Problem
 
 
@@ -20,20 +22,34 @@ def attention_with_lse(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    attn_mask: Tensor | AttnMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """attention() and the logarithm of each row's sum of exponentials, [batch, heads, q_len], float32.
 
-    Shapes are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
+    Shapes and ``attn_mask`` are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
     is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
     """
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")
-    if served := dispatch.serve_with_lse(query, key, value, is_causal, scale, enable_gqa):
+    wanted = CAUSAL if is_causal else NONE
+    if attn_mask is not None:
+        found = meaning.of(attn_mask, is_causal, query, key)
+        if found is None:
+            raise WrongArguments(
+                f"attn_mask {_told(attn_mask)} is no mask for query {tuple(query.shape)} and key {tuple(key.shape)}; it must be of"
+                " elsa_tune.masks, or torch.bool, torch.float32 or of query's dtype and broadcast to them, without is_causal"
+            )
+        wanted = found
+    if served := dispatch.serve_with_lse(query, key, value, wanted, scale, enable_gqa):
         return served
-    output = dispatch.attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
-    family = Problem(head_dim=query.shape[3], mask="causal" if is_causal else "none")
-    return output, logsumexp(query, key, family, (), scale)
+    output = fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
+    family = wanted.of(Problem(head_dim=query.shape[3]))
+    return output, logsumexp(query, key, family, wanted.in_order(query, key), scale)
+
+
+def _told(attn_mask: object) -> str:
+    return f"{attn_mask.dtype} {tuple(attn_mask.shape)}" if isinstance(attn_mask, Tensor) else repr(attn_mask)[:60]
 
 
 def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

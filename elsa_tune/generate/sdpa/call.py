@@ -18,8 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.operands import places
-from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
-from elsa_tune.generate.sdpa.block_masks import posed as _posed
+from elsa_tune.generate.sdpa.block_masks import block_mask
+from elsa_tune.generate.sdpa.posed import Derived, Posed
+from elsa_tune.generate.sdpa.posed import posed as _posed
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -33,7 +34,7 @@ BACKENDS = {
 }
 
 
-def _attn_mask(posed: Posed) -> Tensor:
+def attn_mask(posed: Posed) -> Tensor:
     """What torch is given of a mask that is no flag and of scores that add: its own object where it takes one and means the same, or
     dense."""
     q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
@@ -49,7 +50,7 @@ def _attn_mask(posed: Posed) -> Tensor:
     return posed.dense()
 
 
-_attn_masks = Derived(_attn_mask, 4)
+_attn_masks = Derived(attn_mask, 4)
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,24 @@ class SdpaKernel:
         return self
 
 
+def eager(
+    posed: Posed, query: Tensor, key: Tensor, value: Tensor, scale: float | None, hidden: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    """What a program writes by hand: products, scores, mask (``hidden``: which pairs are not seen), softmax, products."""
+    if query.shape[1] != key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+    chain = scores.get(posed.problem.score)
+    logits = chain.of(logits, posed.own, **places(posed.problem, query.device)).to(query.dtype)
+    if hidden is not None:
+        logits = logits.masked_fill_(hidden, float("-inf"))
+    for term in chain.terms:
+        sink = posed.own[term.name].to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    weights: Tensor = torch.dropout(torch.ops.aten._safe_softmax(logits, -1), dropout_p, train=True)
+    return weights[..., : key.shape[2]] @ value
+
+
 @dataclass(frozen=True)
 class EagerKernel:
     """What a program writes by hand for scores that no kernel of torch's knows: products, scores, mask, softmax, products."""
@@ -109,19 +128,8 @@ class EagerKernel:
     ) -> Tensor:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._family, operands, scale))
-        if query.shape[1] != key.shape[1]:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
-        posed = _posed(self._family, operands, query, key)
-        chain = scores.get(self._family.score)
-        logits = chain.of(logits, posed.own, **places(posed.problem, query.device))
-        if self._family.mask != NONE:
-            hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
-            logits = logits.masked_fill_(hidden, float("-inf"))
-        for term in chain.terms:
-            logits = torch.cat([logits, posed.own[term.name][:, None, None].expand(*logits.shape[:3], 1)], -1)
-        weights: Tensor = torch.ops.aten._safe_softmax(logits, -1)
-        return weights[..., : key.shape[2]] @ value
+        hidden = None if self._family.mask == NONE else ~_attn_masks_dense.of(self._family, operands, query, key)
+        return eager(_posed(self._family, operands, query, key), query, key, value, scale, hidden)
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""

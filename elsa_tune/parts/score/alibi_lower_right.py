@@ -9,20 +9,20 @@ from elsa_tune.parts.score import alibi
 from elsa_tune.parts.score._base import Score
 
 
-def _lowered(score: Any, late_slopes: Any, position: Any, key: Any, behind: Any, **place: Any) -> Any:
-    return score - late_slopes * abs(position + behind - key)
+def _lowered(score: Any, lateslopes: Any, position: Any, key: Any, behind: Any, **place: Any) -> Any:
+    return score - lateslopes * abs(position + behind - key)
 
 
-def _error(error: float, largest: float, late_slopes: Any, **more: Any) -> tuple[float, float]:
-    return alibi.error(error, largest, late_slopes, **more)
+def _error(error: float, largest: float, lateslopes: Any, **more: Any) -> tuple[float, float]:
+    return alibi.error(error, largest, lateslopes, **more)
 
 
 SCORE = Score(
     "alibi_lower_right",
-    "score - `late_slopes` |position + kv_len - q_len - key|",
+    "score - `lateslopes` |position + kv_len - q_len - key|",
     _lowered,
     _error,
-    arrays=(Array("late_slopes", STATE, ("batch", "heads"), alibi.slopes),),
+    arrays=(Array("lateslopes", STATE, ("batch", "heads"), alibi.slopes),),
     placed=True,
     additive=True,
 )

@@ -1,0 +1,81 @@
+"""What a call's attn_mask means: a mask of ours for whatever torch takes, or nothing where torch must answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_tune.masks import CAUSAL, AttnMask
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_AXES = 4
+
+WORTH_A_LOOK = 1 << 21
+"""(query row, key) pairs of a call above which looking at one row of a mask, a few small operations, is below 2 % of it."""
+
+
+def of(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> AttnMask | None:
+    """The mask that the argument means for [batch, heads, length, dim] tensors; None where torch must answer: other shapes and kinds
+    of tensors, which it may also refuse."""
+    if isinstance(attn_mask, AttnMask):
+        return attn_mask & CAUSAL if is_causal else attn_mask
+    if is_causal or query.dim() != _AXES:
+        return None
+    if type(attn_mask) in _PLAIN:
+        return _of_tensor(attn_mask, query, key)
+    return _of_object(attn_mask, query, key)
+
+
+def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None:
+    wanted = (*query.shape[:3], key.shape[2])
+    fits = attn_mask.dim() <= _AXES and all(
+        n in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+    )
+    known = attn_mask.dtype in (torch.bool, torch.float32, query.dtype) and attn_mask.device == query.device
+    if not fits or not known or 0 in wanted or (attn_mask.requires_grad and torch.is_grad_enabled()):
+        return None
+    mask = attn_mask[(None,) * (_AXES - attn_mask.dim())]
+    shared = [n == 1 or step == 0 for n, step in zip(mask.shape, mask.stride(), strict=True)]
+    if shared[1] and shared[2] and mask.is_cpu and query.shape[:3].numel() * key.shape[2] >= WORTH_A_LOOK:
+        padding = _padding(mask[:, 0, 0], key.shape[2])
+        if padding is not None:
+            return padding
+    if mask.dtype is torch.bool:
+        return AttnMask("dense", operands={"dense": mask})
+    return AttnMask(score="bias", operands={"bias": mask})
+
+
+def _padding(rows: Tensor, kv_len: int) -> AttnMask | None:
+    """The key padding that a mask of keys [batch or 1, kv_len or 1] is, or None: keys that are seen lie together, and what is added is 0
+    for them and hides the others."""
+    if rows.shape[1] != kv_len:
+        return None
+    if rows.dtype is torch.bool:
+        seen = rows
+    else:
+        seen = rows == 0
+        hides = (rows == float("-inf")) | ((rows == torch.finfo(rows.dtype).min) & seen.any(1, keepdim=True))
+        if not bool((seen | hides).all()):
+            return None
+    count = seen.sum(1)
+    first = seen.int().argmax(1)
+    key = torch.arange(kv_len)
+    if not bool((seen == ((key >= first[:, None]) & (key < (first + count)[:, None]))).all()):
+        return None
+    ends = AttnMask("lengths", operands={"lengths": first + count})
+    return ends & AttnMask("starts", operands={"starts": first}) if bool(first.any()) else ends
+
+
+def _of_object(attn_mask: Any, query: Tensor, key: Tensor) -> AttnMask | None:
+    """torch.nn.attention.bias.CausalBias."""
+    if type(attn_mask).__name__ != "CausalBias":
+        return None
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(attn_mask, CausalBias) or (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[2], key.shape[2]):
+        return None
+    if attn_mask.variant == CausalVariant.UPPER_LEFT:
+        return CAUSAL
+    return AttnMask("causal_lower_right") if query.shape[2] <= key.shape[2] else None
