@@ -27,6 +27,8 @@ import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import meaning
+from elsa_tune.masks import CAUSAL, NONE
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import race
 
@@ -143,8 +145,9 @@ class Recorder:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        posed = dispatch.problem_of(query, key, value, is_causal, enable_gqa)
-        if attn_mask is not None:
+        wanted = (CAUSAL if is_causal else NONE) if attn_mask is None else meaning.of(attn_mask, is_causal, query, key)
+        posed = wanted and dispatch.problem_of(query, key, value, wanted, enable_gqa)
+        if wanted is None:
             self.others[f"a mask {attn_mask.dtype} {list(attn_mask.shape)}"] += 1
         elif dropout_p or posed is None:
             self.others["dropout" if dropout_p else f"tensors {query.dtype} {list(query.shape)}"] += 1

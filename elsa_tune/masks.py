@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from elsa_tune.errors import WrongArguments
 from elsa_tune.parts import mask as parts
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import STATE, Array, Operands
+from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import LARGEST, Problem, declared
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ class AttnMask:
 
     __slots__ = ("mask", "numbers", "operands", "score")
 
-    def __init__(self, mask: str = parts.NONE, score: str = scores.NONE, operands: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, mask: str = parts.NONE, score: str = scores.NONE, operands: Mapping[str, Any] | None = None
+    ) -> None:
         self.mask, self.score, self.operands = mask, score, dict(operands or {})
         arrays = (*parts.get(mask).arrays, *scores.get(score).arrays)
         for array in arrays:
@@ -73,7 +75,9 @@ class AttnMask:
         if array.name in parts.get(self.mask).sequences and value.is_cpu and value.numel():
             low, high = (int(x) for x in value.aminmax())
             if low < 0 or high > key.shape[2]:
-                raise WrongArguments(f"{array.name} reach from {low} to {high}; they must lie within 0 and kv_len {key.shape[2]}")
+                raise WrongArguments(
+                    f"{array.name} reach from {low} to {high}; they must lie within 0 and kv_len {key.shape[2]}"
+                )
         return value if value.dtype == wanted else value.to(wanted)
 
     def dense(self, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
@@ -83,11 +87,11 @@ class AttnMask:
             raise WrongArguments(f"attn_mask does {self.score} to scores, which no dense mask says; take masks alone")
         import torch
 
-        from elsa_tune.generate.sdpa.posed import Posed
+        from elsa_tune.generate.posed import Posed
 
-        shape = {"batch": batch, "heads": heads, "kv_heads": heads, "q_len": q_len, "kv_len": kv_len}
+        problem = Problem(head_dim=1, batch=batch, heads=heads, q_len=q_len, kv_len=kv_len)
         device = next((x.device for x in self.operands.values() if isinstance(x, torch.Tensor)), torch.device("cpu"))
-        return Posed(self.of(Problem(head_dim=1, **shape)), self.operands, device).dense()
+        return Posed(self.of(problem), self.operands, device).dense()
 
     def __str__(self) -> str:
         """As a problem spells it: ``causal+window@left1023.right0``."""
@@ -135,8 +139,13 @@ def window(left: int | None, right: int | None = 0, lower_right: bool = False) -
     """``left`` keys before a query's own position and ``right`` after it; None: as many as there are. ``lower_right``: the last query's
     own position is the last key's."""
     last = "_lower_right" if lower_right else ""
-    integers = {"left": LARGEST if left is None else _whole("left", left), "right": LARGEST if right is None else _whole("right", right)}
-    return AttnMask(f"window{last}", operands={f"{name}{'late' if lower_right else ''}": n for name, n in integers.items()})
+    integers = {
+        "left": LARGEST if left is None else _whole("left", left),
+        "right": LARGEST if right is None else _whole("right", right),
+    }
+    return AttnMask(
+        f"window{last}", operands={f"{name}{'late' if lower_right else ''}": n for name, n in integers.items()}
+    )
 
 
 def prefix(p: int) -> AttnMask:
@@ -153,6 +162,27 @@ def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | 
 def dense(seen: Tensor) -> AttnMask:
     """Pairs of which a bool tensor, broadcastable to [batch, heads, q_len, kv_len], is true."""
     return AttnMask("dense", operands={"dense": seen})
+
+
+def of_tensor(attn_mask: Tensor) -> AttnMask:
+    """What torch's attn_mask says: of bools which pairs are seen, of floats what is added to scores."""
+    if str(attn_mask.dtype) == "torch.bool":
+        return dense(attn_mask)
+    return AttnMask(score="bias", operands={"bias": attn_mask})
+
+
+def told_by(problem: Problem, beside: AttnMask) -> AttnMask:
+    """Of a problem's masks, and of its scores where there are none beside, those that its own numbers tell everything of."""
+    numbers = problem.numbers
+
+    def told(one: Any) -> bool:
+        return not one.arrays
+
+    words = [w for w in problem.mask.split("+") if w not in beside.mask.split("+") and told(parts.of_one_file(w))]
+    mask = "+".join(words) or parts.NONE
+    score = problem.score if beside.score == scores.NONE and told(scores.get(problem.score)) else scores.NONE
+    names = (*parts.get(mask).integers, *scores.get(score).reals)
+    return AttnMask(mask, score, {name: numbers[name] for name in names})
 
 
 NONE, CAUSAL = AttnMask(), AttnMask("causal")

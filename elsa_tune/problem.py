@@ -266,9 +266,7 @@ def _spelled(value: float) -> str:
 def declared(mask: str, score: str, state: str) -> tuple[Operand, ...]:
     """What a kernel takes for a mask and scores, in order; ``state`` is the dtype of the floats that states are of."""
     both = (*masks.get(mask).operands, *scores.get(score).operands)
-    return tuple(
-        replace(one, dtype=state) if isinstance(one, Array) and one.dtype == STATE else one for one in both
-    )
+    return tuple(replace(one, dtype=state) if isinstance(one, Array) and one.dtype == STATE else one for one in both)
 
 
 _MOST_SEQUENCES = 64

@@ -30,7 +30,9 @@ def alibi(slopes: Tensor | Sequence[float], lower_right: bool = False) -> AttnMa
 def softcap(c: float) -> AttnMask:
     """``c`` tanh(score / c)."""
     if isinstance(c, bool) or not isinstance(c, int | float) or not 1 / LARGEST_REAL <= c <= LARGEST_REAL:
-        raise WrongArguments(f"c is {repr(c)[:60]}; it must be a number from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}")
+        raise WrongArguments(
+            f"c is {repr(c)[:60]}; it must be a number from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
+        )
     return AttnMask(NONE, "softcap", {"softcap": float(c)})
 
 

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune import places, space
+from elsa_tune import masks, places, scores, space
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import exactness, handovers, ladder
+from elsa_tune.dispatch import exactness, fallback, handovers, ladder
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, cpp
 from elsa_tune.measurement import KERNELS, Measurement
@@ -83,13 +83,13 @@ class Served:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by_torch = 0
-        original = dispatch._torch_attention
+        original = fallback.attend
 
         def counted(*arguments: object) -> Tensor:
             self.by_torch += 1
             return original(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(dispatch, "_torch_attention", counted)
+        monkeypatch.setattr(fallback, "attend", counted)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_call_looks_for_its_own_memory_order_first() -> None:
 
     def serves(*orders: str) -> dispatch.Choice:
         x = arranged(orders, *plain)
-        problem = dispatch.problem_of(*x, is_causal=False, enable_gqa=False)
+        problem = dispatch.problem_of(*x)
         assert problem is not None
         return dispatch.explain(problem, HERE)
 
@@ -479,7 +479,7 @@ def test_load_of_an_untuned_problem_is_torch() -> None:
     assert close(kernel(q, k, v), scaled_dot_product_attention(q, k, v))
 
 
-def test_a_loaded_kernel_takes_operands_by_name() -> None:
+def test_a_loaded_kernel_takes_operands_with_its_mask() -> None:
     """Numbers that the shape says may be left out, tensors may not; what does not fit is told in one sentence."""
     kernel = elsa_tune.load("fp32.d16.causal+lengths.softcap@b2.h4.q50.k50.softcap2")
     q, k, v = tensors()
@@ -490,24 +490,30 @@ def test_a_loaded_kernel_takes_operands_by_name() -> None:
         seen = torch.ones(50, 50, dtype=torch.bool).tril() & (torch.arange(50) < lengths[:, None, None, None])
         return (scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num() @ v.double()).float()
 
-    assert close(kernel(q, k, v, operands={"lengths": lengths}), expected(2.0, lengths))
-    assert close(kernel(q, k, v, operands={"lengths": lengths, "softcap": 0.5}), expected(0.5, lengths))
-    assert close(kernel(q, k, v, operands={"lengths": torch.tensor([9])}), expected(2.0, torch.tensor([9, 9])))
-    none = kernel(q, k, v, operands={"lengths": torch.tensor([0, 50])})
+    assert close(kernel(q, k, v, attn_mask=masks.lengths(lengths)), expected(2.0, lengths))
+    given = masks.causal() & masks.lengths(lengths.int()) & scores.softcap(0.5)
+    assert close(kernel(q, k, v, attn_mask=given), expected(0.5, lengths))
+    assert close(kernel(q, k, v, attn_mask=masks.lengths([9])), expected(2.0, torch.tensor([9, 9])))
+    none = kernel(q, k, v, attn_mask=masks.lengths([0, 50]))
     assert not none[0].any() and close(none, expected(2.0, torch.tensor([0, 50])))
     for wrong in (
-        {},
-        {"lengths": lengths, "left": 1},
-        {"lengths": lengths.int()},
-        {"lengths": torch.tensor([1, 2, 3])},
-        {"lengths": lengths[:, None]},
-        {"lengths": [50, 7]},
-        {"lengths": lengths.to("meta")},
-        {"lengths": lengths, "softcap": 0.0},
-        {"lengths": lengths, "softcap": torch.tensor(1.0)},
+        lambda: None,
+        lambda: masks.causal() & scores.softcap(1.0),
+        lambda: masks.lengths(lengths) & masks.window(1),
+        lambda: masks.lengths([1, 2, 3]),
+        lambda: masks.lengths([51, 2]),
+        lambda: masks.lengths([-1, 2]),
+        lambda: masks.lengths(lengths.float()),
+        lambda: masks.lengths(lengths[:, None]),
+        lambda: masks.lengths(lengths.to("meta")),
+        lambda: masks.lengths(lengths) & masks.lengths(lengths),
+        lambda: masks.lengths(lengths) & scores.softcap(0.0),
+        lambda: masks.lengths(lengths) & scores.softcap(torch.tensor(1.0)),  # type: ignore[arg-type]
+        lambda: masks.lengths(lengths) & scores.bias(torch.zeros(50)),
+        lambda: torch.ones(50, 50, dtype=torch.bool),
     ):
-        with pytest.raises(WrongArguments, match="lengths|softcap"):
-            kernel(q, k, v, operands=wrong)
+        with pytest.raises(WrongArguments, match="lengths|softcap|c is"):
+            kernel(q, k, v, attn_mask=wrong())
 
 
 def test_load_mistakes() -> None:

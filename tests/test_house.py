@@ -69,6 +69,8 @@ FOLDERS = (
     {"shell", "integrations"},
     {"tuning", "dispatch", "ship"},
     {"remember", "prove"},
+    {"scores"},  # what people write
+    {"masks"},
     {"generate"},
     {"nouns"},  # files that stand in no folder
     {"parts"},

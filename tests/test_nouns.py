@@ -215,14 +215,14 @@ def test_every_law_is_tested() -> None:
     assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.LAWS} - of_texts
 
 
-PARTS = {"scores", "score", "scored", "placed", "arguments", "elements"}
+PARTS = {"scores", "score", "scored", "placed", "reads", "arguments", "elements"}
 """What templates are told of a family's scores and operands."""
 
 
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cpp").axes}
     family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "operator", *PARTS}
-    imported = {"storage", "carried", "operator_of"}
+    imported = {"storage", "carried", "operator_of", "test"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
     used = undeclared(cpp.TEMPLATE)
     assert not axes - used
@@ -233,7 +233,7 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("triton").axes}
     family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element", *PARTS} - {"elements"}
     derived = {"block_scan", "grid_scan", "merges", "head_parts", "value_parts", "scratch_bytes"}
-    derived |= {"finish_m", "finish_warps"}
+    derived |= {"finish_m", "finish_warps", "test"}
     used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}
     assert used["forward"] == axes - {"dims", "products"} | family | derived, "dims decides head_parts and value_parts"
     assert used["backward"] <= axes | family | derived and "products" in used["backward"]
@@ -242,7 +242,18 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
 def test_cuda_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cuda").axes}
     family = {"head_dim", "value_dim", "mask", "element", "family", "variant", "operator", *PARTS}
-    derived = {"block_scan", "grid_scan", "tiling", "parts", "exp_degree", "state", "exp_of", "scheduled", "carried"}
+    derived = {
+        "block_scan",
+        "grid_scan",
+        "tiling",
+        "parts",
+        "exp_degree",
+        "state",
+        "exp_of",
+        "scheduled",
+        "carried",
+        "test",
+    }
     for name in cuda.TEMPLATES.values():
         assert undeclared(name) == axes - {"slice"} | family | derived, "slice decides tiling"
 
@@ -297,4 +308,4 @@ def test_a_memory_order_is_recognised_as_it_is_made(orders: str, shape: str) -> 
     plain = reference.random_inputs(problem, torch.Generator().manual_seed(0))
     made = plain.ordered(problem.orders)
     assert all(torch.equal(a, b) for a, b in zip(made.tensors, plain.tensors, strict=True))
-    assert dispatch.problem_of(*made.tensors, is_causal=False, enable_gqa=True) == problem
+    assert dispatch.problem_of(*made.tensors, enable_gqa=True) == problem

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +71,9 @@ def attention(
         operands: Operands = ()
         try:
             entry = _entry(query, key, value, is_causal, enable_gqa)
-            if attn_mask is None:
-                wanted = CAUSAL if is_causal else NONE
-            else:
-                wanted = meaning.of(attn_mask, is_causal, query, key)
-                entry = wanted and (*entry, wanted.mask, wanted.score, wanted.numbers)
+            wanted: AttnMask | None = CAUSAL if is_causal else NONE
+            if attn_mask is not None and (wanted := meaning.of(attn_mask, is_causal, query, key)):
+                entry = (*entry, wanted.mask, wanted.score, wanted.numbers)
         except RuntimeError:  # nested tensors have no shape
             return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if wanted is None:

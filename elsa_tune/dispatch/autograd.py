@@ -40,7 +40,12 @@ class _Attention(torch.autograd.Function):
 
 
 def differentiable(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, serve: Call, gradients: Gradients,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    serve: Call,
+    gradients: Gradients,
     operands: Operands = (),
 ) -> Tensor:
     """Attention by ``serve`` whose gradients ``gradients`` computes. Differentiable once."""

@@ -10,10 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.errors import WrongArguments
-from elsa_tune.generate.sdpa.call import attn_mask as torchs_mask
-from elsa_tune.generate.sdpa.call import eager
-from elsa_tune.generate.sdpa.posed import Posed
-from elsa_tune.generate.tensors import kernel_arguments
+from elsa_tune.generate.posed import attn_mask as torchs_mask
+from elsa_tune.generate.posed import eager, posed
 from elsa_tune.masks import CAUSAL, AttnMask
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -33,7 +31,9 @@ def attend(
             f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
         )
     if isinstance(attn_mask, AttnMask):
-        return _of_object(query, key, value, attn_mask & CAUSAL if is_causal else attn_mask, dropout_p, scale, enable_gqa)
+        return _of_object(
+            query, key, value, attn_mask & CAUSAL if is_causal else attn_mask, dropout_p, scale, enable_gqa
+        )
     if attn_mask is not None and is_causal:
         raise WrongArguments(
             "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
@@ -79,14 +79,11 @@ def _of_object(
             q_len=q_len, kv_len=kv_len,
         )
     )  # fmt: skip
-    given = wanted.in_order(query, key)
-    kernel_arguments(problem, given, query, key)  # raises WrongArguments where they do not fit
-    own = {one.name: x for one, x in zip(problem.declared, given, strict=True)}
-    posed, chain = Posed(problem, own, query.device), scores.get(problem.score)
+    there, chain = posed(problem, wanted.in_order(query, key), query, key), scores.get(problem.score)
     if problem.score == scores.NONE and masks.get(problem.mask).torchs == "is_causal":
         return attend(query, key, value, None, dropout_p, True, scale, enable_gqa)
     if problem.score == scores.NONE or chain.additive:
-        mask = torchs_mask(posed) if (problem.mask, problem.score) != (masks.NONE, scores.NONE) else None
+        mask = torchs_mask(there) if (problem.mask, problem.score) != (masks.NONE, scores.NONE) else None
         return attend(query, key, value, mask, dropout_p, False, scale, enable_gqa)
-    hidden = None if problem.mask == masks.NONE else ~posed.dense()
-    return eager(posed, query, key, value, scale, hidden, dropout_p)
+    hidden = None if problem.mask == masks.NONE else ~there.dense()
+    return eager(there, query, key, value, scale, hidden, dropout_p)

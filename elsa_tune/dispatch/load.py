@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +11,9 @@ from elsa_tune.device import Device, detect
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
-from elsa_tune.generate.backends import Built, Kernel
+from elsa_tune.generate.backends import Built, Kernel, Operands
 from elsa_tune.generate.render import Source
-from elsa_tune.generate.tensors import by_name
+from elsa_tune.masks import NONE, AttnMask, of_tensor, told_by
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -45,11 +43,11 @@ class LoadedKernel:
         value: Tensor,
         scale: float | None = None,
         lse: Tensor | None = None,
-        operands: Mapping[str, Any] | None = None,
+        attn_mask: Tensor | AttnMask | None = None,
     ) -> Tensor:
         """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
-        the log-sum-exp. ``operands`` are those of its mask and scores by name: numbers, by default the problem's own, and tensors,
-        like ``lengths``, int64 [batch]. Raises WrongArguments for other tensors."""
+        the log-sum-exp. ``attn_mask`` is the problem's mask and scores with the operands of this call, of which what takes numbers
+        alone may be left out: they are the problem's own. Raises WrongArguments for other tensors."""
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
         posed = dispatch.problem_of(query, key, value, enable_gqa=True)
@@ -59,10 +57,21 @@ class LoadedKernel:
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
             )
-        if not self.problem.declared:
+        if not self.problem.declared and attn_mask is None:
             return self._kernel(query, key, value, scale, None, lse)
-        given = by_name(self.problem, operands or {}, query, key)
+        given = self._operands(attn_mask, query, key)
         return self._kernel(query, key, value, scale, None, lse, given)
+
+    def _operands(self, attn_mask: Tensor | AttnMask | None, query: Tensor, key: Tensor) -> Operands:
+        problem, given = self.problem, attn_mask if isinstance(attn_mask, AttnMask) else NONE
+        if isinstance(attn_mask, Tensor):
+            given = of_tensor(attn_mask)
+        wanted = given & told_by(problem, given)
+        if (wanted.mask, wanted.score) != (problem.mask, problem.score):
+            raise WrongArguments(
+                f"attn_mask is {given}; this kernel is of {problem.family}, whose tensors it must bring"
+            )
+        return wanted.in_order(query, key)
 
     @property
     def source(self) -> Source | None:

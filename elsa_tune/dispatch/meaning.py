@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.masks import CAUSAL, AttnMask
+from elsa_tune.masks import CAUSAL, AttnMask, of_tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _AXES = 4
@@ -42,9 +42,7 @@ def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None
         padding = _padding(mask[:, 0, 0], key.shape[2])
         if padding is not None:
             return padding
-    if mask.dtype is torch.bool:
-        return AttnMask("dense", operands={"dense": mask})
-    return AttnMask(score="bias", operands={"bias": mask})
+    return of_tensor(mask)
 
 
 def _padding(rows: Tensor, kv_len: int) -> AttnMask | None:
@@ -74,7 +72,10 @@ def _of_object(attn_mask: Any, query: Tensor, key: Tensor) -> AttnMask | None:
         return None
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
-    if not isinstance(attn_mask, CausalBias) or (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[2], key.shape[2]):
+    if not isinstance(attn_mask, CausalBias) or (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (
+        query.shape[2],
+        key.shape[2],
+    ):
         return None
     if attn_mask.variant == CausalVariant.UPPER_LEFT:
         return CAUSAL

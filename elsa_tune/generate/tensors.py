@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elsa_tune.errors import BadProblem, WrongArguments
-from elsa_tune.parts.operand import Array, Number, Operand, Operands
+from elsa_tune.errors import WrongArguments
+from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
 
 
@@ -36,31 +35,6 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
         else:
             raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
     return tuple(given)
-
-
-def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tensor) -> Operands:
-    """A call's operands in the family's order, numbers by default the problem's own. Raises WrongArguments where they do not fit."""
-    known = {**problem.numbers, **given}
-    names = [one.name for one in problem.declared]
-    if set(known) != set(names):
-        odd = ", ".join(sorted(set(known) ^ set(names)))
-        raise WrongArguments(
-            f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them"
-        )
-    operands = tuple(known[name] for name in names)
-    kernel_arguments(problem, operands, query, key)
-    try:
-        problem.reshaped(
-            integers=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "integer"),
-            reals=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "real"),
-        )
-    except BadProblem as error:
-        raise WrongArguments(str(error)) from error
-    return operands
-
-
-def _kind(one: Operand) -> str:
-    return one.kind if isinstance(one, Number) else "array"
 
 
 def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:

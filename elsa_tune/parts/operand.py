@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
 PLACES = {"batch": "batch", "heads": "head", "q_len": "position", "kv_len": "key"}
 """What each axis of an array is indexed with: where a pair of a query and a key is."""
 
@@ -61,7 +60,9 @@ class Array:
 
     def at(self, whole: Any, place: Mapping[str, Any]) -> Any:
         """What ``whole``, of its axes or 1, holds at places (of PLACES): indices, or tensors of them that broadcast."""
-        return whole[tuple(0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True))]
+        return whole[
+            tuple(0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True))
+        ]
 
     @property
     def data(self) -> str:

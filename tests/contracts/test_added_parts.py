@@ -30,8 +30,8 @@ def added(page: str, tree: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("page", "count", "family"),
     [
-        ("add-a-score.md", 4, "fp32.d16.causal.softcap+alibi"),
-        ("add-a-mask.md", 4, "fp32.d16.causal+dense+lengths.softcap"),
+        ("add-a-score.md", 4, "fp32.d16.causal.softcap+temperature"),
+        ("add-a-mask.md", 4, "fp32.d16.causal+lengths+segments.softcap"),
     ],
 )
 def test_followed_to_the_letter(page: str, count: int, family: str, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_followed_to_the_letter(page: str, count: int, family: str, tmp_path: Pa
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     names = added(page, tmp_path)
-    assert len([name for name in names if Path(name).stem in ("alibi", "dense")]) == count, names
+    assert len([name for name in names if Path(name).stem in ("temperature", "segments")]) == count, names
     path = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "ELSA_TUNE_HOME": str(tmp_path / "home")}
     command = [sys.executable, str(ROOT / "tests/contracts/added.py"), family]

@@ -59,7 +59,7 @@ class TestContract:
         one = mask.get(name)
         assert all(set(example) == {*one.integers, *one.sequences} for example in one.examples)
         cut = [one.pairs(12, 12, **example) < 144 for example in one.examples]
-        assert any(cut) or name == mask.NONE
+        assert any(cut) or name == mask.NONE or not (one.cuts_front or one.cuts_back)
 
     def test_what_a_tile_skips_and_need_not_test(self, name: str) -> None:
         """Keys that some position of a tile sees lie in [low(first), high(last)), those that all see fill [low(last), high(first))."""
@@ -74,7 +74,7 @@ class TestContract:
                 assert tile[:, common_low : max(common_low, common_high)].all()
 
 
-@pytest.mark.parametrize("name", mask.names())
+@pytest.mark.parametrize("name", [name for name in mask.names() if not mask.of_one_file(name).tested])
 def test_the_picture_drawn_by_hand(name: str) -> None:
     one = mask.of_one_file(name)
     drawn = [[cell == "x" for cell in row] for row in one.picture.split()]

@@ -4,7 +4,8 @@ text of it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,39 @@ from elsa_tune.prove.reference import Inputs
 NAMES = [name for name in score.names() if name != score.NONE]
 BY_HAND: dict[str, Callable[..., float]] = {
     "softcap": lambda s, own, **place: own["softcap"] * math.tanh(s / own["softcap"]),
+    "bias": lambda s, own, batch, head, position, key, **more: s + float(own["bias"][batch, head, position, key]),
+    "alibi": lambda s, own, batch, head, position, key, **more: (
+        s - float(own["slopes"][batch, head]) * abs(position - key)
+    ),
+    "alibi_lower_right": lambda s, own, batch, head, position, key, behind: (
+        s - float(own["lateslopes"][batch, head]) * abs(position + behind - key)
+    ),
+    "sinks": lambda s, own, **place: s,
 }
 """Each in Python's own words."""
 
-WRITTEN = {
-    ("softcap", (2.0,)): ([[0.0, 1.0, -1.0, 8.0]], [[0.0, 0.92423431, -0.92423431, 1.99865860]]),
+WRITTEN: dict[str, tuple[dict[str, object], list[float], list[float]]] = {
+    "softcap": ({"softcap": 2.0}, [0.0, 1.0, -1.0, 8.0], [0.0, 0.92423431, -0.92423431, 1.99865860]),
+    "bias": ({"bias": torch.tensor([[[[0.5, -math.inf, 1.0]]]])}, [1.0, 2.0, -3.0], [1.5, -math.inf, -2.0]),
+    "alibi": ({"slopes": torch.tensor([[0.5]])}, [1.0, 2.0, 3.0], [0.0, 1.5, 3.0]),
+    "alibi_lower_right": ({"lateslopes": torch.tensor([[0.5]])}, [1.0, 2.0, 3.0], [-1.0, 0.5, 2.0]),
+    "sinks": ({"sinks": torch.tensor([4.0])}, [1.0, 2.0], [1.0, 2.0]),
 }
-"""Each of a few scores, worked out on paper."""
+"""Each of a few scores of the query at position 2, where keys outnumber queries by 2, worked out on paper."""
+
+SIZES = {"batch": 2, "heads": 2, "q_len": 2, "kv_len": 3}
+
+
+def own_of(one: score.Score, example: Mapping[str, float], **sizes: int) -> dict[str, Any]:
+    """Its operands: an example's numbers, and typical arrays, none of which is shared."""
+    arrays = {a.name: torch.as_tensor(a.typical(sizes), dtype=torch.float32) for a in one.arrays}
+    return {**example, **{a.name: arrays[a.name].expand([sizes[axis] for axis in a.axes]) for a in one.arrays}}
+
+
+def places(behind: int, **sizes: int) -> dict[str, Any]:
+    names = ("batch", "head", "position", "key")
+    index = torch.meshgrid(*(torch.arange(n) for n in sizes.values()), indexing="ij")
+    return {**dict(zip(names, index, strict=True)), "behind": behind}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -35,12 +62,11 @@ class TestContract:
         one = score.of_one_file(name)
         scores = torch.linspace(-9, 9, 24, dtype=torch.float64).view(2, 2, 2, 3)
         for example in one.examples:
-            index = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
-            place = dict(zip(("batch", "head", "position", "key"), index, strict=True))
-            found = score.get(name).of(scores, example, **place)
+            own, place = own_of(one, example, **SIZES), places(1, **SIZES)
+            found = score.get(name).of(scores, own, **place)
             for at in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape)).tolist():
-                where = dict(zip(place, at, strict=True))
-                expected = BY_HAND[name](float(scores[tuple(at)]), example, **where)
+                where = {**dict(zip(place, at, strict=False)), "behind": 1}
+                expected = BY_HAND[name](float(scores[tuple(at)]), own, **where)
                 assert float(found[tuple(at)]) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
     def test_the_oracle(self, name: str) -> None:
@@ -49,12 +75,14 @@ class TestContract:
         problem = Problem(head_dim=1, score=name, reals=tuple(one.examples[0].values()), q_len=2, kv_len=3)
         query, keys, values = [1.0, -2.0], [0.5, 3.0, -1.0], [1.0, 2.0, 4.0]
         tensors = [torch.tensor(x).view(1, 1, -1, 1) for x in (query, keys, values)]
-        inputs = Inputs("by hand", *tensors, scale=1.0, operands=tuple(one.examples[0].values()))
+        own = own_of(one, one.examples[0], batch=1, heads=1, q_len=2, kv_len=3)
+        inputs = Inputs("by hand", *tensors, scale=1.0, operands=tuple(own.values()))
         out, lse = reference.attention_rows_with_lse(problem, inputs, reference.every_row(problem))
         for position, q in enumerate(query):
-            place = {"batch": 0, "head": 0, "position": position}
-            weights = [math.exp(BY_HAND[name](q * k, one.examples[0], key=j, **place)) for j, k in enumerate(keys)]
-            mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+            place = {"batch": 0, "head": 0, "position": position, "behind": 1}
+            weights = [math.exp(BY_HAND[name](q * k, own, key=j, **place)) for j, k in enumerate(keys)]
+            weights += [math.exp(float(own[one.term][0]))] if one.term else []
+            mean = sum(w * v for w, v in zip(weights, [*values, 0.0], strict=False)) / sum(weights)
             assert float(out[position, 0]) == pytest.approx(mean) and float(lse[position]) == pytest.approx(
                 math.log(sum(weights))
             )
@@ -64,13 +92,15 @@ class TestContract:
     def test_errors_grow_as_it_says(self, name: str) -> None:
         """Scores that err by as much as given never err by more afterwards, computed in float64."""
         one = score.of_one_file(name)
-        exact = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+        sizes = {"batch": 1, "heads": 2, "q_len": 3, "kv_len": 1000}
+        exact = torch.linspace(-30, 30, 6000, dtype=torch.float64).view(1, 2, 3, 1000)
         for example in one.examples:
+            own, place, chain = own_of(one, example, **sizes), places(997, **sizes), score.get(name)
             for error in (1e-6, 1e-2, 100.0):
-                difference = one.function(exact + error, **example) - one.function(exact, **example)
-                allowed, largest = one.error(error, 30 + error, **example)
-                assert float(difference.abs().max()) <= allowed
-                assert float(one.function(exact, **example).abs().max()) <= largest
+                difference = chain.of(exact + error, own, **place) - chain.of(exact, own, **place)
+                allowed, largest = one.error(error, 30 + error, **{**sizes, **own})
+                assert float(difference.abs().max()) <= allowed + 1e-13
+                assert float(chain.of(exact, own, **place).abs().max()) <= largest
 
     def test_a_language_without_its_text_refuses_it_by_name(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         devices = {"cpp": host_cpu(), "triton": Device("cuda", "nvidia_h200", "sm_90", 132)}
@@ -95,16 +125,16 @@ class TestContract:
             assert f"score {name}" in (backends.get(language).no_header(problem) or "")
 
 
-@pytest.mark.parametrize(("name", "reals"), WRITTEN)
-def test_a_few_scores_written_out(name: str, reals: tuple[float, ...]) -> None:
-    scores, expected = WRITTEN[name, reals]
-    own = dict(zip(score.get(name).reals, reals, strict=True))
-    found = score.get(name).of(torch.tensor(scores, dtype=torch.float64), own, batch=0, head=0, position=0, key=0)
-    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), atol=1e-8)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_few_scores_written_out(name: str) -> None:
+    own, scores, expected = WRITTEN[name]
+    place = {"batch": 0, "head": 0, "position": 2, "key": torch.arange(len(scores)), "behind": 2}
+    found = score.get(name).of(torch.tensor(scores, dtype=torch.float64), own, **place)
+    assert torch.allclose(found.flatten(), torch.tensor(expected, dtype=torch.float64), atol=1e-8)
 
 
 def test_every_score_is_written_out_here_and_shares_no_name() -> None:
-    assert set(BY_HAND) == {name for name, _ in WRITTEN} == set(NAMES)
+    assert set(BY_HAND) == set(WRITTEN) == set(NAMES)
     assert not set(NAMES) & set(mask.names())
     operands = [one.name for kind in (score, mask) for name in kind.names() for one in kind.of_one_file(name).operands]
     assert len(set(operands)) == len(operands)

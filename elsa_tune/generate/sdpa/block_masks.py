@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate.operands import of_sequences
-from elsa_tune.generate.sdpa.posed import Posed
+from elsa_tune.generate.posed import Posed
 from elsa_tune.parts import mask as masks
 
 BLOCK = 128
 """Rows and columns of a block."""
+
 
 def block_mask(posed: Posed) -> Any:
     """The BlockMask: blocks that every row of theirs sees, and those that need its function; of each sequence, where bounds are of

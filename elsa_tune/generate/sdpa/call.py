@@ -17,10 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.operands import places
+from elsa_tune.generate.posed import Posed, attn_mask, eager
+from elsa_tune.generate.posed import posed as _posed
 from elsa_tune.generate.sdpa.block_masks import block_mask
-from elsa_tune.generate.sdpa.posed import Derived, Posed
-from elsa_tune.generate.sdpa.posed import posed as _posed
+from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -32,22 +32,6 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-
-
-def attn_mask(posed: Posed) -> Tensor:
-    """What torch is given of a mask that is no flag and of scores that add: its own object where it takes one and means the same, or
-    dense."""
-    q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
-    chain = scores.get(posed.problem.score)
-    if chain.additive:
-        bias: Tensor = chain.of(torch.zeros((), device=posed.device), posed.own, **places(posed.problem, posed.device))
-        return bias if posed.problem.mask == NONE else bias.where(posed.dense(), float("-inf"))
-    if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
-        from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
-
-        own: Tensor = causal_lower_right(q_len, kv_len)
-        return own
-    return posed.dense()
 
 
 _attn_masks = Derived(attn_mask, 4)
@@ -90,24 +74,6 @@ class SdpaKernel:
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
         return self
-
-
-def eager(
-    posed: Posed, query: Tensor, key: Tensor, value: Tensor, scale: float | None, hidden: Tensor | None, dropout_p: float = 0.0
-) -> Tensor:
-    """What a program writes by hand: products, scores, mask (``hidden``: which pairs are not seen), softmax, products."""
-    if query.shape[1] != key.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
-    chain = scores.get(posed.problem.score)
-    logits = chain.of(logits, posed.own, **places(posed.problem, query.device)).to(query.dtype)
-    if hidden is not None:
-        logits = logits.masked_fill_(hidden, float("-inf"))
-    for term in chain.terms:
-        sink = posed.own[term.name].to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
-        logits = torch.cat([logits, sink], -1)
-    weights: Tensor = torch.dropout(torch.ops.aten._safe_softmax(logits, -1), dropout_p, train=True)
-    return weights[..., : key.shape[2]] @ value
 
 
 @dataclass(frozen=True)

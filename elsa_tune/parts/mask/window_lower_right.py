@@ -1,5 +1,4 @@
-"""A sliding window counted from the lower right: the last query's own position is the last key's, as when a cache holds what came
-before the queries."""
+"""A sliding window counted from the lower right: the last query's own position is the last key's, as decoding needs."""
 
 from elsa_tune.parts.bound import Bound
 from elsa_tune.parts.mask._base import Mask

@@ -8,6 +8,7 @@ from typing import Any
 from elsa_tune.parts.operand import STATE, Array
 from elsa_tune.parts.score._base import FARTHEST, Score
 
+
 def _of_heads(sizes: Mapping[str, int]) -> Any:
     """A relative position's, alike for all sequences."""
     import torch

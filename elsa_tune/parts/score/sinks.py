@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from elsa_tune.parts.operand import STATE, Array
 from elsa_tune.parts.score._base import Score

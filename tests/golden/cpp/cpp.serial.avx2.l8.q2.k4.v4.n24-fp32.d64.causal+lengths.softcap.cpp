@@ -314,14 +314,21 @@ INLINE vec softcap_score(vec score, float softcap) {
 template <int QV>
 INLINE void apply_scores(const Rows<QV>& rows, vec (*score)[QV], [[maybe_unused]] int64_t first_key, int n, vec* top) {
   [[maybe_unused]] const Call& c = rows.c;
-  for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
-  for (int j = 0; j < n; ++j)
-    UNROLL for (int i = 0; i < QV; ++i) {
-      vec x = score[j][i];
-      x = softcap_score(x, static_cast<float>(c.softcap));
-      score[j][i] = x;
-      top[i] = max(top[i], x);
+  UNROLL for (int i = 0; i < QV; ++i) {
+    top[i] = splat(-INF);
+    for (int from = 0; from < n; from += LANES) {
+      const auto apply = [&](int j) __attribute__((always_inline)) {
+        vec x = score[from + j][i];
+        x = softcap_score(x, static_cast<float>(c.softcap));
+        score[from + j][i] = x;
+        top[i] = max(top[i], x);
+      };
+      if (n - from >= LANES)
+        UNROLL for (int j = 0; j < LANES; ++j) apply(j);
+      else
+        for (int j = 0; j < n - from; ++j) apply(j);
     }
+  }
 }
 // Where a thread reads the keys and values of a leaf.
 struct Leaf {
