@@ -54,13 +54,18 @@ def attn_mask(posed: Posed) -> Tensor:
     chain = scores.get(posed.problem.score)
     if chain.additive:
         bias: Tensor = chain.of(torch.zeros((), device=posed.device), posed.own, **places(posed.problem, posed.device))
-        return bias if posed.problem.mask == NONE else bias.where(posed.dense(), float("-inf"))
+        return _four(bias if posed.problem.mask == NONE else bias.where(posed.dense(), float("-inf")))
     if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
         from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
 
         own: Tensor = causal_lower_right(q_len, kv_len)
         return own
-    return posed.dense()
+    return _four(posed.dense())
+
+
+def _four(mask: Tensor) -> Tensor:
+    """With an axis for each of [batch, heads, q_len, kv_len]: torch's fused kernels refuse three."""
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def eager(
