@@ -114,9 +114,9 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
     return None
 
 
-def narrow_elements_are_packed(packing: str, problem: Problem) -> str | None:
-    if packing == "direct" and elements.get(problem.dtype).narrow:
-        return f"keys and values of {problem.dtype} are widened as they are packed"
+def narrow_elements_are_packed(packing: str, chunk: int, problem: Problem) -> str | None:
+    if packing == "direct" and chunk == 1 and elements.get(problem.dtype).narrow:
+        return f"single numbers of {problem.dtype} are widened once, as they are packed"
     return None
 
 
