@@ -203,6 +203,19 @@ class Problem:
         mine = (self.operator, self.dtype, self.mask, self.score, self.precision, self.direction)
         return (other.operator, other.dtype, other.mask, other.score, other.precision, other.direction) == mine
 
+    def but_for_its_mask(self, family: str) -> bool:
+        """Whether a family differs from this problem's in its mask and scores at most."""
+        try:
+            other = Problem.parse(family)
+        except BadProblem:  # of another version
+            return False
+        return other.unmasked.family == self.unmasked.family
+
+    @property
+    def unmasked(self) -> Problem:
+        """The same without a mask and scores."""
+        return replace(self, mask=masks.NONE, score=scores.NONE, integers=(), reals=())
+
     @property
     def flops(self) -> int:
         """Floating-point operations of the products over the pairs the mask lets through: Q K^T and P V, or for the

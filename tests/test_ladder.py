@@ -26,9 +26,10 @@ class Books:
     """Known winners, and what was asked of them."""
 
     def __init__(
-        self, problem: tuple[Winner, ...] = (), family: tuple[Winner, ...] = (), akin: tuple[Winner, ...] = ()
-    ):
-        self.lists = {"of_problem": problem, "of_family": family, "akin": akin}
+        self, problem: tuple[Winner, ...] = (), family: tuple[Winner, ...] = (), akin: tuple[Winner, ...] = (),
+        masked: tuple[Winner, ...] = (),
+    ):  # fmt: skip
+        self.lists = {"of_problem": problem, "of_family": family, "akin": akin, "other_masks": masked}
         self.asked: list[str] = []
 
     def _read(self, what: str) -> list[Winner]:
@@ -44,6 +45,9 @@ class Books:
     def akin(self, problem: Problem, device: Device) -> list[Winner]:
         return self._read("akin")
 
+    def other_masks(self, problem: Problem, device: Device) -> list[Winner]:
+        return self._read("other_masks")
+
     def slower(self, device: Device) -> set[tuple[str, str]]:
         return set()
 
@@ -56,6 +60,30 @@ def test_what_lies_behind_the_answer_is_not_read() -> None:
     cousin = Books((), (), (winner("fp32.d20@b2.h4.q50.k50"),))
     assert ladder.climb(POSED, HERE, cousin).rung == "head_dim"
     assert cousin.asked == ["of_problem", "of_family", "akin"]
+    masked = Books((), (), (), (winner("fp32.d16.causal@b2.h4.q50.k50"),))
+    assert ladder.climb(POSED, HERE, masked).rung == "mask"
+    assert masked.asked == ["of_problem", "of_family", "akin", "other_masks"]
+
+
+def test_a_variant_won_under_another_mask_serves_where_its_advantage_was_large() -> None:
+    """The nearest mask first; what never saw the mask's number of keys is farther away; below 1.3 torch serves."""
+    posed = Problem.parse("fp32.d16.causal+window.softcap@b2.h4.q50.k50.left9.right0.softcap2")
+    plain, window = winner("fp32.d16@b2.h4.q50.k50"), winner("fp32.d16.window@b2.h4.q50.k50.left9.right0")
+    chosen = ladder.climb(posed, HERE, Books((), (), (), (plain, window)))
+    assert chosen.rung == "mask" and chosen.winner is window and "fp32.d16.window" in chosen.steps[-1]
+    assert chosen.variant is not None and chosen.problem == posed
+    small = ladder.climb(posed, HERE, Books((), (), (), (winner("fp32.d16@b2.h4.q50.k50", ratio=1.34),)))
+    assert small.by_sdpa and "too little to carry over" in small.steps[0]
+    refused = ladder.climb(posed, HERE, Books((), (), (), (winner("fp32.d16@b2.h4.q50.k50", variant="sdpa.flash"),)))
+    assert refused.by_sdpa
+
+
+def test_a_window_of_another_width_is_farther_away() -> None:
+    def windowed(left: int) -> Problem:
+        return Problem.parse(f"fp32.d16.causal+window@b1.h4.q1000.k1000.left{left}.right0")
+
+    near, far = (ladder.distance(windowed(99), windowed(n)) for n in (80, 9))
+    assert 0 < near < 0.3 < 1.5 < far < 1.8
 
 
 @pytest.mark.parametrize("layer", ["imported", "team"])

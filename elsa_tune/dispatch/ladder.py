@@ -27,7 +27,7 @@ NEAR = 3.0
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The answer and how it was reached: ``rung`` is exact, versions (the same device, other software), neighbour, another
-    device's rung, head_dim, or sdpa."""
+    device's rung, head_dim, mask (another mask or other scores), or sdpa."""
 
     problem: Problem
     rung: str
@@ -42,15 +42,17 @@ class Choice:
 
 
 def distance(a: Problem, b: Problem) -> float:
-    """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half of one for each operand
-    in another memory order, one for the launch."""
+    """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half as many of the share of keys
+    that a row sees, half of one for each operand in another memory order, one for the launch."""
     pairs = (
         (a.batch * a.kv_heads, b.batch * b.kv_heads),
         (a.q_len * a.group, b.q_len * b.group),
         (a.kv_len, b.kv_len),
     )
     orders = sum(x != y for x, y in zip(a.orders, b.orders, strict=True))
-    return sum(abs(math.log2(x / y)) for x, y in pairs) + orders / 2 + (a.launch != b.launch)
+    shares = [max(p.seen_pairs, 1) / (p.q_len * p.kv_len) for p in (a, b)]
+    seen = abs(math.log2(shares[0] / shares[1]))
+    return sum(abs(math.log2(x / y)) for x, y in pairs) + (orders + seen) / 2 + (a.launch != b.launch)
 
 
 class Known(Protocol):
@@ -64,6 +66,9 @@ class Known(Protocol):
 
     def akin(self, problem: Problem, device: Device) -> list[Winner]:
         """The same for every family that differs in its dimensions at most."""
+
+    def other_masks(self, problem: Problem, device: Device) -> list[Winner]:
+        """The same for every family that differs in its mask and scores at most."""
 
     def slower(self, device: Device) -> set[tuple[str, str]]:
         """(problem, variant) pairs measured below SDPA on the device."""
@@ -131,6 +136,9 @@ def _answers(problem: Problem, device: Device, known: Known) -> Iterator[tuple[s
     cousins = [w for w in known.akin(problem, device) if w.measurement.family != problem.family]
     for winner in _nearest(problem, cousins):
         yield "head_dim", winner, _doubt(winner, problem, device)
+    masked = [w for w in known.other_masks(problem, device) if w.measurement.family != problem.family]
+    for winner in _nearest(problem, masked):
+        yield "mask", winner, _doubt(winner, problem, device)
 
 
 def _nearest(problem: Problem, winners: list[Winner]) -> list[Winner]:
@@ -139,7 +147,11 @@ def _nearest(problem: Problem, winners: list[Winner]) -> list[Winner]:
     def far(winner: Winner) -> float:
         other = Problem.parse(winner.problem)
         dims = abs(math.log2(other.head_dim / problem.head_dim)) + abs(math.log2(other.value_dim / problem.value_dim))
-        return distance(other, problem) + 4 * dims
+        words = (
+            set(other.mask.split("+")) ^ set(problem.mask.split("+")),
+            set(other.score.split("+")) ^ set(problem.score.split("+")),
+        )
+        return distance(other, problem) + 4 * dims + sum(map(len, words)) / 2
 
     return sorted(winners, key=far)[:2]
 

@@ -58,6 +58,19 @@ class _Known:
         kind = (problem.dtype, problem.mask, problem.score, problem.precision, problem.direction)
         return self._once((str(device), *kind), lambda: layers.known_winners(device, self._every_layer(), problem.akin))
 
+    def other_masks(self, problem: Problem, device: Device) -> list[Winner]:
+        kind = (
+            problem.operator,
+            problem.dtype,
+            problem.precision,
+            problem.direction,
+            problem.head_dim,
+            problem.value_dim,
+        )
+        return self._once(
+            (str(device), *kind), lambda: layers.known_winners(device, self._every_layer(), problem.but_for_its_mask)
+        )
+
     def slower(self, device: Device) -> set[tuple[str, str]]:
         with lock:
             if device not in self._slower:
