@@ -261,9 +261,11 @@ def test_cuda_axes_and_templates_agree_both_ways() -> None:
 def test_workloads() -> None:
     assert "default" in workload.names()
     found = workload.read("default", host_cpu())
-    assert {p.head_dim for p in found} == {64, 80, 128} and {128, 197, 512, 577, 2305} <= {p.q_len for p in found}
+    assert {p.head_dim for p in found} == {32, 64, 80, 128} and {128, 197, 512, 577, 2305} <= {p.q_len for p in found}
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
-    assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 20
+    assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 21
+    assert {p.dtype for p in found} == {"fp32", "bf16"} and any("window" in p.mask for p in found)
+    assert any(p.mask == "lengths" for p in found) and any(p.score == "bias" for p in found)
 
 
 @pytest.mark.parametrize("content", ["", "x = 1", "[a]\nproblems = 3", "[a]\nproblems = []", "not toml ["])
