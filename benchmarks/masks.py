@@ -1,0 +1,301 @@
+"""Masks, scores and halves against torch's best kernel for the same tensors, FlexAttention and our own kernels, in one interleaved run.
+
+Run it with `make bench`. What a program would pass to scaled_dot_product_attention is passed to both; problems that are not tuned yet are
+tuned first. Ratios are medians of round-by-round ratios with bootstrap intervals. Writes benchmarks/results/masks-<device>.json and prints
+losses like wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune import masks
+from elsa_tune.device import host_cpu
+from elsa_tune.parts import element as elements
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.tuning import race
+
+ROUNDS = 15
+SECONDS_A_CASE = 6.0
+PAUSE = 0.003
+"""Seconds between samples: threads spin for a while after they finish."""
+
+ZEN_5 = host_cpu().model.startswith("amd_f26")
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem to be tuned, and what is passed as attn_mask; ``torchs`` is what torch is given instead, where it does not take that."""
+
+    name: str
+    problem: str
+    mask: Any = None
+    torchs: Any = None
+    more: Mapping[str, Callable[[Tensors], object]] = field(default_factory=dict)
+
+    @property
+    def posed(self) -> Problem:
+        return Problem.parse(self.problem)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of some cases: to be at least so many times as fast as the fastest of the peers; ``times`` says what of a peer's time
+    is compared, of a case."""
+
+    name: str
+    against: tuple[str, ...]
+    at_least: float
+    cases: tuple[str, ...]
+    times: Callable[[Case], float] = lambda case: 1.0
+
+
+def _random(*shape: int, share: float = 0.75) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+SHAPES = ((8, 12, 197), (8, 12, 512), (1, 12, 1024), (1, 8, 2048), (1, 4, 4096))
+PADDED = ((8, 12, 128), (8, 12, 512), (16, 12, 256))
+
+
+def _lengths(batch: int, kv_len: int) -> Tensor:
+    """Half of all keys on average, spread evenly."""
+    return torch.tensor([max(1, kv_len * (2 * i + 1) // (2 * batch)) for i in range(batch)])
+
+
+def _swin(windows: int, heads: int, tokens: int) -> Tensor:
+    """A relative position's bias of each head, and the mask of windows that were shifted over an edge: as timm and transformers add them."""
+    table = _normal((2 * int(tokens**0.5) - 1) ** 2, heads)
+    side = int(tokens**0.5)
+    place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1)
+    apart = place[:, :, None] - place[:, None, :] + side - 1
+    relative = table[apart[0] * (2 * side - 1) + apart[1]].permute(2, 0, 1)
+    region = (place[0] >= side - side // 2).int() * 2 + (place[1] >= side - side // 2).int()
+    shifted = (region[:, None] != region[None, :]).float() * -100.0
+    which = (torch.arange(windows) % 64 >= 56).float()[:, None, None, None]
+    return relative + which * shifted
+
+
+def cases() -> Iterator[Case]:
+    for b, h, n in SHAPES:
+        shape = f"b{b}.h{h}.q{n}.k{n}"
+        yield Case(f"bool {n}", f"fp32.d64.dense@{shape}", _random(b, 1, n, n))
+        yield Case(f"additive {n}", f"fp32.d64.bias@{shape}", _normal(b, h, n, n))
+        yield Case(f"additive shared {n}", f"fp32.d64.bias@{shape}", _normal(1, h, n, n))
+        yield Case(f"additive of keys {n}", f"fp32.d64.bias@{shape}", _normal(b, 1, 1, n))
+    for b, h, n in PADDED:
+        seen = (torch.arange(n) < _lengths(b, n)[:, None])[:, None, None]
+        yield Case(f"padding {b} x {n}", f"fp32.d64.lengths@b{b}.h{h}.q{n}.k{n}", seen)
+    for tokens, windows in ((49, 4096), (64, 2048)):
+        yield Case(f"Swin {tokens}", f"fp32.d32.bias@b{windows}.h3.q{tokens}.k{tokens}", _swin(windows, 3, tokens))
+    window = masks.causal() & masks.window(1023)
+    yield Case(
+        "window 1024 of 8192", "fp32.d64.causal+window@b1.h8.q8192.k8192.left1023.right0", window,
+        window.dense(1, 1, 8192, 8192), {"flex": _flex(lambda b, h, i, j: (j <= i) & (j >= i - 1023), 8192)},
+    )  # fmt: skip
+    for b, h, n in ((8, 12, 197), (8, 12, 512), (1, 8, 1024), (1, 8, 2048), (1, 4, 4096)):
+        for dtype in ("bf16", "fp16"):
+            yield Case(f"{dtype} {n}", f"{dtype}.d64@b{b}.h{h}.q{n}.k{n}")
+    for dtype in ("bf16", "fp16"):
+        for spelled in ("d128@b1.h32.kv8.q1.k4096", "d128@b1.h32.kv8.q1.k32768", "d64@b1.h32.kv8.q1.k8192"):
+            yield Case(f"{dtype} decoding {spelled}", f"{dtype}.{spelled}")
+
+
+def _flex(mask_mod: Callable[..., Any], n: int) -> Callable[[Tensors], object]:
+    """FlexAttention, compiled, with its block mask made before."""
+
+    def make(x: Tensors) -> Callable[[], object]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        block_mask = create_block_mask(mask_mod, None, None, n, n, device="cpu", _compile=False)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(*x, block_mask=block_mask)
+
+    return make
+
+
+def named(start: str) -> tuple[str, ...]:
+    return tuple(case.name for case in CASES if case.name.startswith(start))
+
+
+def seen(case: Case) -> float:
+    """The share of pairs that the mask lets through."""
+    return case.posed.seen_pairs / (case.posed.q_len * case.posed.kv_len)
+
+
+CASES = tuple(cases())
+TORCH = ("torch flash", "torch math")
+GOALS = (
+    Goal("bool masks, against torch", TORCH, 1.8 if ZEN_5 else 1.6, named("bool")),
+    Goal("bool masks, against our own kernel without one", ("unmasked",), 0.9, named("bool")),
+    Goal("additive masks [B, H, N, N], against torch", TORCH, 1.8 if ZEN_5 else 1.4, tuple(f"additive {n}" for *_, n in SHAPES)),
+    Goal("the same, against our own kernel without one", ("unmasked",), 0.8, tuple(f"additive {n}" for *_, n in SHAPES)),
+    Goal("additive masks that broadcast, against torch", TORCH, 1.8 if ZEN_5 else 1.4, named("additive shared") + named("additive of keys")),
+    Goal("the same, against our own kernel without one", ("unmasked",), 1 / 1.1, named("additive shared") + named("additive of keys")),
+    Goal("key padding, half filled, against torch", TORCH, 4.0 if ZEN_5 else 2.5, named("padding")),
+    Goal("Swin's windows, against torch", TORCH, 2.0, named("Swin")),
+    Goal("window, share of the ideal speed-up over our dense kernel", ("unmasked",), 0.8, named("window"), seen),
+    Goal("window, against FlexAttention", ("flex",), 1.5, named("window")),
+    Goal("bf16, against torch's", TORCH, 1.0, tuple(f"bf16 {n}" for n in (197, 512, 1024, 2048, 4096))),
+    Goal("fp16, against torch's", TORCH, 1.0, tuple(f"fp16 {n}" for n in (197, 512, 1024, 2048, 4096))),
+    Goal("halves, against our own float32", ("unmasked",), 0.95, tuple(f"{d} {n}" for d in ("bf16", "fp16") for n in (197, 512, 1024, 2048, 4096))),
+    Goal("halves decoding, against our own float32", ("unmasked",), 1.6, named("bf16 decoding") + named("fp16 decoding")),
+)  # fmt: skip
+
+
+def contenders(case: Case) -> dict[str, Callable[[], Any]]:
+    """Who computes the case: us, torch's kernels, what the case names, and our kernel of float32 without a mask."""
+    posed = case.posed
+    plain = posed.unmasked.reshaped(dtype="fp32", precision="fp32")
+    x = reference.random_inputs(plain, torch.Generator().manual_seed(0)).ordered(plain.orders)
+    wide = x.query, x.key, x.value
+    own = tuple(t.to(elements.get(posed.dtype).dtype) for t in wide)
+    torchs, grouped = case.mask if case.torchs is None else case.torchs, posed.group > 1
+
+    def by_torch(backend: SDPBackend) -> Callable[[], Any]:
+        def call() -> Any:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(*own, attn_mask=torchs, enable_gqa=grouped)
+
+        return call
+
+    found = {
+        "elsa-tune": lambda: elsa_tune.attention(*own, attn_mask=case.mask, enable_gqa=grouped),
+        "unmasked": lambda: elsa_tune.attention(*wide, enable_gqa=grouped),
+        "torch flash": by_torch(SDPBackend.FLASH_ATTENTION),
+    }
+    if posed.batch * posed.heads * posed.q_len * posed.kv_len < 1 << 27:
+        found["torch math"] = by_torch(SDPBackend.MATH)
+    return {**found, **{name: make(own) for name, make in case.more.items()}}  # type: ignore[arg-type]
+
+
+def unmasked(case: Case) -> str:
+    return str(case.posed.unmasked.reshaped(dtype="fp32", precision="fp32"))
+
+
+def timed(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(case: Case) -> dict[str, Any]:
+    """Rounds in which everyone is timed once, in turns; and how far ours is from torch's answer."""
+    racing, absent = contenders(case), {}
+    for name in list(racing):
+        try:
+            racing[name]()
+        except RuntimeError as error:
+            absent[name] = str(error).splitlines()[0][:200]
+            del racing[name]
+    expected = next(racing[name]() for name in TORCH if name in racing).float()
+    apart = float((racing["elsa-tune"]().float() - expected).abs().max())
+    repeats = {name: max(1, min(200, round(0.004 / timed(call, 1)))) for name, call in racing.items()}
+    samples: dict[str, list[float]] = {name: [] for name in racing}
+    end = time.perf_counter() + SECONDS_A_CASE
+    for number in range(ROUNDS):
+        if number >= 5 and time.perf_counter() > end:
+            break
+        for name in random.Random(number).sample(list(racing), len(racing)):
+            time.sleep(PAUSE)
+            timed(racing[name], 1)
+            samples[name].append(timed(racing[name], repeats[name]))
+    served = elsa_tune.load(case.problem)
+    peers = {}
+    for name, seconds in samples.items():
+        found = race.ratio(seconds, samples["elsa-tune"])
+        peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": seconds}
+    return {
+        "problem": case.problem, "variant": str(served.variant), "rung": served.rung, "difference": apart,
+        "peers": peers, "absent": absent,
+    }  # fmt: skip
+
+
+def judge(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each goal: the geometric mean of its cases, and the worst of them."""
+    verdicts: list[dict[str, Any]] = []
+    of_name = {case.name: case for case in CASES}
+    for goal in GOALS:
+        ratios = {}
+        for name in goal.cases:
+            peers = results[name]["peers"] if name in results else {}
+            here = [peers[peer]["ratio"] for peer in goal.against if peer in peers]
+            if here:
+                ratios[name] = min(here) * goal.times(of_name[name])
+        if not ratios:
+            verdicts.append({"goal": goal.name, "asked": goal.at_least, "measured": None})
+            continue
+        mean, worst = math.exp(statistics.mean(map(math.log, ratios.values()))), min(ratios, key=lambda n: ratios[n])
+        verdicts.append({
+            "goal": goal.name, "asked": goal.at_least, "geometric_mean": mean, "worst": ratios[worst], "worst_at": worst,
+            "reached": mean >= goal.at_least,
+        })  # fmt: skip
+    return verdicts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--case", action="append", help="only cases whose names begin so; repeatable; nothing is written"
+    )
+    parser.add_argument("--tune-seconds", type=float, default=8.0, help="for each problem that is not tuned yet")
+    options = parser.parse_args()
+    chosen = [c for c in CASES if not options.case or any(c.name.startswith(start) for start in options.case)]
+    tune_first([p for case in chosen for p in (case.problem, unmasked(case))], options.tune_seconds)
+    results = {}
+    for case in chosen:
+        results[case.name] = found = interleaved(case)
+        told = "  ".join(
+            f"{n} {p['ratio']:.2f} [{p['low']:.2f}, {p['high']:.2f}]"
+            for n, p in found["peers"].items()
+            if n != "elsa-tune"
+        )
+        print(
+            f"{case.name}: {told}; {found['variant']} ({found['rung']}), apart by {found['difference']:.1e}", flush=True
+        )
+        for name, why in found["absent"].items():
+            print(f"  {name} absent: {why}")
+    verdicts = judge(results)
+    print("\ngoal | asked | reached (geometric mean) | worst")
+    for v in verdicts:
+        if "geometric_mean" in v:
+            short = "" if v["reached"] else "SHORT"
+            print(
+                f"{v['goal']} | {v['asked']:.2f} | {v['geometric_mean']:.2f} {short} | {v['worst']:.2f} {v['worst_at']}"
+            )
+    if options.case:
+        return
+    content = {
+        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("elsa-tune", "torch")}, "date": time.strftime("%Y-%m-%d"), "goals": verdicts,
+        "results": results,
+    }  # fmt: skip
+    path = results_file("masks-")
+    path.write_text(json.dumps(content, indent=1))
+    print(f"written to {shown(path)}")
+
+
+if __name__ == "__main__":
+    main()
