@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console, Group
@@ -144,7 +144,8 @@ def print_report(console: Console, report: Report) -> None:
 def winner_json(found: Evidence) -> dict[str, Any]:
     """A winner as JSON types: its newest final, with the ratio of all of its ``finals``."""
     pooled = asdict(found)
-    return {**pooled.pop("measurement"), **pooled}
+    newest = pooled.pop("measurement")
+    return {**{f.name: newest[f.name] for f in fields(Measurement) if f.init}, **pooled}
 
 
 def report_json(report: Report) -> str:
