@@ -283,5 +283,5 @@ def current() -> Shelf:
 
 def explain(problem: Problem, device: Device) -> Choice:
     """Which rung answers a problem, what the rungs before it said, and where torch had to answer in its place."""
-    chosen = _shelf.choice(problem, device)
+    chosen = _shelf.explained(problem, device)
     return replace(chosen, steps=(*chosen.steps, *handovers.steps(problem.family)))

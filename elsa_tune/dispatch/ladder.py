@@ -94,9 +94,7 @@ def climb_as_exact(problem: Problem, device: Device, times: float, found: Iterab
     """The fastest variant measured for the very problem on the very device that errs at most ``times`` torch's error and is
     faster; nearer layers first. Nothing is carried over from other shapes: their errors are not this one's."""
     for layer in found:
-        measured = (
-            layer.database.measurements(layer.local, device=str(device), problem=str(problem)) if layer.database else []
-        )
+        measured = layer.measurements(device=str(device), problem=str(problem))
         for m in as_exact(measured, times):
             alone = Evidence(m, m.ratio or 0.0, m.ratio_low or 0.0, m.ratio_high or 0.0, 1)
             winner = Winner(alone, layer.name, "exact")

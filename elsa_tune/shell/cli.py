@@ -112,18 +112,24 @@ def _rank(
 
 
 @main.command()
-@click.option("--device", default=None, help="Only this device.")
+@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
 @click.option("--family", default=None, help="Only this family, like fp32.d64.causal.")
 @click.option("--problem", default=None, help="Only this problem.")
 @click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
 @_mistakes_are_messages
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
     """List the recorded winners of every layer."""
-    from elsa_tune.remember.layers import layers
+    from elsa_tune import device as devices
+    from elsa_tune.remember import layers
     from elsa_tune.shell import report
 
-    wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
-    found = [m for layer in layers() for m in layer.winners(**wanted)]
+    known = layers.layers()
+    recorded = {one for layer in known for one, _ in layer.finals_of()}
+    meant = devices.among(device, recorded) if device and recorded else []
+    wanted = {k: v for k, v in (("family", family), ("problem", problem)) if v}
+    found = [m for layer in known for m in layer.winners(meant, **wanted)]
+    for trouble in layers.troubles(known):
+        click.echo(f"elsa-tune: {trouble}", err=True)
     if as_json:
         click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
     elif found:
@@ -170,8 +176,8 @@ def explain(problem: str, device: str) -> None:
 
     wanted = Problem.parse(problem)
     for here in detect(device):
-        own = next((layer.database for layer in layers() if layer.name == "own"), None)
-        tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
+        (own,) = (layer for layer in layers() if layer.name == "own")
+        tried = own.measurements(device=str(here), problem=str(wanted))
         spaces = [Space.read(name) for name in backends.names() if backends.get(name).generated]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
         report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
