@@ -16,6 +16,7 @@ from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.shell import cli, cli_db, doctor
+from elsa_tune.space import Space
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
 NATIVE = host_cpu().isas[0]
@@ -69,6 +70,30 @@ def test_show_runs_nothing(home: Path) -> None:
     assert f"elsa-tune show {VARIANT} fp32.d48.causal" in out, "the code carries the command that made it"
     assert not home.exists()
     assert "torch's own" in run("show", "sdpa.flash")[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "family", "reason"),
+    [
+        (VARIANT, "fp32.d64.backward", "no backward kernels"),
+        (VARIANT, "fp32.d257", "up to 256"),
+        (VARIANT, "fp32.tf32.d64", "no class tf32"),
+        (Space.read("triton").start[0], "bf16.d64.softcap.backward", "no gradients of the score softcap"),
+        (Space.read("cuda").start[0], "bf16.d64.v300", "up to 256"),
+        (Space.read("cuda").start[0], "fp32.d64.backward", "no backward kernels"),
+    ],
+)
+def test_what_no_kernel_can_serve_is_neither_shown_nor_advised(
+    home: Path, variant: str, family: str, reason: str
+) -> None:
+    code, out, err = run("show", variant, family)
+    assert code == cli_db.EXIT_MISTAKE and not out and reason in err and err.count("\n") == 1
+    if variant == VARIANT and "tf32" not in family:  # of which a more exact kernel may serve
+        code, out, _ = run("explain", f"{family}@b1.h1.q64.k64", "--device", "cpu")
+        assert code == 0 and f"no kernel can serve {family} on {host_cpu()}" in out and reason in out
+        assert "--problem" not in out and "tune longer" not in out
+    out = run("explain", "fp32.d64@b1.h1.q64.k64", "--device", "cpu")[1]
+    assert "elsa-tune --problem fp32.d64@b1.h1.q64.k64" in out and "no kernel can serve" not in out
 
 
 @pytest.mark.parametrize(

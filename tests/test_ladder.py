@@ -58,6 +58,13 @@ def test_what_lies_behind_the_answer_is_not_read() -> None:
     assert cousin.asked == ["of_problem", "of_family", "akin"]
 
 
+def test_what_a_backend_refuses_no_neighbour_serves() -> None:
+    """A kernel of another dimension is not carried over to one that no backend generates kernels for."""
+    large = POSED.reshaped(head_dim=257, value_dim=257)
+    chosen = ladder.climb(large, HERE, Books((), (), (winner(str(POSED.reshaped(head_dim=256, value_dim=256))),)))
+    assert chosen.by_sdpa and any("up to 256" in step for step in chosen.steps)
+
+
 @pytest.mark.parametrize("layer", ["imported", "team"])
 def test_a_layer_behind_one_whose_winner_is_refused_answers(layer: str) -> None:
     """The nearest layer's winner is of another version's space; the next layer knows another, and no doubt is told twice."""

@@ -82,7 +82,7 @@ def climb(problem: Problem, device: Device, known: Known) -> Choice:
         break
     else:
         if not steps:
-            steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
+            steps.append(f"nothing is known of {problem.family}")
         steps.append("sdpa: torch serves")
         found = Choice(problem, "sdpa", None, None, tuple(steps))
     if found.by_sdpa and problem.precision == "tf32":  # more exact than asked is welcome
@@ -157,4 +157,5 @@ def _refusal(winner: Winner, problem: Problem, device: Device) -> str:
         variant = parse(winner.variant)
     except BadVariant as error:
         return str(error)
-    return lawful.refusal(variant, problem, device) or ""
+    backend = backends.get(variant.backend)
+    return backend.refusal(problem, device) or lawful.refusal(variant, problem, device) or ""

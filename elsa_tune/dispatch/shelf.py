@@ -12,7 +12,7 @@ from elsa_tune.device import Device
 from elsa_tune.dispatch import exactness, handovers
 from elsa_tune.dispatch.ladder import Choice, climb, climb_as_exact
 from elsa_tune.errors import KernelMissing
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.measurement import Winner
@@ -96,6 +96,13 @@ class _Known:
         return list(self.nearest_first())
 
 
+def _advice(problem: Problem, device: Device) -> str:
+    generated = [name for name in backends.names() if backends.get(name).generated]
+    if reason := lawful.unserved(problem, [device], generated):
+        return f"no kernel can serve {problem.family} on {device}: {reason}"
+    return f"elsa-tune --problem {problem} measures kernels for it"
+
+
 def _reread(source: str) -> None:
     layers.refresh(source)
     for forget in layers.listeners:
@@ -114,9 +121,12 @@ class Shelf:
         self._building: SimpleQueue[Callable[[], object]] | None = None
 
     def explained(self, problem: Problem, device: Device) -> Choice:
-        """The choice, and before its steps what is wrong with the databases it was made from."""
+        """The choice; among its steps what is wrong with the databases it was made from, and what can be done where nothing was
+        found."""
         chosen = self.choice(problem, device)
-        return replace(chosen, steps=(*self._known.troubles(), *chosen.steps))
+        *before, last = chosen.steps
+        advice = [_advice(problem, device)] if chosen.winner is None else []
+        return replace(chosen, steps=(*self._known.troubles(), *before, *advice, last))
 
     def choice(self, problem: Problem, device: Device) -> Choice:
         """Who should serve a problem, and why."""

@@ -145,15 +145,21 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
 def show(variant: str, problem: str) -> None:
     """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run."""
     from elsa_tune import space
-    from elsa_tune.generate import backends
+    from elsa_tune.errors import KernelMissing
+    from elsa_tune.generate import backends, lawful
     from elsa_tune.problem import Problem
 
     chosen, wanted = space.parse(variant), Problem.parse(problem)
     backend = backends.get(chosen.backend)
-    source = backend.source(chosen, wanted)
-    if source is None:
+    if not backend.generated:
         click.echo(f"{chosen} is torch's own kernel; nothing is generated")
         return
+    if reason := lawful.unserved(wanted, lawful.everywhere(), [chosen.backend]):
+        raise KernelMissing(
+            f"{chosen.backend} has no kernels of {wanted.family}: {reason}; elsa-tune explain {wanted} says who serves it"
+        )
+    source = backend.source(chosen, wanted)
+    assert source is not None
     click.echo(source.text)
     if command := backend.command(chosen):
         click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")

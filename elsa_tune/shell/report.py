@@ -247,7 +247,7 @@ def print_explanation(
     if importances:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in importances.items() if share >= 0.01)
         console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
-    else:
+    elif tried:
         console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
 
 
