@@ -24,6 +24,9 @@ from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 from elsa_tune.remember import layers
 
@@ -259,6 +262,14 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
         order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),
     )  # fmt: skip
+
+
+def asks_for(problem: Problem, device: Device) -> bool:
+    """Whether a call of attention() can pose a problem of this family with tensors of the device."""
+    mask = problem.mask == masks.NONE or masks.get(problem.mask).torchs == "is_causal"
+    plain = problem.operator == operators.SOFTMAX and problem.score == scores.NONE
+    own = problem.precision == problem.dtype or (device.is_gpu and problem.precision == "tf32")
+    return mask and plain and own and (device.is_gpu or device.kind == "cpu")
 
 
 _shelf = Shelf()

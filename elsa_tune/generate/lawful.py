@@ -17,7 +17,6 @@ from elsa_tune.problem import Problem
 from elsa_tune.space import Axis, Space
 from elsa_tune.variant import Value, Variant
 
-
 PLAIN = Problem(head_dim=64)
 """What every backend serves, on devices that it serves at all."""
 
