@@ -22,6 +22,7 @@ from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
+from elsa_tune.generate.tensors import number
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -58,7 +59,7 @@ def attention(
     gradients included, served by a tuned kernel where one is faster. Everything else, and every shape that is not tuned,
     goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
     mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
-    mask on another device.
+    mask on another device; and for a scale that no float can hold.
     """
     if (
         attn_mask is None
@@ -72,7 +73,7 @@ def attention(
         and _transforms() is None
     ):
         if type(scale) is int:
-            scale = float(scale)
+            scale = number("scale", scale)
         try:
             entry = _entry(query, key, value, is_causal, enable_gqa)
         except RuntimeError:  # nested tensors have no shape

@@ -8,9 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.errors import BadProblem, WrongArguments
+from elsa_tune.errors import BadProblem, WrongArguments, shown
 from elsa_tune.parts.operand import Array, Number, Operand, Operands
 from elsa_tune.problem import Problem
+
+
+def described(value: object) -> str:
+    """An argument as a message shows it: of a tensor its dtype, shape and device."""
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else shown(value)
+
+
+def number(name: str, value: Any) -> float:
+    """An argument as a float. Raises WrongArguments where it is none, or more than a float can hold."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        pass
+    raise WrongArguments(f"{name} is {described(value)}; give a number that a float can hold")
 
 
 def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -34,19 +49,20 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
         elif isinstance(value, int if one.kind == "integer" else (int, float)):
             given.append(value)
         else:
-            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
+            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {described(value)}")
     return tuple(given)
 
 
 def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tensor) -> Operands:
     """A call's operands in the family's order, numbers by default the problem's own. Raises WrongArguments where they do not fit."""
-    known = {**problem.numbers, **given}
     names = [one.name for one in problem.declared]
+    takes = f"{problem.family} takes {'the operands ' * bool(names)}{', '.join(names) or 'no operands'}"
+    if not isinstance(given, Mapping):
+        raise WrongArguments(f"operands is {described(given)}; give them by name, as a mapping: {takes}")
+    known = {**problem.numbers, **given}
     if set(known) != set(names):
-        odd = ", ".join(sorted(set(known) ^ set(names)))
-        raise WrongArguments(
-            f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them"
-        )
+        odd = ", ".join(sorted(map(str, set(known) ^ set(names))))
+        raise WrongArguments(f"{takes}; {odd} is missing or not one of them")
     operands = tuple(known[name] for name in names)
     kernel_arguments(problem, operands, query, key)
     try:
@@ -69,12 +85,9 @@ def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:
     wanted = [sizes[axis] for axis in array.axes]
     fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == query.device
     if not fits or value.dim() != len(wanted) or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
-        found = (
-            f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
-        )
         raise WrongArguments(
-            f"operand {array.name} is {found}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted}, each or 1,"
-            f" on {query.device}"
+            f"operand {array.name} is {described(value)}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted},"
+            f" each or 1, on {query.device}"
         )
     return [stride if n > 1 else 0 for stride, n in zip(value.stride(), value.shape, strict=True)]
 
