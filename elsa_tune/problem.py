@@ -89,7 +89,7 @@ class Problem:
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         for name in ("head_dim", "value_dim", "batch", "heads", "kv_heads", "q_len", "kv_len"):
-            if not (isinstance(size := getattr(self, name), (int, Integral)) and 1 <= size <= LARGEST):
+            if not (isinstance(size := getattr(self, name), (int, Integral)) and 1 <= int(size) <= LARGEST):
                 raise BadProblem(f"{name} is {shown(size)}; it must be an integer from 1 to {LARGEST}")
         if self.heads % self.kv_heads:
             raise BadProblem(

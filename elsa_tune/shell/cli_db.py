@@ -128,15 +128,23 @@ def diff(first: str, second: str) -> None:
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
+    from elsa_tune import places
     from elsa_tune.remember import repair
 
     health = repair.verify()
     click.echo(f"{health.sound} measurements are what was recorded")
     for path in health.aside:
         click.echo(f"set aside: {path}")
+    for flaw in health.flaws:
+        click.echo(f"damaged: {flaw}", err=True)
+    if health.damaged:
+        click.echo(f"damaged: {health.damaged} measurements that are not what was recorded", err=True)
     if health.damaged or not health.whole:
-        count = health.damaged or "some"
-        click.echo(f"{count} were not, and are left out; the file as it was is set aside", err=True)
+        click.echo(
+            f"{places.database()} is a new file with what is whole; the rest is lost unless it was exported: "
+            "elsa-tune db import FILE, or tune again",
+            err=True,
+        )
         sys.exit(EXIT_INCOMPLETE)
 
 
