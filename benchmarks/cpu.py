@@ -70,9 +70,7 @@ CAUSAL = (
 )
 DECODE = ("fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d128@b1.h32.kv8.q1.k32768")
 LONGEST = ("fp32.d64@b1.h1.q16384.k16384", "fp32.d64.causal@b1.h1.q16384.k16384")
-DEFAULT = tuple(
-    str(p) for p in workload.read("default", host_cpu()) if p.dtype == "fp32" and not p.declared
-)
+DEFAULT = tuple(str(p) for p in workload.read("default", host_cpu()) if p.dtype == "fp32" and not p.declared)
 """What other programs take too; masks and halves have a benchmark of their own."""
 ORDERED = tuple(p for p in DEFAULT if Problem.parse(p).order != CONTIGUOUS)
 

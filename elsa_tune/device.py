@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,11 @@ class Device:
         if not found:
             raise BadDevice(f"device {text[:100]!r} is misspelled; write it like cpu:amd_f25m17-zen4-c2, or use auto")
         return cls(found[1], found[2], found[3], int(found[4]), int(found[5] or 0), found[6] or "")
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What it goes by where devices are named: its kind, its architecture, its full spelling."""
+        return self.kind, self.arch, str(self)
 
     @property
     def is_gpu(self) -> bool:
@@ -268,10 +273,28 @@ def detect(text: str = "auto") -> list[Device]:
     here = [host_cpu(), *gpus(), *opencl_devices()]
     if text == "auto":
         return [found for found in here if not found.is_host]  # the CPU itself is served better by C++
-    chosen = [d for d in here if text in (d.kind, d.arch, str(d))]
+    chosen = [d for d in here if text in d.names]
     if not chosen:
         raise BadDevice(f"device {text!r} is not on this machine, which has {', '.join(map(str, here))}; use auto")
     return chosen
+
+
+def among(text: str, recorded: Iterable[str]) -> list[str]:
+    """Those of some spelled devices that ``text`` means as in ``detect``, whether they are here or not. Raises BadDevice, which says
+    what they are."""
+    spelled = sorted(recorded)
+    here = {str(device) for device in detect()} if text == "auto" else set()
+    found = [one for one in spelled if one in here or text in _names(one)]
+    if not found:
+        raise BadDevice(f"nothing is recorded of device {text!r}; recorded are {', '.join(spelled) or 'none yet'}")
+    return found
+
+
+def _names(spelled: str) -> tuple[str, ...]:
+    try:
+        return Device.parse(spelled).names
+    except BadDevice:  # recorded by another version
+        return (spelled,)
 
 
 def named(text: str) -> Device:

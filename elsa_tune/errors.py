@@ -1,6 +1,15 @@
 """One class per mistake; every message ends with what to do next."""
 
 
+def shown(value: object) -> str:
+    """A value as a message shows it: one line, short, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of thousands of digits has no repr; others' classes may raise anything
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class ElsaTuneError(Exception):
     """Anything this package raises on purpose."""
 
@@ -62,4 +71,4 @@ class KernelMissing(ElsaTuneError, LookupError):
 
 
 class WrongArguments(ElsaTuneError, ValueError):
-    """A tensor argument does not fit; the message names it, its shape and what was expected."""
+    """An argument of a call does not fit; the message names it, what it is (of a tensor dtype and shape) and what was expected."""

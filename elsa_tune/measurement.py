@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from math import isfinite
+from operator import attrgetter
 from typing import Any
 
 KERNELS = 2
@@ -36,6 +38,9 @@ class Measurement:
     samples were taken (trial) or many, among finalists (final). Status candidate: compiled, never measured. ``role`` says whether
     the variant is a candidate of ours or a rival, torch's own; ``incumbent_role`` whether the incumbent is a rival or the
     yardstick of a kit, whose ratio says nothing of torch. ``created`` is seconds since 1970.
+
+    ``said`` is each field that is not empty as canonical JSON, in the order of names, and ``line`` all of them: equal content is
+    equal text.
     """
 
     device: str
@@ -59,18 +64,26 @@ class Measurement:
     resources: Mapping[str, int] = field(default_factory=dict)
     provenance: Mapping[str, str | float] = field(default_factory=dict)
     created: float = 0.0
-    _line: str = field(default="", init=False, repr=False, compare=False)
+    said: Mapping[str, str] = field(init=False, repr=False, compare=False)
+    line: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """One spelling of equal content: floats, six digits of a sample, no order among facts."""
+        listed = {}
         for name in ("samples", "incumbent_samples"):
-            object.__setattr__(self, name, tuple(float(f"{x:.6g}") for x in getattr(self, name)))
+            words = [f"{x:.6g}" for x in getattr(self, name)]
+            object.__setattr__(self, name, tuple(map(float, words)))
+            listed[name] = _listed(words)
         for name in ("error", "constant", "seconds", "ratio", "ratio_low", "ratio_high", "created"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
         object.__setattr__(self, "reason", self.reason[:LONGEST_REASON])
         facts = {k: v if isinstance(v, str) else float(v) for k, v in self.provenance.items()}
         object.__setattr__(self, "provenance", facts)
+        values = zip(_EMPTY.items(), _values(self), strict=True)
+        said = {name: listed.get(name) or _json(value) for (name, empty), value in values if value != empty}
+        object.__setattr__(self, "said", said)
+        object.__setattr__(self, "line", "{" + ",".join([f'"{name}":{text}' for name, text in said.items()]) + "}")
 
     @property
     def family(self) -> str:
@@ -103,15 +116,6 @@ class Measurement:
         return self.status == "timeout" and self.disturbed
 
     @property
-    def line(self) -> str:
-        """The measurement as one line of canonical JSON: equal content is equal text. What is empty is left out."""
-        if self._line:
-            return self._line
-        content = {name: value for name, empty in _EMPTY.items() if (value := getattr(self, name)) != empty}
-        object.__setattr__(self, "_line", canonical(content))
-        return self._line
-
-    @property
     def id(self) -> str:
         """The digest of everything else."""
         return hashlib.sha256(self.line.encode()).hexdigest()[:24]
@@ -123,9 +127,23 @@ class Measurement:
 
 
 _EMPTY: dict[str, Any] = {
-    f.name: {} if f.default_factory is not MISSING else f.default for f in fields(Measurement) if f.init
+    f.name: {} if f.default_factory is not MISSING else f.default
+    for f in sorted(fields(Measurement), key=attrgetter("name"))
+    if f.init
 }
-"""What each field is when nothing is said of it."""
+"""What each field is when nothing is said of it, in the order of names."""
+
+_values = attrgetter(*_EMPTY)
+
+
+def _json(value: object) -> str:
+    """As canonical, which takes longer over a single number."""
+    return repr(value) if isinstance(value, float) and isfinite(value) else canonical(value)
+
+
+def _listed(words: Iterable[str]) -> str:
+    """Numbers of six digits as canonical writes them: as they are, unless they are whole, large or none."""
+    return f"[{','.join([w if '.' in w and '+' not in w else canonical(float(w)) for w in words])}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from elsa_tune.errors import BadProblem
+from elsa_tune.errors import BadProblem, shown
 from elsa_tune.order import CONTIGUOUS, ORDERS, alike, joined, split
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -88,22 +89,25 @@ class Problem:
             if getattr(self, name) not in allowed:
                 raise BadProblem(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         for name in ("head_dim", "value_dim", "batch", "heads", "kv_heads", "q_len", "kv_len"):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise BadProblem(f"{name} is {str(getattr(self, name))[:30]}; it must be from 1 to {LARGEST}")
+            if not (isinstance(size := getattr(self, name), (int, Integral)) and 1 <= int(size) <= LARGEST):
+                raise BadProblem(f"{name} is {shown(size)}; it must be an integer from 1 to {LARGEST}")
         if self.heads % self.kv_heads:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
             )
         own = masks.get(self.mask).integers
         if self.integers and (len(self.integers) != len(own) or not all(0 <= n <= LARGEST for n in self.integers)):
-            given = ", ".join(map(str, self.integers))[:60]
+            given = ", ".join(map(shown, self.integers))
             raise BadProblem(
                 f"mask {self.mask} has the integers ({', '.join(own)}), from 0 to {LARGEST}; {given} are given"
             )
-        reals = tuple(map(float, self.reals))
         wanted = scores.get(self.score).reals
+        try:
+            reals = tuple(map(float, self.reals))
+        except (OverflowError, TypeError, ValueError):
+            reals = (float("nan"),) * len(self.reals)
         if reals and (len(reals) != len(wanted) or not all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
-            given, limits = ", ".join(map(str, reals))[:60], f"from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
+            given, limits = ", ".join(map(shown, self.reals)), f"from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
             raise BadProblem(f"score {self.score} has the numbers ({', '.join(wanted)}), {limits}; {given} are given")
         object.__setattr__(self, "reals", reals)
         object.__setattr__(self, "order", self._plainest_order())
@@ -242,6 +246,8 @@ class Problem:
     @classmethod
     def parse(cls, text: str) -> Problem:
         """Read ``family@shape``, or a family alone (with a shape of ones). Raises BadProblem."""
+        if not isinstance(text, str):
+            raise BadProblem(f"problem is {shown(text)}; give a Problem, or spell one like {_EXAMPLE}")
         return _parse(text)
 
 

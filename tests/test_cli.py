@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import elsa_tune
 from elsa_tune import places
 from elsa_tune.device import host_cpu
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
-from elsa_tune.shell import cli, cli_db, doctor
+from elsa_tune.problem import Problem
+from elsa_tune.shell import cli, cli_db, doctor, report
+from elsa_tune.space import Space
+from elsa_tune.tuning.report import Outcome, Report
 
 SMALL = "fp32.d16@b1.h2.q96.k96"
 NATIVE = host_cpu().isas[0]
@@ -52,6 +58,33 @@ def test_tune_is_the_default_and_ends_with_a_table(home: Path) -> None:
     assert code == 0 and "rung: " in out and "tried here: " in out and "axes that mattered" in out
 
 
+def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """attention() where it can pose the family; else the call of load() that does, which is what it says."""
+    shape = "b2.h2.q9.k9"
+    problems = (f"fp32.d16.causal@{shape}", f"fp32.d16.causal+lengths.softcap@{shape}.softcap30")
+    outcomes = [Outcome(Problem.parse(problem), host_cpu(), None) for problem in problems]
+    report.print_report(report.console(), Report(outcomes, 1.0, []))
+    asked, loaded = capsys.readouterr().out.splitlines()[-2:]
+    assert asked == "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."
+    assert loaded.startswith("Use fp32.d16.causal+lengths.softcap: elsa_tune.load(") and "attention()" in loaded
+    query, key, value = torch.randn(3, 2, 2, 9, 16)
+    names = {"elsa_tune": elsa_tune, "query": query, "key": key, "value": value, "lengths": torch.tensor([9, 3])}
+    assert eval(loaded.partition(": ")[2].partition(";")[0], names).shape == query.shape
+    assert report.calls(outcomes[:1]) == [asked] and report.calls(outcomes[1:]) == [loaded]
+    (told,) = report.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
+    assert "no call asks for gradients" in told
+    opencl = replace(host_cpu(), kind="opencl")
+    assert 'device="opencl"' in report.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
+    gpu = replace(host_cpu(), kind="cuda")
+    for family, server in (
+        ("fp32.tf32.d16.backward", "attention("),
+        ("fp32.strict.d16", "load("),
+        ("fp16.d16.window", "load("),
+    ):
+        told = report.calls([Outcome(Problem.parse(family), gpu, None)])[0]
+        assert f"elsa_tune.{server}" in told, family
+
+
 def test_a_workload_file(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f'[mine]\nproblems = ["{SMALL}"]\n')
@@ -69,6 +102,30 @@ def test_show_runs_nothing(home: Path) -> None:
     assert f"elsa-tune show {VARIANT} fp32.d48.causal" in out, "the code carries the command that made it"
     assert not home.exists()
     assert "torch's own" in run("show", "sdpa.flash")[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "family", "reason"),
+    [
+        (VARIANT, "fp32.d64.backward", "no backward kernels"),
+        (VARIANT, "fp32.d257", "up to 256"),
+        (VARIANT, "fp32.tf32.d64", "no class tf32"),
+        (Space.read("triton").start[0], "bf16.d64.softcap.backward", "no gradients of the score softcap"),
+        (Space.read("cuda").start[0], "bf16.d64.v300", "up to 256"),
+        (Space.read("cuda").start[0], "fp32.d64.backward", "no backward kernels"),
+    ],
+)
+def test_what_no_kernel_can_serve_is_neither_shown_nor_advised(
+    home: Path, variant: str, family: str, reason: str
+) -> None:
+    code, out, err = run("show", variant, family)
+    assert code == cli_db.EXIT_MISTAKE and not out and reason in err and err.count("\n") == 1
+    if variant == VARIANT and "tf32" not in family:  # of which a more exact kernel may serve
+        code, out, _ = run("explain", f"{family}@b1.h1.q64.k64", "--device", "cpu")
+        assert code == 0 and f"no kernel can serve {family} on {host_cpu()}" in out and reason in out
+        assert "--problem" not in out and "tune longer" not in out
+    out = run("explain", "fp32.d64@b1.h1.q64.k64", "--device", "cpu")[1]
+    assert "elsa-tune --problem fp32.d64@b1.h1.q64.k64" in out and "no kernel can serve" not in out
 
 
 @pytest.mark.parametrize(

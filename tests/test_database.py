@@ -24,9 +24,10 @@ from elsa_tune import places
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.generate import backends
 from elsa_tune.measurement import Measurement
-from elsa_tune.remember import foreign, layers, lines, repair, salvage, schema
+from elsa_tune.remember import foreign, layers, lines, pages, repair, salvage, schema
 from elsa_tune.remember.database import Database
 from elsa_tune.remember.reading import Reader
+from elsa_tune.shell import cli
 
 PROBLEM = made(0).problem
 RIVAL = replace(made(0), variant="sdpa.flash", role="rival", ratio=1.0, ratio_low=1.0, ratio_high=1.0, created=0.5)
@@ -201,7 +202,7 @@ def test_a_database_of_format_2_is_rewritten(home: Path) -> None:
         for local in (True, False):
             assert content(database.measurements(local)) == content(m for m, own in mixed() if own == local)
         assert database.installation == "0123456789abcdef" and database.about(f"era of {PROBLEM} on {DEVICE}") == "3"
-        assert not database.damaged() and database.is_whole()
+        assert not database.damaged() and not database.flaws()
         database.record(made(9))
     with closing(sqlite3.connect(places.database())) as connection:
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
@@ -417,6 +418,71 @@ def test_verify_keeps_what_is_sound(home: Path) -> None:
     assert (health.sound, health.whole, health.damaged) == (len(mixed()) - 1, True, 1) and health.aside
     with Database.for_reading(places.database()) as database:
         assert content(database) == content(m for m, _ in mixed() if m != made(0))
+
+
+def torn(path: Path, what: str) -> str:
+    """A database of 400 measurements with one page of a table or index torn, or its header; what is to be said of it."""
+    with Database.for_writing(path) as database:
+        database.take_over((made(n), True) for n in range(400))
+    content = bytearray(path.read_bytes())
+    with closing(sqlite3.connect(path)) as whole:
+        roots = dict(whole.execute("SELECT name, rootpage FROM sqlite_master WHERE rootpage"))
+    if what == "header":
+        content[:16] = bytes(16)
+        number, said = 1, "the header: page 1"
+    else:
+        name = what.removeprefix("all of ")
+        root = 4096 * (roots[name] - 1)
+        first = int.from_bytes(content[root + 12 : root + 14], "big")
+        number = roots[name] if what != name else int.from_bytes(content[root + first : root + first + 4], "big")
+        content[4096 * (number - 1) : 4096 * number] = bytes(4096)
+        said = f"{'table' if name in ('texts', 'recorded') else 'index'} {name}: page {number}"
+    path.write_bytes(content)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("what", "least"),
+    [("header", 400), ("recorded", 360), ("all of recorded", 400), ("texts", 0), ("recorded_by_problem", 400)],
+)
+def test_verify_says_what_is_damaged_how_much_is_whole_and_what_to_do(home: Path, what: str, least: int) -> None:
+    home.mkdir()
+    said = torn(places.database(), what)
+    done = CliRunner().invoke(cli.main, ["db", "verify"])
+    assert done.exit_code == 1 and f"damaged: {said}\n" in done.stderr, done.stderr
+    assert "elsa-tune db import FILE" in done.stderr and str(places.database()) in done.stderr
+    with Database.for_reading(places.database()) as database:
+        kept = content(database)
+        assert kept.items() <= content(map(made, range(400))).items() and len(kept) >= least
+    assert done.stdout.startswith(f"{len(kept)} measurements are what was recorded\nset aside: ")
+    again = CliRunner().invoke(cli.main, ["db", "verify"])
+    assert again.exit_code == 0 and not again.stderr and again.stdout == done.stdout, "once"
+
+
+def test_verify_counts_what_is_not_what_was_recorded(home: Path) -> None:
+    with Database.for_writing() as database:
+        database.take_over(mixed())
+        database._connection.execute("UPDATE recorded SET ratio = 9.0 WHERE stage = 'final'")
+    done = CliRunner().invoke(cli.main, ["db", "verify"])
+    changed = sum(m.stage == "final" for m, _ in mixed())
+    assert done.exit_code == 1 and f"damaged: {changed} measurements that are not what was recorded\n" in done.stderr
+
+
+def test_pages_that_lie_are_told_not_followed(tmp_path: Path) -> None:
+    """Circles, pages outside, a file cut off: damage is told of any bytes, in a line that stays short."""
+    rng, path = random.Random(4), tmp_path / "one.db"
+    with Database.for_writing(path) as database:
+        database.take_over((made(n), True) for n in range(400))
+    whole = path.read_bytes()
+    assert pages.Pages(path).damage() == []
+    for turn in range(60):
+        broken = bytearray(whole)
+        for _ in range(10 ** (turn % 5)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        path.write_bytes(broken[: rng.randrange(len(broken))] if turn % 3 == 0 else broken)
+        assert all(len(one) < 200 for one in pages.Pages(path).damage())
+    path.write_bytes(whole[: len(whole) // 2])
+    assert any(one.startswith("table recorded: page") for one in pages.Pages(path).damage())
 
 
 def test_shipped_lines_say_their_roles() -> None:

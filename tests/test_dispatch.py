@@ -626,6 +626,71 @@ def test_a_scale_that_is_no_float() -> None:
         elsa_tune.attention(q, k, v, is_causal="x")  # type: ignore[arg-type]
 
 
+BIG, LONG = 10**400, 10**5000  # more than a float holds; more than Python prints
+WRONG = {
+    "a problem": (lambda q, w: elsa_tune.load(w), BadProblem, "problem"),
+    "a problem to tune": (lambda q, w: elsa_tune.tune([w], device="cpu"), BadProblem, "problem"),
+    "a dimension": (lambda q, w: Problem(head_dim=w), BadProblem, "head_dim"),
+    "a query": (lambda q, w: elsa_tune.load("fp32.d16")(w, q, q), WrongArguments, "query"),
+    "a scale": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, w), WrongArguments, "scale"),
+    "a log-sum-exp": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, None, w), WrongArguments, "lse"),
+    "operands": (lambda q, w: elsa_tune.load("fp32.d16.lengths")(q, q, q, operands=w), WrongArguments, "operands"),
+    "operands of none": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, operands=w), WrongArguments, "operands"),
+    "a length": (lambda q, w: _masked("fp32.d16.lengths", q, lengths=w), WrongArguments, "lengths"),
+    "a number": (lambda q, w: _masked("fp32.d16.softcap", q, softcap=w), WrongArguments, "softcap"),
+    "an integer": (lambda q, w: _masked("fp32.d16.prefix", q, prefix=w), WrongArguments, "prefix"),
+    "how exact": (lambda q, w: elsa_tune.accuracy(w).__enter__(), WrongArguments, "times_torchs_error"),
+}  # fmt: skip
+
+
+def _masked(family: str, query: Tensor, **operands: object) -> Tensor:
+    return elsa_tune.load(family)(query, query, query, operands=operands)
+
+
+SOUND = {("a scale", float), ("a number", float), ("how exact", float), ("operands of none", list)}
+VALUES = (5.5, BIG, LONG, "x", b"x", (1,), [], 1j, object())
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [(name, value) for name in WRONG for value in VALUES if (name, type(value)) not in SOUND],
+    ids=lambda one: one if isinstance(one, str) and one in WRONG else type(one).__name__,
+)
+def test_what_is_no_such_argument_is_one_error_that_names_it(home: Path, argument: str, wrong: object) -> None:
+    call, mistake, name = WRONG[argument]
+    query = torch.randn(1, 2, 9, 16)
+    with pytest.raises(mistake, match=name) as raised:
+        call(query, wrong)
+    assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
+
+
+def test_a_scale_that_no_float_holds_is_named_by_attention_too() -> None:
+    query = torch.randn(1, 2, 9, 16)
+    for call in (elsa_tune.attention, elsa_tune.attention_with_lse):
+        with pytest.raises(WrongArguments, match="scale is 1000"):
+            call(query, query, query, scale=BIG)
+
+
+def test_a_loaded_kernel_names_what_does_not_fit(home: Path) -> None:
+    """The dtype where that is wrong, the shapes where those are, the device; an arithmetic class is no mistake of the tensors."""
+    query = torch.randn(1, 2, 9, 16)
+    kernel, sums = elsa_tune.load("fp32.d16"), torch.empty(1, 2, 9)
+    for key, found in (
+        (query.double(), r"key is torch\.float64 \[1, 2, 9, 16\] on cpu; .* torch\.float32"),
+        (query.to("meta"), r"key is torch\.float32 .* on meta; .* on cpu"),
+        (query[..., :8], r"\[1, 2, 9, 16\], \[1, 2, 9, 8\].*\[batch, kv_heads, kv_len, 16\]"),
+    ):
+        with pytest.raises(WrongArguments, match=found):
+            kernel(query, key, query)
+    for lse in (sums.double(), sums[0], torch.empty(1, 9, 2).transpose(1, 2)):
+        with pytest.raises(WrongArguments, match=r"lse is .* torch\.float32 \[1, 2, 9\], contiguous"):
+            kernel(query, query, query, lse=lse)
+    strict = elsa_tune.load("fp32.strict.d16")
+    assert torch.allclose(
+        strict(query, query, query, lse=sums), scaled_dot_product_attention(query, query, query), atol=1e-6
+    )
+
+
 def test_nested_tensors_go_to_torch() -> None:
     n = torch.nested.nested_tensor([torch.ones(4, 50, 16), torch.ones(4, 30, 16)])
     assert elsa_tune.attention(n, n, n).is_nested

@@ -86,6 +86,13 @@ def test_a_window_of_another_width_is_farther_away() -> None:
     assert 0 < near < 0.3 < 1.5 < far < 1.8
 
 
+def test_what_a_backend_refuses_no_neighbour_serves() -> None:
+    """A kernel of another dimension is not carried over to one that no backend generates kernels for."""
+    large = POSED.reshaped(head_dim=257, value_dim=257)
+    chosen = ladder.climb(large, HERE, Books((), (), (winner(str(POSED.reshaped(head_dim=256, value_dim=256))),)))
+    assert chosen.by_sdpa and any("up to 256" in step for step in chosen.steps)
+
+
 @pytest.mark.parametrize("layer", ["imported", "team"])
 def test_a_layer_behind_one_whose_winner_is_refused_answers(layer: str) -> None:
     """The nearest layer's winner is of another version's space; the next layer knows another, and no doubt is told twice."""

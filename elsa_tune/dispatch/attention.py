@@ -19,9 +19,11 @@ from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
+from elsa_tune.generate.tensors import number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import operator as operators
 from elsa_tune.problem import Problem
 from elsa_tune.remember import layers
 
@@ -54,7 +56,7 @@ def attention(
     gradient is needed (without a tensor in masks and scores also gradients, on GPUs). Everything else, and every shape that is not
     tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
     mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
-    mask on another device; and for operands of masks and scores that do not fit.
+    mask on another device; for operands of masks and scores that do not fit; and for a scale that no float can hold.
     """
     if (
         not dropout_p
@@ -67,7 +69,7 @@ def attention(
         and _transforms() is None
     ):
         if type(scale) is int:
-            scale = float(scale)
+            scale = number("scale", scale)
         operands: Operands = ()
         try:
             entry = _entry(query, key, value, is_causal, enable_gqa)
@@ -242,6 +244,12 @@ def problem_of(
     return problem if wanted is NONE else wanted.of(problem)
 
 
+def asks_for(problem: Problem, device: Device) -> bool:
+    """Whether a call of attention() can pose a problem of this family with tensors of the device."""
+    own = problem.precision == problem.dtype or (device.is_gpu and problem.precision == "tf32")
+    return problem.operator == operators.SOFTMAX and own and (device.is_gpu or device.kind == "cpu")
+
+
 _shelf = Shelf()
 
 
@@ -264,5 +272,5 @@ def current() -> Shelf:
 
 def explain(problem: Problem, device: Device) -> Choice:
     """Which rung answers a problem, what the rungs before it said, and where torch had to answer in its place."""
-    chosen = _shelf.choice(problem, device)
+    chosen = _shelf.explained(problem, device)
     return replace(chosen, steps=(*chosen.steps, *handovers.steps(problem.family)))

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from numbers import Real
 
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import WrongArguments, shown
+from elsa_tune.generate.tensors import number
 from elsa_tune.measurement import Measurement
 
 _asked: ContextVar[float | None] = ContextVar("elsa_tune_accuracy", default=None)
@@ -29,9 +30,9 @@ def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
     global active
     if not isinstance(times_torchs_error, Real) or not times_torchs_error > 0:
         raise WrongArguments(
-            f"times_torchs_error is {times_torchs_error!r}; give a number above 0, 1.0 for torch's own error"
+            f"times_torchs_error is {shown(times_torchs_error)}; give a number above 0, 1.0 for torch's own error"
         )
-    times = float(times_torchs_error)
+    times = number("times_torchs_error", times_torchs_error)
     with _lock:
         active += 1
     token = _asked.set(times)

@@ -87,7 +87,7 @@ def climb(problem: Problem, device: Device, known: Known) -> Choice:
         break
     else:
         if not steps:
-            steps.append(f"nothing is known of {problem.family}; run elsa-tune --problem {problem}")
+            steps.append(f"nothing is known of {problem.family}")
         steps.append("sdpa: torch serves")
         found = Choice(problem, "sdpa", None, None, tuple(steps))
     if found.by_sdpa and problem.precision == "tf32":  # more exact than asked is welcome
@@ -99,9 +99,7 @@ def climb_as_exact(problem: Problem, device: Device, times: float, found: Iterab
     """The fastest variant measured for the very problem on the very device that errs at most ``times`` torch's error and is
     faster; nearer layers first. Nothing is carried over from other shapes: their errors are not this one's."""
     for layer in found:
-        measured = (
-            layer.database.measurements(layer.local, device=str(device), problem=str(problem)) if layer.database else []
-        )
+        measured = layer.measurements(device=str(device), problem=str(problem))
         for m in as_exact(measured, times):
             alone = Evidence(m, m.ratio or 0.0, m.ratio_low or 0.0, m.ratio_high or 0.0, 1)
             winner = Winner(alone, layer.name, "exact")
@@ -171,4 +169,5 @@ def _refusal(winner: Winner, problem: Problem, device: Device) -> str:
         variant = parse(winner.variant)
     except BadVariant as error:
         return str(error)
-    return lawful.refusal(variant, problem, device) or ""
+    backend = backends.get(variant.backend)
+    return backend.refusal(problem, device) or lawful.refusal(variant, problem, device) or ""

@@ -13,6 +13,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Built, Kernel, Operands
 from elsa_tune.generate.render import Source
+from elsa_tune.generate.tensors import described, number
 from elsa_tune.masks import NONE, AttnMask, of_tensor, told_by
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -48,18 +49,11 @@ class LoadedKernel:
         """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
         the log-sum-exp. ``attn_mask`` is the problem's mask and scores with the operands of this call, of which what takes numbers
         alone may be left out: they are the problem's own. Raises WrongArguments for other tensors."""
+        self._check(query, key, value, lse)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
-        posed = dispatch.problem_of(query, key, value, enable_gqa=True)
-        family = posed and posed.reshaped(mask=self.problem.mask, score=self.problem.score).family
-        if family != self.problem.family:
-            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-            raise WrongArguments(
-                f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
-            )
-        if not self.problem.declared and attn_mask is None:
-            return self._kernel(query, key, value, scale, None, lse)
-        given = self._operands(attn_mask, query, key)
+        scale = None if scale is None else number("scale", scale)
+        given = self._operands(attn_mask, query, key) if attn_mask is not None or self.problem.declared else ()
         return self._kernel(query, key, value, scale, None, lse, given)
 
     def _operands(self, attn_mask: Tensor | AttnMask | None, query: Tensor, key: Tensor) -> Operands:
@@ -73,6 +67,34 @@ class LoadedKernel:
             )
         return wanted.in_order(query, key)
 
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None) -> None:
+        """Raise WrongArguments unless these are what a kernel of the family reads and writes."""
+        named = {"query": query, "key": key, "value": value}
+        family, dtype = self.problem.family, getattr(torch, elements.get(self.problem.dtype).torch)
+        place = torch.device(self.device.torch).type
+        for name, x in named.items():
+            if not (isinstance(x, Tensor) and x.dtype is dtype and x.device.type == place):
+                raise WrongArguments(f"{name} is {described(x)}; {family} takes {dtype} tensors, on {place} as loaded")
+        posed = dispatch.problem_of(query, key, value, enable_gqa=True)
+        if posed is None or (posed.head_dim, posed.value_dim) != (self.problem.head_dim, self.problem.value_dim):
+            shapes, d, v = (
+                ", ".join(str(list(x.shape)) for x in named.values()),
+                self.problem.head_dim,
+                self.problem.value_dim,
+            )
+            raise WrongArguments(
+                f"query, key, value are {shapes}; {family} takes [batch, heads, q_len, {d}], [batch, kv_heads, kv_len, {d}], "
+                f"[batch, kv_heads, kv_len, {v}], of one device, none of them empty"
+            )
+        wanted = query.shape[:3]
+        if lse is not None and not (
+            isinstance(lse, Tensor)
+            and (lse.dtype, lse.shape, lse.device) == (torch.float32, wanted, query.device)
+            and lse.is_contiguous()
+        ):
+            expected = f"torch.float32 {list(wanted)}, contiguous, on {query.device}"
+            raise WrongArguments(f"lse is {described(lse)}; it must be {expected}")
+
     @property
     def source(self) -> Source | None:
         """The rendered code; None if torch's own kernel serves."""
@@ -84,7 +106,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
 
     ``device`` auto is the CPU, or the first GPU for what only GPUs serve.
     """
-    wanted = Problem.parse(problem) if isinstance(problem, str) else problem
+    wanted = problem if isinstance(problem, Problem) else Problem.parse(problem)
     found = detect(device)
     here = next((d for d in found if not elements.get(wanted.dtype).narrow or d.is_gpu), found[0])
     shelf = dispatch.current()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 
@@ -11,7 +12,7 @@ from elsa_tune.device import Device
 from elsa_tune.dispatch import exactness, handovers
 from elsa_tune.dispatch.ladder import Choice, climb, climb_as_exact
 from elsa_tune.errors import KernelMissing
-from elsa_tune.generate import backends
+from elsa_tune.generate import backends, lawful
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.measurement import Winner
@@ -35,7 +36,9 @@ class _Known:
 
     def __init__(self, beside: Callable[[Callable[[], object]], None]) -> None:
         self._beside = beside  # runs a job beside the calls
-        self._layers: list[layers.Layer] | None = None
+        self._opened: list[layers.Layer] = []
+        self._others = layers.nearest_first()
+        self._sees_all = False
         self._winners: dict[tuple[object, ...], list[Winner]] = {}
         self._slower: dict[Device, set[tuple[str, str]]] = {}
 
@@ -77,9 +80,17 @@ class _Known:
                 self._slower[device] = layers.slower_than_sdpa(device, self._every_layer())
             return self._slower[device]
 
-    def nearest_first(self) -> Iterable[layers.Layer]:
-        """The layers, not all opened yet where the first may answer."""
-        return self._layers or layers.nearest_first()
+    def nearest_first(self) -> Iterator[layers.Layer]:
+        """The layers, each opened once and only where those before it did not answer."""
+        yield from self._opened
+        for layer in self._others:
+            self._opened.append(layer)
+            yield layer
+
+    def troubles(self) -> list[str]:
+        """What is wrong with the layers, as far as they were read."""
+        with lock:
+            return layers.troubles(self._opened)
 
     def _once(self, entry: tuple[object, ...], read: Callable[[], list[Winner]]) -> list[Winner]:
         with lock:
@@ -91,11 +102,18 @@ class _Known:
 
     def _every_layer(self) -> list[layers.Layer]:
         """All layers, opened once; the team's that have changed are read again beside the calls."""
-        if self._layers is None:
-            self._layers = layers.layers()
+        if not self._sees_all:
+            self._sees_all = True
             for source in layers.stale():
                 self._beside(partial(_reread, source))
-        return self._layers
+        return list(self.nearest_first())
+
+
+def _advice(problem: Problem, device: Device) -> str:
+    generated = [name for name in backends.names() if backends.get(name).generated]
+    if reason := lawful.unserved(problem, [device], generated):
+        return f"no kernel can serve {problem.family} on {device}: {reason}"
+    return f"elsa-tune --problem {problem} measures kernels for it"
 
 
 def _reread(source: str) -> None:
@@ -114,6 +132,14 @@ class Shelf:
         self._kernels: dict[tuple[str, str], Kernel | Gradients] = {}  # (family, variant)
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
         self._building: SimpleQueue[Callable[[], object]] | None = None
+
+    def explained(self, problem: Problem, device: Device) -> Choice:
+        """The choice; among its steps what is wrong with the databases it was made from, and what can be done where nothing was
+        found."""
+        chosen = self.choice(problem, device)
+        *before, last = chosen.steps
+        advice = [_advice(problem, device)] if chosen.winner is None else []
+        return replace(chosen, steps=(*self._known.troubles(), *before, *advice, last))
 
     def choice(self, problem: Problem, device: Device) -> Choice:
         """Who should serve a problem, and why."""

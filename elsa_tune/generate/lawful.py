@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
-from elsa_tune.device import Device
+from elsa_tune import places
+from elsa_tune.device import Device, detect, named
 from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Law
 from elsa_tune.problem import Problem
 from elsa_tune.space import Axis, Space
 from elsa_tune.variant import Value, Variant
+
+PLAIN = Problem(head_dim=64)
+"""What every backend serves, on devices that it serves at all."""
+
+
+@cache
+def everywhere() -> tuple[Device, ...]:
+    """Devices of all kinds that kernels are generated for: those here, typical GPUs of search_spaces/targets.toml, any of OpenCL."""
+    targets = places.read_toml(places.data("search_spaces") / "targets.toml")
+    return tuple(dict.fromkeys([*detect(), *map(named, targets), named("opencl")]))
+
+
+def unserved(problem: Problem, devices: Iterable[Device], names: Iterable[str]) -> str | None:
+    """Why none of some backends generates a kernel of the problem's family for any of some devices, or None where one does."""
+    reasons = []
+    for name, device in product(names, devices):
+        reason = backends.get(name).refusal(problem, device)
+        if reason is None:
+            return None
+        if backends.get(name).refusal(PLAIN, device) is None:
+            reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons)) or "no backend generates kernels for such a device"
 
 
 def refusal(variant: Variant, problem: Problem, device: Device) -> str | None:

@@ -7,9 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
+
+
+def described(value: object) -> str:
+    """An argument as a message shows it: of a tensor its dtype, shape and device."""
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else shown(value)
+
+
+def number(name: str, value: Any) -> float:
+    """An argument as a float. Raises WrongArguments where it is none, or more than a float can hold."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        pass
+    raise WrongArguments(f"{name} is {described(value)}; give a number that a float can hold")
 
 
 def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -33,7 +48,7 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
         elif isinstance(value, int if one.kind == "integer" else (int, float)):
             given.append(value)
         else:
-            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
+            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {described(value)}")
     return tuple(given)
 
 
@@ -43,12 +58,9 @@ def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:
     wanted = [sizes[axis] for axis in array.axes]
     fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == query.device
     if not fits or value.dim() != len(wanted) or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
-        found = (
-            f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]
-        )
         raise WrongArguments(
-            f"operand {array.name} is {found}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted}, each or 1,"
-            f" on {query.device}"
+            f"operand {array.name} is {described(value)}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted},"
+            f" each or 1, on {query.device}"
         )
     return [stride if n > 1 else 0 for stride, n in zip(value.stride(), value.shape, strict=True)]
 

@@ -226,12 +226,13 @@ class Database(Reader):
         self._connection.execute("VACUUM")
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def is_whole(self) -> bool:
-        """Whether the file holds together, indexes with what they index."""
+    def flaws(self) -> list[str]:
+        """What SQLite finds wrong with the file, indexes beside what they index; nothing where it is whole."""
         try:
-            return bool(self._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok")
-        except sqlite3.DatabaseError:
-            return False
+            said = [str(text) for (text,) in self._connection.execute("PRAGMA integrity_check(8)")]
+        except sqlite3.DatabaseError as error:
+            return [str(error)]
+        return said if said != ["ok"] else []
 
     def _lastingly(self, write: Callable[[], T]) -> T:
         """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,9 @@ from elsa_tune.remember.fetch import MOST_BYTES, fetched
 from elsa_tune.remember.lines import place_of, write_lines
 from elsa_tune.remember.signatures import check_signature
 
+MOST_SPELLINGS = 1 << 14
+"""Of a kind of thing, that are remembered as sound."""
+
 MOST_LINE = 1 << 16
 MOST_GARBAGE = 1 << 24
 """Of one line, and of what may come before a file is taken for garbage."""
@@ -33,6 +37,7 @@ MOST_GARBAGE = 1 << 24
 def _spelled(parse: Callable[[str], object]) -> AfterValidator:
     """A text that ``parse`` reads and spells the same: no other spelling of a thing, in whatever alphabet, gets in."""
 
+    @lru_cache(MOST_SPELLINGS)  # thousands of lines spell the same
     def check(text: str) -> str:
         if str(parse(text)) != text:
             raise ValueError("not as this program spells it")
@@ -100,7 +105,7 @@ def sound(line: str) -> Measurement:
             json.loads(line, object_pairs_hook=_once)
         except RecursionError:
             raise ValueError("line: nested too deeply") from None
-    if measurement.samples and min(x for x in measurement.samples) < 1e-12:
+    if measurement.samples and min(measurement.samples) < 1e-12:
         raise ValueError("samples: no clock gives less than a picosecond")
     return measurement
 

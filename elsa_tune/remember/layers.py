@@ -9,15 +9,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from elsa_tune import places, space
 from elsa_tune.device import RUNGS, Device
 from elsa_tune.errors import BadDevice, BadSettings, BadVariant, DatabaseUnusable, ElsaTuneError
-from elsa_tune.measurement import Evidence, Winner
+from elsa_tune.measurement import Evidence, Measurement, Winner
 from elsa_tune.problem import Problem
 from elsa_tune.remember import lines, settings
 from elsa_tune.remember.database import Database
 from elsa_tune.remember.reading import Reader
+
+T = TypeVar("T")
 
 REFRESH_SECONDS = 24 * 3600.0
 """How old a copy of a remote database may grow before it is fetched again."""
@@ -28,7 +31,8 @@ listeners: list[Callable[[], None]] = []
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A source of winners: its database, or why it cannot be read. ``local`` picks this machine's own or others' rows."""
+    """A source of winners: its database, or why it cannot be read, in a sentence that names the file; neither where nothing is
+    recorded yet. ``local`` picks this machine's own or others' rows."""
 
     name: str
     place: str
@@ -37,21 +41,45 @@ class Layer:
     local: bool | None = None
 
     def winners(self, devices: Collection[str] = (), families: Collection[str] = (), **equal: str) -> list[Evidence]:
-        """The layer's winners, as Database.winners; none where it cannot be read."""
-        if self.database is None:
-            return []
-        return self.database.winners(self.local, devices, families, _is_understood, **equal)
+        """The layer's winners, as Reader.winners; none where it cannot be read."""
+        return self._ask(lambda database: database.winners(self.local, devices, families, _is_understood, **equal), [])
+
+    def measurements(self, **equal: str) -> list[Measurement]:
+        """The layer's measurements whose columns equal the given values; none where it cannot be read."""
+        return self._ask(lambda database: database.measurements(self.local, **equal), [])
+
+    def finals_of(self) -> list[tuple[str, str]]:
+        """(device, family) pairs that a final was measured for; none where it cannot be read."""
+        return self._ask(lambda database: database.finals_of(), [])
+
+    def slower(self, device: str) -> set[tuple[str, str]]:
+        """(problem, variant) pairs that are slower than torch's SDPA on a device; none where it cannot be read."""
+        return self._ask(lambda database: database.slower(device), set())
+
+    def _ask(self, question: Callable[[Reader], T], nothing: T) -> T:
+        """What the database answers; where it cannot, the next layer does, and ``trouble`` says why."""
+        with suppress(DatabaseUnusable):
+            if self.database is not None:
+                return question(self.database)
+        return nothing
+
+    @property
+    def trouble(self) -> str:
+        """Why it may say less than was recorded, in a sentence with what to do; empty where nothing is known to be wrong."""
+        return self.database.trouble if self.database is not None else self.problem
 
     def inventory(self) -> Iterator[str]:
         """One line on the layer, and one for each device in it."""
         if self.database is None:
-            yield f"{self.name}: {self.place}: {self.problem}"
+            yield f"{self.name}: {self.problem or f'{self.place}: nothing is tuned yet; run elsa-tune'}"
             return
-        counts = self.database.counts(self.local)
+        counts: dict[tuple[str, str], int] = self._ask(lambda database: database.counts(self.local), {})
         yield f"{self.name}: {self.place}: {sum(counts.values())} measurements"
         for device in sorted({device for device, _ in counts}):
             of_status = ", ".join(f"{n} {status}" for (one, status), n in sorted(counts.items()) if one == device)
             yield f"  {device}: {of_status}; {len(self.winners([device]))} winners"
+        if self.trouble:
+            yield f"  {self.trouble}"
 
 
 def _is_understood(variant: str) -> bool:
@@ -77,8 +105,7 @@ def nearest_first() -> Iterator[Layer]:
 
 
 def _own() -> Iterator[Layer]:
-    path = places.database()
-    problem = "nothing is tuned yet; run elsa-tune"
+    path, problem = places.database(), ""
     if path.exists():
         try:
             if problem := places.unsafe(path):
@@ -106,7 +133,10 @@ def _team() -> Iterator[Layer]:
             yield Layer("team", source, _kept.get(source) or Reader.for_reading(copy))
         except (DatabaseUnusable, OSError):
             yield Layer(
-                "team", source, None, "not read yet; elsa-tune db info reads it, dispatch does so beside its work"
+                "team",
+                source,
+                None,
+                f"{source}: not read yet; elsa-tune db info reads it, dispatch does so beside its work",
             )
 
 
@@ -116,7 +146,7 @@ def _shipped() -> Layer:
         rows = [m for path in sorted(folder.glob("*.jsonl")) for m in lines.read(path)]
         return Layer("shipped", str(folder), Database.in_memory(rows, str(folder)))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Layer("shipped", str(folder), None, f"{error}; reinstall elsa-tune")
+        return Layer("shipped", str(folder), None, f"{folder}: {error}; reinstall elsa-tune")
 
 
 # The team's databases: read as foreign, kept as a copy.
@@ -186,6 +216,11 @@ def refresh_all() -> list[str]:
     return troubles
 
 
+def troubles(found: Iterable[Layer]) -> list[str]:
+    """What is wrong with layers, as far as they were read: a sentence each, which names the file and what to do."""
+    return list(dict.fromkeys(layer.trouble for layer in found if layer.trouble))
+
+
 # What a device may use of them.
 
 
@@ -203,9 +238,7 @@ def known_winners(
     """Winners for ``device`` and its kin, best rung first, nearer layers first, of ``wanted`` families."""
     winning = []
     for order, layer in enumerate(found):
-        if layer.database is None:
-            continue
-        finals = layer.database.finals_of()
+        finals = layer.finals_of()
         kin = {spelled: rung for spelled in {one for one, _ in finals} if (rung := _kinship(device, spelled))}
         families = {family for one, family in finals if one in kin and wanted(family)}
         if not kin or not families:
@@ -225,4 +258,4 @@ def _kinship(device: Device, spelled: str) -> str | None:
 
 def slower_than_sdpa(device: Device, found: Iterable[Layer]) -> set[tuple[str, str]]:
     """(problem, variant) pairs that finals on this very device found slower than torch's SDPA."""
-    return {pair for layer in found if layer.database for pair in layer.database.slower(str(device))}
+    return {pair for layer in found for pair in layer.slower(str(device))}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Evidence, Measurement
@@ -16,6 +16,24 @@ from elsa_tune.remember import earlier, evidence, schema
 
 UNREADABLE = (sqlite3.DatabaseError, *schema.UNREADABLE)
 """What reading a row that nobody recorded may raise."""
+
+MEND = "elsa-tune db verify mends one's own"
+
+Question = TypeVar("Question", bound=Callable[..., Any])
+
+
+def _remembered(question: Question) -> Question:
+    """A question that cannot be answered because of the file raises DatabaseUnusable, and the reader remembers why."""
+
+    @wraps(question)
+    def asked(reader: Reader, *arguments: Any, **options: Any) -> Any:
+        try:
+            return question(reader, *arguments, **options)
+        except sqlite3.DatabaseError as error:
+            reader._failure = f"{reader.name}: {error}; {MEND}"
+            raise DatabaseUnusable(reader._failure) from error
+
+    return cast(Question, asked)
 
 
 class Reader:
@@ -28,6 +46,8 @@ class Reader:
         self._version = version
         self._numbers: dict[str, int] = {}  # of texts
         self._texts: dict[int, str | bytes] = {}
+        self._unsound: set[int] = set()  # rows that were read and are not what was recorded
+        self._failure = ""
 
     @classmethod
     def for_reading(cls, path: Path) -> Reader:
@@ -44,7 +64,8 @@ class Reader:
                 is_elsewhere = "locked" in str(error) or "no such table" in str(error)
                 if is_elsewhere or not isinstance(error, sqlite3.OperationalError):
                     break
-        raise DatabaseUnusable(f"{path}: {failure}; `elsa-tune doctor` says more") from failure
+        remedy = "close what locks it" if "locked" in str(failure) else MEND
+        raise DatabaseUnusable(f"{path}: {failure}; {remedy}") from failure
 
     def close(self) -> None:
         """Close the connection."""
@@ -57,6 +78,13 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def trouble(self) -> str:
+        """What reading came upon so far that is not what was recorded, in a sentence; empty where all was well."""
+        if self._failure or not self._unsound:
+            return self._failure
+        return f"{self.name}: {len(self._unsound)} of the measurements in it are damaged and left out; {MEND}"
 
     # Facts beside the measurements.
 
@@ -72,9 +100,10 @@ class Reader:
 
     # Measurements.
 
+    @_remembered
     def measurements(self, local: bool | None = None, **equal: str) -> list[Measurement]:
         """Measurements whose columns equal the given values, oldest first; ``local``: this machine's own, or only others'. A
-        row that is not what was recorded is none."""
+        row that is not what was recorded is none. Raises DatabaseUnusable, as every question below."""
         rows = self._rows(*self._select(*self._where(local, equal)))
         return sorted(filter(None, map(self._sound, rows)), key=lambda m: (m.created, m.id))
 
@@ -84,11 +113,12 @@ class Reader:
             self._texts.update(self._connection.execute("SELECT number, content FROM texts"))
             yield from map(self._measurement, self._rows(*self._select([], [])))
         except UNREADABLE as error:
-            raise DatabaseUnusable(f"{self.name}: {error}; elsa-tune db verify mends one's own") from error
+            raise DatabaseUnusable(f"{self.name}: {error}; {MEND}") from error
 
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM recorded").fetchone()[0])
 
+    @_remembered
     def counts(self, local: bool | None = None) -> dict[tuple[str, str], int]:
         """(device, status) -> measurements."""
         where, values = self._where(local, {})
@@ -97,12 +127,14 @@ class Reader:
         ).fetchall()
         return {(str(self._text(device)), str(status)): int(count) for device, status, count in rows}
 
+    @_remembered
     def damaged(self) -> list[int]:
         """Row numbers whose content is not what was recorded: each row's name is the digest of its content."""
         return [row["number"] for row in self._rows(*self._select([], [])) if self._sound(row) is None]
 
     # Evidence.
 
+    @_remembered
     def winners(
         self,
         local: bool | None = None,
@@ -120,10 +152,12 @@ class Reader:
                 values += [self._number(name) for name in names]
         return self._pooled(evidence.WINNERS, where, values, understood)
 
+    @_remembered
     def evidence(self, local: bool | None = None, **equal: str) -> list[Evidence]:
         """What all finals of each device, problem and variant say together."""
         return self._pooled(evidence.EVERY, *self._where(local, equal))
 
+    @_remembered
     def finals_of(self) -> list[tuple[str, str]]:
         """(device, family) pairs that a final was measured for."""
         pairs = self._connection.execute(
@@ -131,6 +165,7 @@ class Reader:
         ).fetchall()
         return [(str(self._text(device)), str(self._text(family))) for device, family in pairs]
 
+    @_remembered
     def slower(self, device: str) -> set[tuple[str, str]]:
         """(problem, variant) pairs whose finals on this device, together, are slower than torch's SDPA."""
         rows = self._connection.execute(
@@ -202,9 +237,12 @@ class Reader:
         try:
             found = self._measurement(row)
             said = found if self._version == schema.FORMAT else earlier.unsaid(found)
-            return found if said.id == row["id"].hex() else None
+            if said.id == row["id"].hex():
+                return found
         except UNREADABLE:
-            return None
+            pass
+        self._unsound.add(row["number"])
+        return None
 
     def _text(self, number: int | str | bytes | None) -> str | bytes | None:
         """The text of a number; a short one may stand in its row itself."""

@@ -112,18 +112,24 @@ def _rank(
 
 
 @main.command()
-@click.option("--device", default=None, help="Only this device.")
+@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
 @click.option("--family", default=None, help="Only this family, like fp32.d64.causal.")
 @click.option("--problem", default=None, help="Only this problem.")
 @click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
 @_mistakes_are_messages
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
     """List the recorded winners of every layer."""
-    from elsa_tune.remember.layers import layers
+    from elsa_tune import device as devices
+    from elsa_tune.remember import layers
     from elsa_tune.shell import report
 
-    wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
-    found = [m for layer in layers() for m in layer.winners(**wanted)]
+    known = layers.layers()
+    recorded = {one for layer in known for one, _ in layer.finals_of()}
+    meant = devices.among(device, recorded) if device and recorded else []
+    wanted = {k: v for k, v in (("family", family), ("problem", problem)) if v}
+    found = [m for layer in known for m in layer.winners(meant, **wanted)]
+    for trouble in layers.troubles(known):
+        click.echo(f"elsa-tune: {trouble}", err=True)
     if as_json:
         click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
     elif found:
@@ -139,15 +145,21 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
 def show(variant: str, problem: str) -> None:
     """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run."""
     from elsa_tune import space
-    from elsa_tune.generate import backends
+    from elsa_tune.errors import KernelMissing
+    from elsa_tune.generate import backends, lawful
     from elsa_tune.problem import Problem
 
     chosen, wanted = space.parse(variant), Problem.parse(problem)
     backend = backends.get(chosen.backend)
-    source = backend.source(chosen, wanted)
-    if source is None:
+    if not backend.generated:
         click.echo(f"{chosen} is torch's own kernel; nothing is generated")
         return
+    if reason := lawful.unserved(wanted, lawful.everywhere(), [chosen.backend]):
+        raise KernelMissing(
+            f"{chosen.backend} has no kernels of {wanted.family}: {reason}; elsa-tune explain {wanted} says who serves it"
+        )
+    source = backend.source(chosen, wanted)
+    assert source is not None
     click.echo(source.text)
     if command := backend.command(chosen):
         click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")
@@ -170,8 +182,8 @@ def explain(problem: str, device: str) -> None:
 
     wanted = Problem.parse(problem)
     for here in detect(device):
-        own = next((layer.database for layer in layers() if layer.name == "own"), None)
-        tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
+        (own,) = (layer for layer in layers() if layer.name == "own")
+        tried = own.measurements(device=str(here), problem=str(wanted))
         spaces = [Space.read(name) for name in backends.names() if backends.get(name).generated]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
         report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)

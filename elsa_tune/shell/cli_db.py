@@ -41,7 +41,7 @@ def db() -> None:
 
 
 @db.command("export")
-@click.option("--device", default=None, help="Only this device.")
+@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
 @click.option("--problem", default=None, help="Only this problem.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this OpenSSH key: FILE.sig.")
 @click.option(
@@ -50,20 +50,21 @@ def db() -> None:
 @mistakes_are_messages
 def export_file(device: str | None, problem: str | None, key: Path | None, output: Path | None) -> None:
     """Write measurements as sorted JSON lines: equal content is equal bytes."""
+    from elsa_tune import device as devices
     from elsa_tune import places
-    from elsa_tune.device import Device
     from elsa_tune.problem import Problem
     from elsa_tune.remember import lines, signatures
     from elsa_tune.remember.database import Database
 
-    wanted = {"device": str(Device.parse(device))} if device else {}
-    wanted |= {"problem": str(Problem.parse(problem))} if problem else {}
+    wanted = {"problem": str(Problem.parse(problem))} if problem else {}
     with Database.for_reading(places.database()) as database:
-        found = database.measurements(None, **wanted) if wanted else list(database)
-    if wanted and not found:
-        raise ElsaTuneError(
-            f"nothing was measured here of {', '.join(wanted.values())}; elsa-tune db export prints everything"
-        )
+        recorded = {one for one, _ in database.counts()}
+        meant = [{"device": one} for one in devices.among(device, recorded)] if device else [{}]
+        found = [m for one in meant for m in database.measurements(None, **one, **wanted)]
+    if database.trouble:
+        click.echo(f"elsa-tune: {database.trouble}", err=True)
+    if problem and not found:
+        raise ElsaTuneError(f"nothing was measured here of {problem}; elsa-tune db export prints everything")
     if output is None:
         for line in lines.sorted_lines(found):
             click.echo(line)
@@ -127,15 +128,23 @@ def diff(first: str, second: str) -> None:
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
+    from elsa_tune import places
     from elsa_tune.remember import repair
 
     health = repair.verify()
     click.echo(f"{health.sound} measurements are what was recorded")
     for path in health.aside:
         click.echo(f"set aside: {path}")
+    for flaw in health.flaws:
+        click.echo(f"damaged: {flaw}", err=True)
+    if health.damaged:
+        click.echo(f"damaged: {health.damaged} measurements that are not what was recorded", err=True)
     if health.damaged or not health.whole:
-        count = health.damaged or "some"
-        click.echo(f"{count} were not, and are left out; the file as it was is set aside", err=True)
+        click.echo(
+            f"{places.database()} is a new file with what is whole; the rest is lost unless it was exported: "
+            "elsa-tune db import FILE, or tune again",
+            err=True,
+        )
         sys.exit(EXIT_INCOMPLETE)
 
 

@@ -169,20 +169,19 @@ def _handovers() -> Finding:
 
 def _layers(here: Device) -> Iterator[Finding]:
     for layer in layers.layers():
-        if layer.database is None:
-            missing = not places.database().exists() and layer.name == "own"
-            remedy = (
-                "" if missing else "a corrupt file is set aside by the next elsa-tune; the next layer serves until then"
-            )
-            yield Finding(f"database, {layer.name}", False, f"{layer.place}: {layer.problem}", remedy)
+        known = layers.known_winners(here, [layer])
+        exact = sum(w.rung == "exact" for w in known)
+        topic, detail = (
+            f"database, {layer.name}",
+            f"{layer.place}: {exact} winners for this device, {len(known) - exact} for its kin",
+        )
+        if layer.trouble:
+            remedy = "a corrupt file is set aside by the next elsa-tune; the next layer serves until then"
+            yield Finding(topic, False, layer.trouble, remedy)
+        elif layer.database is None:
+            yield Finding(topic, False, f"{layer.place}: nothing is tuned yet; run elsa-tune")
         else:
-            known = layers.known_winners(here, [layer])
-            exact = sum(w.rung == "exact" for w in known)
-            yield Finding(
-                f"database, {layer.name}",
-                True,
-                f"{layer.place}: {exact} winners for this device, {len(known) - exact} for its kin",
-            )
+            yield Finding(topic, True, detail)
 
 
 def _kernels() -> Finding:

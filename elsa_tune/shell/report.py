@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console, Group
@@ -14,10 +14,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from elsa_tune.device import Device
+from elsa_tune.dispatch.attention import asks_for
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
+from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.remember.foreign import Difference
 from elsa_tune.shell import whole_models
@@ -136,15 +139,32 @@ def print_report(console: Console, report: Report) -> None:
         console.print(f"note: {note}", style="yellow", highlight=False)
     if report.outcomes:
         console.print(f"Reproduce a line: {reproduce(report.outcomes[0])}", highlight=False, soft_wrap=True)
-    console.print(
-        "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention.", highlight=False
-    )
+    for line in calls(report.outcomes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def calls(outcomes: Iterable[Outcome]) -> list[str]:
+    """What serves the families of a run: attention() those that torch's function can pose, load() the others."""
+    families = {o.problem.family: o for o in outcomes}.values()
+    asked = [o for o in families if asks_for(o.problem, o.device)]
+    use = ["Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."] if asked else []
+    return use + [_loaded(o.problem, o.device) for o in families if o not in asked]
+
+
+def _loaded(problem: Problem, device: Device) -> str:
+    if problem.direction == "backward":
+        return f"Of {problem.family}, no call asks for gradients yet: attention() knows no such family."
+    arrays = ", ".join(f'"{one.name}": {one.name}' for one in problem.declared if isinstance(one, Array))
+    operands = f", operands={{{arrays}}}" if arrays else ""
+    call = f'elsa_tune.load("{problem}", device="{device.kind}")(query, key, value{operands})'
+    return f"Use {problem.family}: {call}; attention() knows no such family."
 
 
 def winner_json(found: Evidence) -> dict[str, Any]:
     """A winner as JSON types: its newest final, with the ratio of all of its ``finals``."""
     pooled = asdict(found)
-    return {**pooled.pop("measurement"), **pooled}
+    newest = pooled.pop("measurement")
+    return {**{f.name: newest[f.name] for f in fields(Measurement) if f.init}, **pooled}
 
 
 def report_json(report: Report) -> str:
@@ -246,7 +266,7 @@ def print_explanation(
     if importances:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in importances.items() if share >= 0.01)
         console.print(f"axes that mattered: {shares}", highlight=False, soft_wrap=True)
-    else:
+    elif tried:
         console.print("axes that mattered: too few measurements to say; tune longer", highlight=False)
 
 

@@ -17,8 +17,7 @@ from elsa_tune.measurement import Measurement
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
-from elsa_tune.remember.layers import known_winners, layers
-from elsa_tune.remember.reading import Reader
+from elsa_tune.remember.layers import Layer, known_winners, layers
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
 
@@ -81,8 +80,7 @@ def best(problem: Problem, device: Device) -> list[Variant]:
         w.measurement for w in known_winners(device, layers(), family=problem.family) if w.rung != "family"
     ]
     for layer in layers():
-        if layer.database:
-            known += _of_kits(layer.database, problem, device)
+        known += _of_kits(layer, problem, device)
     those = [name for name in speakers(device) if backends.get(name).refusal(problem, device) is None]
     spellings = [m.variant for m in known] + [s for name in those for s in Space.read(name).start]
     found = []
@@ -98,11 +96,11 @@ def best(problem: Problem, device: Device) -> list[Variant]:
     return found
 
 
-def _of_kits(database: Reader, problem: Problem, device: Device) -> list[Measurement]:
+def _of_kits(layer: Layer, problem: Problem, device: Device) -> list[Measurement]:
     """What was measured on such a device without torch, fastest first, then unmeasured candidates."""
     rows = [
         m
-        for m in database.measurements(family=problem.family)
+        for m in layer.measurements(family=problem.family)
         if device.kinship(Device.parse(m.device)) not in (None, "family")
     ]
     measured = [m for m in rows if m.status == "ok" and m.seconds and (m.is_hint or not m.incumbent)]

@@ -36,7 +36,7 @@ def make(
         raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}")
     if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():
         raise FolderTaken(f"folder {folder} is not empty and no kit; name another with -o")
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, goal)]
+    given = [p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, goal)]
     refused = {p: reason for p in given if (reason := refusal(p, goal))}
     wanted = [p for p in dict.fromkeys(given) if p not in refused]
     headers = [header for p in {p.family: p for p in wanted}.values() for header in _shortlist(p, goal)]

@@ -188,7 +188,7 @@ def rank(
     """
     goal = target(device)
     here = goal.device
-    given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, here)]
+    given = [p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, here)]
     deadline = time.monotonic() + budget
     rankings = [Ranking(problem, _searches(problem, here, seed)) for problem in dict.fromkeys(given)]
     rankings = [ranking for ranking in rankings if ranking.searches]

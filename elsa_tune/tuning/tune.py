@@ -61,7 +61,9 @@ def tune(
     notes += refresh_all()
     with Database.for_writing() as database:
         for number, here in enumerate(devices):
-            given = [Problem.parse(p) if isinstance(p, str) else p for p in problems or workloads.read(workload, here)]
+            given = [
+                p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, here)
+            ]
             wanted = list(dict.fromkeys(given))
             share = (budget - (time.monotonic() - start)) / (len(devices) - number)
             with ExitStack() as stack:

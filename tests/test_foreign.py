@@ -29,7 +29,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadMeasurements, BadSettings, NotTrusted
 from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
-from elsa_tune.measurement import STATUSES, Evidence, Measurement
+from elsa_tune.measurement import STATUSES, Evidence, Measurement, canonical
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check
 from elsa_tune.remember import earlier, foreign, layers, lines, signatures
@@ -84,9 +84,31 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 @settings(patient, max_examples=200)
 def test_what_is_written_is_read_back_everywhere(rows: list[Measurement]) -> None:
     assert [Measurement.from_line(m.line) for m in rows] == rows
+    assert [canonical(json.loads(m.line)) for m in rows] == [m.line for m in rows]
     assert [foreign.sound(m.line) for m in rows] == rows
     database = Database.in_memory(rows, "test")
     assert {m.line for m in database} == {m.line for m in rows} and not database.damaged()
+
+
+def test_any_number_is_written_as_json() -> None:
+    """Whole, tiny, huge and none: a kernel may err by infinity."""
+    odd = (0.0, -0.0, 3.0, 1e-300, 1.5e-5, 123456.0, 1234570.0, 2.5e6, 1e16, float("inf"), float("nan"))
+    written = replace(made(1), samples=odd, incumbent_samples=odd[::-1], error=float("inf"), constant=float("nan")).line
+    assert canonical(json.loads(written)) == written and json.loads(written)["samples"][:9] == list(odd[:9])
+
+
+def test_importing_writes_and_parses_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts of a measurement are encoded once for its line, name and row; a spelling that thousands share is judged once."""
+    rows = [replace(made(n), resources={"spills": n}) for n in range(300)]
+    lines.write(rows, tmp_path / "rows.jsonl")
+    encoded: list[object] = []
+    spelled: list[str] = []
+    spell = Problem.__str__
+    monkeypatch.setattr("elsa_tune.measurement.canonical", lambda value: encoded.append(value) or canonical(value))
+    monkeypatch.setattr(Problem, "__str__", lambda problem: spelled.append("") or spell(problem))
+    assert foreign.import_from(str(tmp_path / "rows.jsonl"), Database.in_memory([], "test")).new == 300
+    assert sum(isinstance(value, dict) for value in encoded) == 600
+    assert len(spelled) <= len({m.problem for m in rows}) == 30
 
 
 @given(contents, contents, contents)

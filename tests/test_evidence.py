@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from planted import variant_of
 
 from elsa_tune import places
-from elsa_tune.device import Device
+from elsa_tune.device import Device, host_cpu
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
 from elsa_tune.remember import database as databases
 from elsa_tune.remember import layers, lines
 from elsa_tune.remember.database import Database
+from elsa_tune.shell import cli
 
 DEVICE = "cpu:amd_f26m2-zen5-c2"
 PROBLEM = "fp32.d64@b1.h8.q1024.k1024"
@@ -250,7 +257,7 @@ def test_corrupt_file_is_set_aside_never_overwritten(home: Path, damage: str) ->
         path.with_name(path.name + tail).unlink(missing_ok=True)
     layer = _own_layer()
     if layer.database is not None:  # a torn page may only show when it is read
-        with pytest.raises(sqlite3.DatabaseError):
+        with pytest.raises(DatabaseUnusable, match="malformed; elsa-tune db verify"):
             layer.database.measurements()
     assert path.read_bytes() == broken, "reading changes nothing"
     new = measured("cpp.new", 1.9, 2.1)
@@ -313,3 +320,76 @@ def test_network_file_systems_get_no_write_ahead_log(home: Path, monkeypatch: py
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
     connection.close()
     assert len(_own_layer().database.measurements()) == 3  # type: ignore[union-attr]
+
+
+# What the command says of it.
+
+
+def told(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(cli.main, arguments)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_winners_are_listed_by_whatever_names_a_device(home: Path) -> None:
+    """A kind, an architecture, a full spelling, whether such a device is here or not; anything else says what is recorded."""
+    elsewhere = "cuda:nvidia_h200-sm_90-c132-g140+d580.82_t12.8"
+    with Database.for_writing() as database:
+        for device in (DEVICE, elsewhere, str(host_cpu())):
+            database.record(replace(SDPA, device=device))
+    for named, listed in {
+        "cpu": {DEVICE, str(host_cpu())}, "zen5": {DEVICE}, DEVICE: {DEVICE}, "cuda": {elsewhere}, "sm_90": {elsewhere},
+        "auto": {str(host_cpu())},
+    }.items():  # fmt: skip
+        code, out, _ = told("winners", "--device", named, "--json")
+        assert code == 0 and {row["device"] for row in json.loads(out)} == listed, named
+        code, out, _ = told("db", "export", "--device", named)
+        assert code == 0 and {json.loads(line)["device"] for line in out.splitlines()} == listed, named
+    assert {row["ratio"] for row in json.loads(told("winners", "--json")[1])} == {1.0}
+    assert not {"line", "said"} & json.loads(told("winners", "--json")[1])[0].keys(), (
+        "what a measurement keeps for itself"
+    )
+    for command in (("winners",), ("db", "export")):
+        code, _, err = told(*command, "--device", "hip")
+        assert code == 2 and "'hip'" in err and elsewhere in err and DEVICE in err and err.count("\n") == 1
+
+
+DAMAGES = {
+    "garbage": "file is not a database",
+    "a row": "1 of the measurements in it are damaged and left out",
+    "a page": "malformed",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_database_is_said_in_one_line_and_others_answer(
+    home: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By winners and explain, with the file and the command that mends it; what a team has serves meanwhile."""
+    variant = variant_of(Problem.parse(PROBLEM))
+    mine = measured(variant, 2.9, 3.1, device=str(host_cpu()))
+    (tmp_path / "team").mkdir()
+    lines.write([replace(mine, ratio=2.0, ratio_low=1.9, ratio_high=2.1)], tmp_path / "team" / "all.jsonl")
+    monkeypatch.setenv("ELSA_TUNE_DB", str(tmp_path / "team" / "all.jsonl"))
+    assert not layers.refresh_all()
+    with Database.for_writing() as database:
+        database.record(mine)
+        if damage == "a row":
+            database._connection.execute("UPDATE recorded SET ratio = 99.0")
+        root = database._connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'recorded'").fetchone()[0]
+    content = places.database().read_bytes()
+    if damage == "garbage":
+        places.database().write_bytes(b"not a database" * 99)
+    elif damage == "a page":
+        places.database().write_bytes(content[: 4096 * (root - 1)] + bytes(4096) + content[4096 * root :])
+    dispatch.refresh()
+    code, out, err = told("winners", "--json")
+    assert code == 0 and [row["ratio"] for row in json.loads(out)] == [2.0], "the team's"
+    assert err.startswith(f"elsa-tune: {places.database()}: ") and DAMAGES[damage] in err
+    assert "elsa-tune db verify" in err and err.count("\n") == 1
+    code, out, err = told("explain", PROBLEM, "--device", "cpu")
+    assert code == 0 and f"is served by {variant} (rung: exact)" in out and not err
+    assert [DAMAGES[damage] in line and "elsa-tune db verify" in line for line in out.splitlines()].count(True) == 1
+    code, out, err = told("db", "export")
+    assert (code, out) == ((0, "") if damage == "a row" else (2, "")) and DAMAGES[damage] in err
