@@ -24,6 +24,7 @@ from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.remember import layers
 
@@ -255,7 +256,7 @@ def problem_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enabl
     captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
     return Problem(
         dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",
-        head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else "none",
+        head_dim=head_dim, value_dim=value_dim, mask=masks.CAUSAL if is_causal else masks.NONE,
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
         order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),
     )  # fmt: skip

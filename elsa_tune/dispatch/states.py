@@ -10,6 +10,7 @@ from torch import Tensor
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 
 
@@ -32,7 +33,7 @@ def attention_with_lse(
     if served := dispatch.serve_with_lse(query, key, value, is_causal, scale, enable_gqa):
         return served
     output = dispatch.attention(query, key, value, None, 0.0, is_causal, scale, enable_gqa)
-    family = Problem(head_dim=query.shape[3], mask="causal" if is_causal else "none")
+    family = Problem(head_dim=query.shape[3], mask=masks.CAUSAL if is_causal else masks.NONE)
     return output, logsumexp(query, key, family, (), scale)
 
 

@@ -10,6 +10,7 @@ from elsa_tune.generate.backends import Law
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan as scans
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import score as scores
 from elsa_tune.parts import state as states
@@ -28,6 +29,12 @@ LARGEST_DIM = 256
 def has_text(language: str, kind: str, value: str) -> bool:
     """Whether a language has a text of a part: templates/<language>/<kind>/<value>.j2."""
     return (places.data("templates") / language / kind / f"{value}.j2").is_file()
+
+
+def only_text(language: str, kind: str) -> str:
+    """The one part of a kind that a language has a text of. Raises ValueError where it has more: an axis must choose."""
+    (path,) = (places.data("templates") / language / kind).glob("*.j2")
+    return path.stem
 
 
 def family_has_text(language: str, problem: Problem) -> str | None:
@@ -94,11 +101,12 @@ def dims_are_generated(problem: Problem) -> str | None:
 
 def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
     """Nothing is called a scan that is a fold, and no scan a fold."""
-    if scan == "serial" and workers * splits > 1:
+    strategy = scans.get(scan)
+    if strategy.folds and workers * splits > 1:
         return "a fold has one state; several need a scan to merge them"
-    if scan == "hybrid" and (workers == 1 or splits == 1):
-        return "hybrid needs states on both levels, workers and splits"
-    if scan != "serial" and workers * splits == 1:
+    if strategy.of_two_levels and (workers == 1 or splits == 1):
+        return f"{scan} needs states on both levels, workers and splits"
+    if not strategy.folds and workers * splits == 1:
         return f"with one state nothing is merged, and {scan} would be a fold under another name"
     return None
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from elsa_tune.device import Device
-from elsa_tune.generate.laws import axis_has_text, exp_errs_little, scan_has_states, state_is_of_operator
+from elsa_tune.generate.laws import axis_has_text, exp_errs_little, only_text, scan_has_states, state_is_of_operator
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
 from elsa_tune.problem import Problem
@@ -14,7 +14,7 @@ from elsa_tune.problem import Problem
 SCRATCH_BYTES = 64 << 20
 """At most this much memory for packed heads and the states of splits."""
 
-EXP = exps.get("polynomial")
+EXP = exps.get(only_text("cpp", "exp"))
 """No CPU has a unit for 2^x."""
 
 

@@ -115,8 +115,7 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
-    precision = "strict" if resources.get("strict") else ""
-    return Built(digest, path, resources, _gpu_report.flaw(resources, precision) if "registers" in resources else "")
+    return Built(digest, path, resources, _gpu_report.flaw(resources) if "registers" in resources else "")
 
 
 def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
@@ -137,7 +136,8 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         code, report = _rtc.compile_for(device, text, int(variant.axes["registers"]), str(variant))
         binary.write_bytes(code)
         shared = Tiling.of(variant.axes, problem).shared_bytes
-        return {**report, "shared": shared, "warps": warps, "strict": int(problem.precision == "strict")}
+        strict = int(elements.precision(problem.precision).ieee)
+        return {**report, "shared": shared, "warps": warps, "strict": strict}
 
     return _built(name, *_kernel_cache.add(name, BINARIES[device.kind], fill))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.cuda.launch import Launch, Runtime
 from elsa_tune.generate.cuda.tiling import Tiling
-from elsa_tune.generate.laws import SCRATCH_BYTES
+from elsa_tune.generate.laws import SCRATCH_BYTES, only_text
 from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import schedule as schedules
@@ -21,7 +21,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 FINISH_THREADS = 128
-STATE = states.get("triple")
+STATE = states.get(only_text("cuda", "state"))
 _ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
 _MOST_PLANS = 64
 

@@ -36,10 +36,10 @@ BACKENDS = {
 def _attn_mask(posed: Posed) -> Tensor:
     """What torch is given of a mask that is no flag: its own object where it takes one and means the same, or dense."""
     q_len, kv_len = posed.problem.q_len, posed.problem.kv_len
-    if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
-        from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
+    if (form := masks.get(posed.problem.mask).torchs) and q_len <= kv_len:
+        from torch.nn.attention import bias  # loads Triton, which many processes do without
 
-        own: Tensor = causal_lower_right(q_len, kv_len)
+        own: Tensor = getattr(bias, form)(q_len, kv_len)
         return own
     return posed.dense()
 

@@ -115,11 +115,7 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
-    return Built(digest, path, resources, _flaw(resources))
-
-
-def _flaw(resources: Mapping[str, int]) -> str:
-    return _gpu_report.flaw(resources, "strict" if resources.get("strict") else "")
+    return Built(digest, path, resources, _gpu_report.flaw(resources))
 
 
 def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
@@ -138,8 +134,8 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         try:
             own, *others = kinds(variant, problem)
             module = _module(folder / MODULE)
-            report = {**compile_report(module, own, device), "strict": int(problem.precision == "strict")}
-            for other in others if not _flaw(report) else ():
+            report = {**compile_report(module, own, device), "strict": int(elements.precision(problem.precision).ieee)}
+            for other in others if not _gpu_report.flaw(report) else ():
                 compile_kernels(module, other, device)
         except Exception as error:  # whatever the compiler raises is its answer
             raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error

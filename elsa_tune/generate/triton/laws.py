@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.generate.gpu.limits import shared_bytes
@@ -18,8 +20,11 @@ from elsa_tune.generate.laws import (
 from elsa_tune.generate.triton.columns import parts
 from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import scan as scans
 from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
+from elsa_tune.space import Space
+from elsa_tune.variant import Value
 
 MULTIPLY_ADDS = ("ieee", "fma")
 SPLIT = ("tf32x3", "bf16x6")
@@ -38,6 +43,9 @@ def dots(problem: Problem) -> tuple[str, ...]:
         return HALVES
     return (*MULTIPLY_ADDS, *(() if precision.ieee else SPLIT), *(ROUNDED if precision.rounds_operands else ()))
 
+
+VOLTAS_UNIT = 2.0**-11
+"""Unit round-off of the halves that matrix units take before sm_80."""
 
 LONGEST_PRODUCT = 8192
 """Multiply-adds of a thread in a row: sixteen bytes each, they fill what GPUs since Volta cache of a program."""
@@ -62,8 +70,9 @@ def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
         return f"{dot} needs the matrix units of sm_80 and later, not {device.arch}"
     if device.kind == "hip" and dot in ("tf32", "tf32x3"):
         return f"{dot} is not offered for {device.arch}"
-    if problem.dtype == "bf16" and device.kind == "cuda" and device.capability < 80 and dot == "half":
-        return f"{device.arch} has no bfloat16 products"
+    coarse = elements.precision(problem.precision).unit > VOLTAS_UNIT
+    if dot == "half" and coarse and device.kind == "cuda" and device.capability < 80:
+        return f"{device.arch} has no {elements.get(problem.dtype).torch} products"
     return None
 
 
@@ -181,10 +190,17 @@ def stages_need_a_pipeline(stages: int, device: Device) -> str | None:
     return None
 
 
+@cache
+def _defaults() -> dict[str, Value | None]:
+    """What axes are left at where nothing is made of them."""
+    return {axis.name: axis.default for axis in Space.read("triton").axes}
+
+
 def gradients_fold(
     scan: str, dot: str, state: str, accumulate: str, edges: str, order: str, programs: int, problem: Problem
 ) -> str | None:
-    plain = (scan, state, edges, order, programs) == ("serial", "triple", "peeled", "tiles", 0)
+    unused = {"state": state, "edges": edges, "order": order, "programs": programs}
+    plain = scans.get(scan).folds and unused.items() <= _defaults().items()
     if problem.direction == "backward" and not (plain and (accumulate == "running") == (dot != "fma")):
         return "gradients are folded over tiles in one order, masks always on"
     return None
