@@ -142,7 +142,6 @@ class Backend(Asked, Protocol):
     """The one protocol that tuning, checking, shipping and dispatch talk to."""
 
     LAWS: tuple[Law, ...]
-    generated: bool  # renders code; torch's own kernels are not
 
     def refusal(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot serve the problem on the device, or None."""
@@ -189,6 +188,11 @@ def get(name: str) -> Backend:
         if inspect.isfunction(answer) and not question.startswith("_") and not hasattr(backend, question):
             setattr(backend, question, MethodType(answer, backend))
     return backend
+
+
+def candidates() -> tuple[str, ...]:
+    """Those whose kernels are ours: what searches propose, and what ships."""
+    return tuple(name for name in names() if _role(name) == "candidate")
 
 
 def rivals() -> tuple[str, ...]:

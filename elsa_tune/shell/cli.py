@@ -172,7 +172,7 @@ def explain(problem: str, device: str) -> None:
     for here in detect(device):
         own = next((layer.database for layer in layers() if layer.name == "own"), None)
         tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
-        spaces = [Space.read(name) for name in backends.names() if backends.get(name).generated]
+        spaces = [Space.read(name) for name in backends.candidates()]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
         report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
 

@@ -208,8 +208,8 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
     """The searches that tune real devices, asked here for what the model likes. Raises CompilerMissing if no backend that
     could serve the problem has its compiler here."""
     found, missing = [], None
-    for backend in backends.names():
-        if not backends.get(backend).generated or backends.get(backend).refusal(problem, device):
+    for backend in backends.candidates():
+        if backends.get(backend).refusal(problem, device):
             continue
         space = Space.read(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)

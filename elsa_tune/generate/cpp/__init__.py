@@ -34,7 +34,6 @@ from elsa_tune.variant import Variant
 
 __all__ = ["LAWS", "find"]
 TEMPLATE = "cpp/attention.cpp.j2"
-generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:

@@ -34,7 +34,6 @@ from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 __all__ = ["LAWS"]
-generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 HEADERS = {"cuda": "cu", "opencl": "cpp"}

@@ -25,13 +25,10 @@ SLOW_TO_START = ("flex",)
 """Compiled for every shape, for many seconds: raced where there is time."""
 
 
-generated = False
-
-
 def refusal(problem: Problem, device: Device) -> str | None:
     """torch serves every problem whose operator it computes, of tensors that it has."""
-    if "sdpa" not in operators.get(problem.operator).rivals:
-        return f"torch's attention is softmax, not {problem.operator}"
+    if not operators.get(problem.operator).torchs:
+        return f"torch has no function for {problem.operator}"
     if not hasattr(torch, elements.get(problem.dtype).torch):
         return f"torch has no tensors of dtype {problem.dtype}"
     return None

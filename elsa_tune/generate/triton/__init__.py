@@ -42,7 +42,6 @@ MODULE = "kernel.py"
 __all__ = ["LAWS"]
 _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
 """Clocks of the matrix unit relative to one float16 product; of whatever else would use it, eight."""
-generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
