@@ -236,6 +236,11 @@ def test_the_rules_about_parts_see_what_breaks_them() -> None:
     assert not singled_out(ast.parse('x.get("fp16") or x.bytes == 2 or f("fp16")'), "element")
 
 
+@pytest.mark.parametrize("name", backends.names())
+def test_every_law_says_what_it_forbids(name: str) -> None:
+    assert [law.__name__ for law in backends.get(name).LAWS if not law.__doc__] == []
+
+
 def test_generating_never_imports_what_proves_or_tunes() -> None:
     above = tuple(f"elsa_tune.{folder}" for folder in ("prove", "tuning", "remember", "dispatch", "ship", "shell"))
     for path in SOURCES:

@@ -208,5 +208,6 @@ def role(variant: str) -> str:
 
 @cache
 def _role(name: str) -> str:
+    """What the search space of a backend says; a candidate's where it says nothing, or is not here."""
     found = places.read_toml(places.data("search_spaces") / f"{name}.toml") if name in names() else {}
     return str(found.get("role", "candidate"))

@@ -56,12 +56,14 @@ def axis_has_text(language: str, kind: str) -> Law:
         return None if has_text(language, kind, value) else f"no text for the {kind} {value} in templates/{language}"
 
     law.__name__ = f"{kind}_has_text"
+    law.__doc__ = "A value that the language has no text of could only be taken for another."
     parameter = inspect.Parameter(kind, inspect.Parameter.KEYWORD_ONLY)
     law.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return law
 
 
 def state_is_of_operator(state: str, problem: Problem) -> str | None:
+    """A state of another operator carries what this one cannot be computed from."""
     operator = operators.get(problem.operator)
     return (
         None
@@ -112,6 +114,7 @@ def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
 
 
 def schedule_has_splits(schedule: str, splits: int) -> str | None:
+    """States of splits must be merged by somebody, and where one worker has all keys nobody has anything to merge."""
     merges = schedules.get(schedule).splits
     if not merges and splits > 1:
         return f"{splits} splits leave states that somebody must merge"
@@ -119,6 +122,7 @@ def schedule_has_splits(schedule: str, splits: int) -> str | None:
 
 
 def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
+    """The states of one head's splits must fit SCRATCH_BYTES: fewer than a head's are never launched."""
     rows = problem.q_len * problem.group
     each = max(states.get(name).floats(problem.value_dim) for name in states.names())
     size = 4 * splits * rows * each if splits > 1 else 0
@@ -128,6 +132,7 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
+    """An order by length is the order of heads under another name, where no tile sees more keys than another."""
     mask = masks.get(problem.mask)
     grows = "position" in mask.high.names and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"

@@ -60,6 +60,7 @@ def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tens
 
 
 def _kind(one: Operand) -> str:
+    """What an operand is: integer, real or array."""
     return one.kind if isinstance(one, Number) else "array"
 
 

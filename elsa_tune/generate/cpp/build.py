@@ -17,6 +17,7 @@ LIBRARY = "kernel.so"
 
 
 def _built(digest: str, found: tuple[Path, Mapping[str, int]]) -> Built:
+    """What the kernel cache holds, and what its assembly says against it."""
     path, resources = found
     return Built(digest, path, resources, _report.flaw(resources))
 

@@ -110,6 +110,7 @@ class CudaKernel:
         self, query_shape: Sequence[int], value_shape: Sequence[int], strides: Sequence[Sequence[int]],
         scale: float | None, begins: Sequence[bool],
     ) -> Plan:  # fmt: skip
+        """Turns of as many heads as scratch holds states for, and the plain arguments of each."""
         tiling, splits = self._tiling, self._splits
         batch, heads, q_len, head_dim = query_shape
         _, kv_heads, kv_len, value_dim = value_shape

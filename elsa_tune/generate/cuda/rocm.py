@@ -17,6 +17,8 @@ _EXECUTABLE, _SOURCE, _DISASSEMBLE = 0x8, 0x1, 0xC
 
 
 class _Handle(ctypes.Structure):
+    """What the code object manager names its objects by."""
+
     _fields_ = (("handle", ctypes.c_uint64),)
 
 
@@ -34,6 +36,7 @@ def libraries(*names: str) -> Iterator[ctypes.CDLL]:
 
 @cache
 def _comgr() -> ctypes.CDLL | None:
+    """The code object manager, or None."""
     return next(libraries("amd_comgr"), None)
 
 
@@ -67,6 +70,7 @@ def report(code: bytes) -> dict[str, int]:
 
 
 def _read(code: bytes) -> dict[str, int]:
+    """What its notes and instructions say. Raises RuntimeError."""
     data = _Handle()
     _ask("create_data", _EXECUTABLE, ctypes.byref(data))
     try:
@@ -78,6 +82,7 @@ def _read(code: bytes) -> dict[str, int]:
 
 
 def _disassembly(data: _Handle) -> str:
+    """Its instructions as text. Raises RuntimeError."""
     action, given, made, text = _Handle(), _Handle(), _Handle(), _Handle()
     _ask("create_action_info", ctypes.byref(action))
     _ask("create_data_set", ctypes.byref(given))

@@ -30,6 +30,7 @@ class Rtc:
     library: ctypes.CDLL
 
     def call(self, name: str, *arguments: object) -> int:
+        """One of its functions, by the name behind the prefix: what it answers, 0 where all went well."""
         return int(getattr(self.library, self.prefix + name)(*arguments))
 
     def __str__(self) -> str:

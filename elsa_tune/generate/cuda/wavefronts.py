@@ -56,14 +56,17 @@ def of_turn(tiling: Tiling) -> int:
 
 
 def _lane(tiling: Tiling, t: int) -> int:
+    """Which lane of its row a thread of a worker is."""
     return t // tiling.abreast % tiling.lanes
 
 
 def _row(tiling: Tiling, t: int) -> int:
+    """The first of its query rows, counted over threads."""
     return t // (tiling.abreast * tiling.lanes) * tiling.abreast + t % tiling.abreast
 
 
 def _place(tiling: Tiling, row: int, column: int, stride: int) -> int:
+    """Where a value lies in shared memory, rows of ``stride`` values, swizzled or not."""
     swapped = column ^ (row & 7) * tiling.vector if tiling.layout == "swizzled" else column
     return row * stride + swapped
 

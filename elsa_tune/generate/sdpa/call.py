@@ -118,6 +118,7 @@ class EagerKernel:
 
 
 def _dense(posed: Posed) -> Tensor:
+    """Which pairs are seen, written out."""
     return posed.dense()
 
 

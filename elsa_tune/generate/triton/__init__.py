@@ -114,6 +114,7 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
+    """What the kernel cache holds, and what the compiler's words say against it."""
     return Built(digest, path, resources, _gpu_report.flaw(resources))
 
 

@@ -55,11 +55,13 @@ LONGEST_PRODUCT = 8192
 
 
 def dot_suits_class(dot: str, problem: Problem) -> str | None:
+    """Products rounded more than the class allows are wrong, and others than its own are another class's."""
     allowed = dots(problem)
     return None if dot in allowed else f"class {problem.precision} allows {', '.join(allowed)}, not {dot}"
 
 
 def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
+    """Triton compiles a product only for matrix units that have it, in versions that know it."""
     if dot.startswith("bf16x"):
         try:
             if tuple(map(int, version().split(".")[:2])) < (3, 6):
@@ -77,6 +79,7 @@ def dot_is_there(dot: str, device: Device, problem: Problem) -> str | None:
 
 
 def tile_fits_dot(dot: str, block_m: int) -> str | None:
+    """tl.dot refuses tiles of fewer than 16 rows."""
     return f"a matrix product has at least 16 rows, not {block_m}" if dot != "fma" and block_m < 16 else None
 
 
@@ -113,16 +116,19 @@ def _products(block_m: int, block_n: int, problem: Problem) -> tuple[tuple[int, 
 
 
 def product_is_small(dot: str, block_m: int, block_n: int, warps: int, problem: Problem) -> str | None:
+    """A reduced product holds all its terms in registers at once before it sums them."""
     each = block_m * block_n * parts(max(problem.head_dim, problem.value_dim), "pad")[0].size // (32 * warps)
     return f"a reduced product keeps {each} terms in each thread" if dot == "fma" and each > 128 else None
 
 
 def rows_fill_tile(block_m: int, problem: Problem) -> str | None:
+    """A tile of mostly no query rows does the work of a smaller one, slower."""
     rows = problem.q_len * problem.group
     return f"{rows} query rows leave most of a tile of {block_m} empty" if block_m > max(16, 2 * rows - 1) else None
 
 
 def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) -> str | None:
+    """A state that has no leaf of its own is merged for nothing."""
     leaves = -(-problem.kv_len // block_n)
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
@@ -130,6 +136,7 @@ def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) 
 def registers_hold_states(
     dot: str, block_m: int, block_n: int, warps: int, workers: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
+    """Sums and scores that outgrow the registers of a thread spill in every turn of the loop."""
     head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
     if problem.direction == "backward":
         floats = max(block_m * head, block_n * (head + value)) + 2 * block_m * block_n
@@ -142,6 +149,7 @@ def registers_hold_states(
 def code_fits_its_cache(
     dot: str, block_m: int, block_n: int, warps: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
+    """Plain products are unrolled whole: a loop longer than the instruction cache is fetched again in every turn."""
     head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
     each = block_m * block_n * (head + value) // (device.warp * warps)
     if dot == "ieee" and device.kind == "cuda" and each > LONGEST_PRODUCT:
@@ -152,6 +160,7 @@ def code_fits_its_cache(
 def shared_memory_holds_stages(
     block_n: int, stages: int, workers: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
+    """Leaves on their way wait in shared memory, and a kernel that takes more than the device gives is not launched."""
     if device.kind != "cuda" or device.capability < 80 or problem.direction == "backward":
         return None  # leaves on their way wait in registers, or are counted by the compiler alone
     columns = sum(p.size for d in (problem.head_dim, problem.value_dim) for p in parts(d, dims))
@@ -160,6 +169,7 @@ def shared_memory_holds_stages(
 
 
 def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) -> str | None:
+    """Threads beyond a tile's scores compute them a second time."""
     threads = device.warp * warps
     return (
         f"{threads} threads for {block_m} x {block_n} scores" if block_m * block_n < threads and block_m > 1 else None
@@ -167,15 +177,18 @@ def threads_have_work(block_m: int, block_n: int, warps: int, device: Device) ->
 
 
 def normalised_adds_apart(state: str, accumulate: str) -> str | None:
+    """A state that is the output itself takes a leaf in whole: it has no running sum to add to."""
     whole = states.get(state).normalised
     return "a normalised output takes a leaf in whole" if whole and accumulate == "running" else None
 
 
 def fma_adds_apart(dot: str, accumulate: str) -> str | None:
+    """A reduced product has its sum before it meets another: adding it to the running one is the same kernel."""
     return "a reduced product is summed apart anyway" if dot == "fma" and accumulate == "running" else None
 
 
 def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
+    """A dimension that splits into one padded power of two makes the same kernel under two names."""
     same = all(parts(d, "pad") == parts(d, "parts") for d in (problem.head_dim, problem.value_dim))
     return (
         f"{problem.head_dim} and {problem.value_dim} split into what padding makes"
@@ -185,6 +198,7 @@ def parts_differ_from_padding(dims: str, problem: Problem) -> str | None:
 
 
 def stages_need_a_pipeline(stages: int, device: Device) -> str | None:
+    """Without asynchronous copies a third stage keeps no further leaf on its way."""
     if device.kind == "cuda" and device.capability < 80 and stages > 2:
         return f"{device.arch} has no asynchronous copies to keep {stages} leaves in flight"
     return None
@@ -199,6 +213,7 @@ def _defaults() -> dict[str, Value | None]:
 def gradients_fold(
     scan: str, dot: str, state: str, accumulate: str, edges: str, order: str, programs: int, problem: Problem
 ) -> str | None:
+    """Axes that gradients make nothing of are left at their defaults: other values spell the same kernel again."""
     unused = {"state": state, "edges": edges, "order": order, "programs": programs}
     plain = scans.get(scan).folds and unused.items() <= _defaults().items()
     if problem.direction == "backward" and not (plain and (accumulate == "running") == (dot != "fma")):
@@ -207,10 +222,12 @@ def gradients_fold(
 
 
 def products_are_of_gradients(products: int, problem: Problem) -> str | None:
+    """The forward pass has no product to save: another number of them spells the same kernel again."""
     return "the forward pass has two products" if products == 5 and problem.direction != "backward" else None
 
 
 def score_gradients_are_bounded(products: int, block_m: int, problem: Problem) -> str | None:
+    """dS of the query heads that share one KV head must fit SCRATCH_BYTES: fewer are never launched."""
     if products == 7 or problem.direction != "backward":
         return None
     rows = problem.group * -(-problem.q_len // block_m) * block_m
