@@ -42,7 +42,7 @@ OWNERS = {
     "pydantic": "foreign.py",
     "fsspec": "fetch.py",
     "pebble": "worker.py",
-    "rich": "report.py",
+    "rich": "screen.py",
     "archspec": "device.py",
     "cuda": "drivers.py",
 }
@@ -293,7 +293,7 @@ def test_dispatch_never_tunes() -> None:
             pending += [n for n in imported(path) if n.startswith("elsa_tune.") and n not in reach]
     tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "worker", "race")}
     assert "elsa_tune.remember.reading" in reach
-    assert not reach & {*tuning, "elsa_tune.shell.report", "elsa_tune.shell.cli"}
+    assert not reach & {*tuning, "elsa_tune.shell.screen", "elsa_tune.shell.cli"}
 
 
 def test_every_file_opens_with_one_sentence() -> None:

@@ -110,7 +110,7 @@ class Asked(Protocol):
         """The first thing in a process whose parent loads code and never computes."""
 
     def peak(self, device: Device, seconds: float) -> dict[str, float]:
-        """Measured limits of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
+        """Measured peaks of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
         return {}
 
     def slow_to_start(self, variant: Variant) -> bool:

@@ -65,10 +65,10 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     """
     from elsa_tune import workload as workloads
     from elsa_tune.device import detect
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import tune as tuning
 
-    console = report.console(stderr=as_json)
+    console = screen.console(stderr=as_json)
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
@@ -77,7 +77,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
         console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
     try:
-        with report.LiveProgress(console) as watch:
+        with screen.LiveProgress(console) as watch:
             result = tuning.tune(
                 problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
                 sampler=sampler, exhaustive=exhaustive, storage=storage, watch=watch,
@@ -86,9 +86,9 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
         console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
     if as_json:
-        click.echo(report.report_json(result))
+        click.echo(screen.report_json(result))
     else:
-        report.print_report(console, result)
+        screen.print_report(console, result)
     sys.exit(0 if result.complete else EXIT_INCOMPLETE)
 
 
@@ -96,7 +96,7 @@ def _rank(
     console: Any, device: str, workload: str, problems: tuple[str, ...], budget: float, seed: int, as_json: bool
 ) -> NoReturn:
     """Rank for a target that is not here, print the shortlists, and exit: 0 if every problem has candidates."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import offline
 
     console.print(f"ranking for {device} for up to {budget:.0f} s; nothing is measured", highlight=False)
@@ -105,9 +105,9 @@ def _rank(
             device, problems or None, workload=workload, budget=budget, seed=seed, watch=status.update
         )  # fmt: skip
     if as_json:
-        click.echo(report.rankings_json(found))
+        click.echo(screen.rankings_json(found))
     else:
-        report.print_rankings(console, found, offline.target(device))
+        screen.print_rankings(console, found, offline.target(device))
     sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
 
 
@@ -120,14 +120,14 @@ def _rank(
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
     """List the recorded winners of every layer."""
     from elsa_tune.remember.layers import layers
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
     wanted = {k: v for k, v in (("device", device), ("family", family), ("problem", problem)) if v}
     found = [m for layer in layers() for m in layer.winners(**wanted)]
     if as_json:
-        click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
+        click.echo(json.dumps([screen.winner_json(m) for m in found], indent=2))
     elif found:
-        report.print_winners(report.console(), found)
+        screen.print_winners(screen.console(), found)
     else:
         click.echo("no winner is recorded; run elsa-tune")
 
@@ -164,7 +164,7 @@ def explain(problem: str, device: str) -> None:
     from elsa_tune.generate import backends
     from elsa_tune.problem import Problem
     from elsa_tune.remember.layers import layers
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.space import Space
     from elsa_tune.tuning import search
 
@@ -174,7 +174,7 @@ def explain(problem: str, device: str) -> None:
         tried = own.measurements(local=True, device=str(here), problem=str(wanted)) if own else []
         spaces = [Space.read(name) for name in backends.candidates()]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
-        report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
+        screen.print_explanation(screen.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
 
 
 @main.command()
@@ -217,10 +217,10 @@ main.add_command(cli_db.db)
 @_mistakes_are_messages
 def fleet(storage: str) -> None:
     """Say who tunes together: worker, device, trials, trials a minute, last sign of life."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import fleet as fleets
 
-    report.print_members(report.console(), fleets.members(storage))
+    screen.print_members(screen.console(), fleets.members(storage))
 
 
 @main.command("compile")
@@ -232,10 +232,10 @@ def fleet(storage: str) -> None:
 @_mistakes_are_messages
 def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:
     """Build the most promising kernels for a device that is not here, and a manifest of what is ready to be timed there."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import offline
 
-    console = report.console()
+    console = screen.console()
     with console.status("compiling") as status:
         found = offline.rank(device, problems or None, workload=workload, budget=budget, watch=status.update)
     count = offline.hand_over(found, device, output)
@@ -249,9 +249,9 @@ def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: f
 def doctor() -> None:
     """Devices, compilers, instruction sets, OpenMP, databases, versions; each lack with its remedy."""
     from elsa_tune.shell import doctor as examination
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
-    report.print_findings(report.console(), examination.examine())
+    screen.print_findings(screen.console(), examination.examine())
 
 
 if __name__ == "__main__":

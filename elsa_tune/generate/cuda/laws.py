@@ -159,7 +159,7 @@ def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
 
 @_of_tiling
 def registers_hold_tile(tiling: Tiling) -> str | None:
-    """A tile that outgrows the registers of its threads spills in every turn, whatever else is chosen."""
+    """A tile that outgrows the registers of its threads spills in every iteration, whatever else is chosen."""
     return _beyond(tiling.floats_of_a_thread, min(MOST_REGISTERS, REGISTERS // tiling.threads))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 
 _EXECUTABLE, _SOURCE, _DISASSEMBLE = 0x8, 0x1, 0xC
 """amd_comgr.h: kinds of data, and the action that makes source of an executable."""
@@ -76,7 +76,7 @@ def _read(code: bytes) -> dict[str, int]:
     try:
         _ask("set_data", data, ctypes.c_size_t(len(code)), code)
         _ask("set_data_name", data, b"kernel.hsaco")
-        return _gpu_report.of_code_object(_disassembly(data), list(_notes(data)))
+        return _machine_code.of_code_object(_disassembly(data), list(_notes(data)))
     finally:
         _ask("release_data", data)
 
@@ -120,7 +120,7 @@ def _notes(data: _Handle) -> Iterator[dict[str, int]]:
     for i in range(count.value):
         kernel, found = _Handle(), {}
         _ask("index_list_metadata", kernels, ctypes.c_size_t(i), ctypes.byref(kernel))
-        for name in _gpu_report.NOTES.values():
+        for name in _machine_code.NOTES.values():
             value = _Handle()
             _ask("metadata_lookup", kernel, f".{name}".encode(), ctypes.byref(value))
             found[name] = int(_text("get_metadata_string", value))

@@ -136,7 +136,7 @@ def keys_fill_leaves(block_n: int, workers: int, splits: int, problem: Problem) 
 def registers_hold_states(
     dot: str, block_m: int, block_n: int, warps: int, workers: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
-    """Sums and scores that outgrow the registers of a thread spill in every turn of the loop."""
+    """Sums and scores that outgrow the registers of a thread spill in every iteration."""
     head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
     if problem.direction == "backward":
         floats = max(block_m * head, block_n * (head + value)) + 2 * block_m * block_n
@@ -149,7 +149,7 @@ def registers_hold_states(
 def code_fits_its_cache(
     dot: str, block_m: int, block_n: int, warps: int, dims: str, problem: Problem, device: Device
 ) -> str | None:
-    """Plain products are unrolled whole: a loop longer than the instruction cache is fetched again in every turn."""
+    """Plain products are unrolled whole: a loop longer than the instruction cache is fetched again in every iteration."""
     head, value = (sum(p.size for p in parts(d, dims)) for d in (problem.head_dim, problem.value_dim))
     each = block_m * block_n * (head + value) // (device.warp * warps)
     if dot == "ieee" and device.kind == "cuda" and each > LONGEST_PRODUCT:
