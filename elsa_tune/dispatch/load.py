@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.render import Source
 from elsa_tune.generate.tensors import by_name
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -53,8 +56,7 @@ class LoadedKernel:
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
         posed = dispatch.problem_of(query, key, value, is_causal=False, enable_gqa=True)
-        family = posed and posed.reshaped(mask=self.problem.mask, score=self.problem.score).family
-        if family != self.problem.family:
+        if posed is None or posed.family != _posed_by_tensors(self.problem):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             raise WrongArguments(
                 f"query, key, value {shapes} are not of family {self.problem.family}; use elsa_tune.attention"
@@ -68,6 +70,12 @@ class LoadedKernel:
     def source(self) -> Source | None:
         """The rendered code; None if torch's own kernel serves."""
         return backends.get(self.variant.backend).source(self.variant, self.problem)
+
+
+@lru_cache(maxsize=1024)
+def _posed_by_tensors(problem: Problem) -> str:
+    """What its tensors alone say of a problem's family: neither mask nor scores."""
+    return problem.reshaped(mask=masks.NONE, score=scores.NONE, integers=(), reals=()).family
 
 
 def _rival(problem: Problem, device: Device) -> Variant:
