@@ -63,8 +63,7 @@ class LoadedKernel:
             )
         if not self.problem.declared:
             return self._kernel(query, key, value, scale, None, lse)
-        given = by_name(self.problem, operands or {}, query, key)
-        return self._kernel(query, key, value, scale, None, lse, given)
+        return self._kernel(query, key, value, scale, None, lse, by_name(self.problem, operands or {}))
 
     @property
     def source(self) -> Source | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.errors import BadProblem, WrongArguments
-from elsa_tune.parts.operand import Array, Number, Operand, Operands
+from elsa_tune.parts.operand import Array, Number, Operands
 from elsa_tune.problem import Problem
 
 
@@ -31,37 +31,40 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
     for one, value in zip(declared, operands, strict=True):
         if isinstance(one, Array):
             given += [value, *_strides(one, value, query, key)]
-        elif isinstance(value, int if one.kind == "integer" else (int, float)):
-            given.append(value)
         else:
-            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
+            given.append(_number(one, value))
     return tuple(given)
 
 
-def by_name(problem: Problem, given: Mapping[str, Any], query: Tensor, key: Tensor) -> Operands:
-    """A call's operands in the family's order, numbers by default the problem's own. Raises WrongArguments where they do not fit."""
-    known = {**problem.numbers, **given}
-    names = [one.name for one in problem.declared]
-    if set(known) != set(names):
+def by_name(problem: Problem, given: Mapping[str, Any]) -> Operands:
+    """A call's operands in the family's order, numbers by default the problem's own. Raises WrongArguments for other names, and for
+    numbers that no problem has; whether arrays fit the tensors, the kernel sees."""
+    known, declared = {**problem.numbers, **given}, problem.declared
+    names = [one.name for one in declared]
+    if known.keys() != set(names):
         odd = ", ".join(sorted(set(known) ^ set(names)))
         raise WrongArguments(
             f"{problem.family} takes the operands {', '.join(names)}; {odd} is missing or not one of them"
         )
-    operands = tuple(known[name] for name in names)
-    kernel_arguments(problem, operands, query, key)
-    try:
-        problem.reshaped(
-            integers=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "integer"),
-            reals=tuple(x for x, one in zip(operands, problem.declared, strict=True) if _kind(one) == "real"),
-        )
-    except BadProblem as error:
-        raise WrongArguments(str(error)) from error
-    return operands
+    numbers = [one for one in declared if isinstance(one, Number)]
+    if any(one.name in given for one in numbers):
+        of_kind = {kind: [_number(one, known[one.name]) for one in numbers if one.kind == kind] for kind in _NUMBERS}
+        try:
+            problem.reshaped(integers=tuple(of_kind["integer"]), reals=tuple(of_kind["real"]))
+        except BadProblem as error:
+            raise WrongArguments(str(error)) from error
+    return tuple(known[name] for name in names)
 
 
-def _kind(one: Operand) -> str:
-    """What an operand is: integer, real or array."""
-    return one.kind if isinstance(one, Number) else "array"
+_NUMBERS: dict[str, tuple[type, ...]] = {"integer": (int,), "real": (int, float)}
+"""What Python's numbers are, by kind."""
+
+
+def _number(one: Number, value: Any) -> Any:
+    """The value itself. Raises WrongArguments where it is no number of that kind."""
+    if not isinstance(value, _NUMBERS[one.kind]):
+        raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {repr(value)[:60]}")
+    return value
 
 
 def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate.operands import named, of_sequences
+from elsa_tune.generate.tensors import kernel_arguments
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts.operand import Operands
 from elsa_tune.problem import Problem
@@ -52,12 +53,14 @@ class Derived(Generic[T]):
         self._made: dict[tuple[object, ...], tuple[Operands, T]] = {}
 
     def of(self, family: Problem, operands: Operands, query: Tensor, key: Tensor) -> T:
-        """As made before for these very numbers and tensors, which nobody has written to since, or made now."""
-        known = tuple((id(x), x._version) if isinstance(x, Tensor) else x for x in operands)
+        """As made before for these very numbers and tensors, which nobody has written to since, or made now. Raises WrongArguments
+        where they do not fit."""
+        known = tuple(x if isinstance(x, int | float) else (id(x), getattr(x, "_version", 0)) for x in operands)
         entry = (family.mask, family.score, query.shape[:3], key.shape[2], query.device, known)
         if entry not in self._made:
             if len(self._made) >= self._most:
                 self._made.clear()
+            kernel_arguments(family, operands, query, key)
             batch, heads, q_len, _ = query.shape
             posed = family.reshaped(batch=batch, heads=heads, kv_heads=key.shape[1], q_len=q_len, kv_len=key.shape[2])
             own = named(posed, operands)

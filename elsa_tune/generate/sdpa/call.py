@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.operands import named
 from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
@@ -102,10 +101,11 @@ class EagerKernel:
     ) -> Tensor:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._family, operands, scale))
+        posed = _as_posed.of(self._family, operands, query, key)
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
-        logits = _scored(self._family, operands, logits)
+        logits = _scored(posed, logits)
         if self._family.mask == NONE:
             return logits.softmax(-1) @ value
         hidden = ~_attn_masks_dense.of(self._family, operands, query, key)
@@ -132,18 +132,22 @@ def _score_mod(posed: Posed) -> Callable[..., Any]:
     return scored
 
 
-_attn_masks_dense, _score_mods, _block_masks = Derived(_dense, 4), Derived(_score_mod, 64), Derived(block_mask, 64)
+def _itself(posed: Posed) -> Posed:
+    """What a call poses."""
+    return posed
 
 
-def _scored(family: Problem, operands: Operands, logits: Tensor) -> Tensor:
-    """The family's scores of logits [batch, heads, q_len, kv_len]."""
+_as_posed, _attn_masks_dense = Derived(_itself, 4), Derived(_dense, 4)
+_score_mods, _block_masks = Derived(_score_mod, 64), Derived(block_mask, 64)
+
+
+def _scored(posed: Posed, logits: Tensor) -> Tensor:
+    """The scores of logits [batch, heads, q_len, kv_len]."""
     place = {
         name: torch.arange(n, device=logits.device).view([-1, *[1] * (3 - axis)])
         for axis, (name, n) in enumerate(zip(PLACE, logits.shape, strict=True))
     }
-    batch, heads, q_len, kv_len = logits.shape
-    posed = family.reshaped(batch=batch, heads=heads, kv_heads=heads, q_len=q_len, kv_len=kv_len)
-    scored: Tensor = scores.get(family.score).of(logits, named(posed, operands), **place)
+    scored: Tensor = scores.get(posed.problem.score).of(logits, posed.own, **place)
     return scored
 
 
