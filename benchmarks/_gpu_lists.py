@@ -51,9 +51,9 @@ NETWORKS = (
 def generators(problem: Problem, device: Device) -> list[str]:
     """Backends that render kernels for the problem on the device, and have their compiler: Triton first."""
     found = []
-    for name in sorted(backends.names(), key=lambda name: (name != "triton", name)):
+    for name in sorted(backends.candidates(), key=lambda name: (name != "triton", name)):
         backend = backends.get(name)
-        if backend.generated and not backend.refusal(problem, device):
+        if not backend.refusal(problem, device):
             with suppress(CompilerMissing):
                 backend.toolchain(device)
                 found.append(name)

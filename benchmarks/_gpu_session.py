@@ -35,7 +35,7 @@ from elsa_tune.space import Space, parse
 from elsa_tune.tuning import offline, telemetry
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning.contender import Contender
-from elsa_tune.tuning.limits import least_seconds
+from elsa_tune.tuning.peaks import least_seconds
 from elsa_tune.tuning.trial import BUILD_SECONDS, Incumbent, Trials
 from elsa_tune.tuning.worker import WorkerFailed
 from elsa_tune.variant import Variant
@@ -84,13 +84,13 @@ class Session:
         for name in backends.names():
             with suppress(CompilerMissing):
                 software |= backends.get(name).toolchain(self.device)
-        self.trials.find_limits()
+        self.trials.find_peaks()
         facts = {
             "smi": nvidia_smi() if self.device.is_gpu else "", "device": str(self.device), "name": self.device.name,
             "cores": os.cpu_count(), "software": software,
-            "tf32": torch.get_float32_matmul_precision(), "limits": self.trials.limits,
+            "tf32": torch.get_float32_matmul_precision(), "limits": self.trials.peaks,
         }  # fmt: skip
-        self.log.line("machine", f"{self.device} ({self.device.name}) {software} {self.trials.limits}", **facts)
+        self.log.line("machine", f"{self.device} ({self.device.name}) {software} {self.trials.peaks}", **facts)
 
     def prepare_all(self) -> None:
         """Everything that will be raced is built and checked side by side, in order of need, and FlexAttention compiled to disk;
@@ -208,7 +208,7 @@ class Session:
         winner = next(iter(self.database.winners(True, device=str(self.device), problem=str(problem))), None)
         ours = [v for v in rows if backends.role(v) == "candidate"]
         best = min(ours, key=lambda v: rows[v]["milliseconds"], default=None)
-        least = least_seconds(problem, self.trials.limits)
+        least = least_seconds(problem, self.trials.peaks)
         text = f"{problem}  served by {winner and winner.variant}"
         for v, row in sorted(rows.items(), key=lambda item: item[1]["milliseconds"]):
             limit = f" {1e3 * least / row['milliseconds']:4.0%} of limit" if least else ""
@@ -315,7 +315,7 @@ def write(session: Session, out: Path) -> None:
     lines = [line for line in session.log.lines if line["kind"] == "raced"]
     others = [line for line in session.log.lines if line["kind"] != "raced"]
     content = {"device": device, "name": session.device.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-               "peaks": session.trials.limits, "lines": lines, "others": others}  # fmt: skip
+               "peaks": session.trials.peaks, "lines": lines, "others": others}  # fmt: skip
     (out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str))
     winners = [w.measurement for w in session.database.winners(device=device) if w.ratio_low > 1]
     kept = [m for m in winners if m.error is not None and not m.is_rival]

@@ -91,8 +91,7 @@ def main() -> None:
         pairs = {backend: [tuple(key.split(" ")) for key in found] for backend, found in known.items()}
     else:
         rng = random.Random(0)
-        rendered = [name for name in backends.names() if backends.get(name).generated]
-        pairs = {name: sample(name, given.count, rng) for name in rendered}
+        pairs = {name: sample(name, given.count, rng) for name in backends.candidates()}
     made = {name: {f"{v} {f}": digest(v, f) for v, f in of} for name, of in pairs.items()}
     given.to.write_text(json.dumps(made, indent=1))
     print(f"{elsa_tune.__file__}")

@@ -274,8 +274,8 @@ def test_the_model_lets_shared_memory_bind(monkeypatch: pytest.MonkeyPatch) -> N
 
     plain = predicted("t128.x8.r4.k4")
     assert predicted("t128.x8.r4.k4", loop_shared=3200) == plain > predicted("t128.x8.r4.k4.native") > 0
-    count = _wavefronts.of_turn
-    monkeypatch.setattr(_wavefronts, "of_turn", lambda tiling: 2 * count(tiling))
+    count = _wavefronts.of_iteration
+    monkeypatch.setattr(_wavefronts, "of_iteration", lambda tiling: 2 * count(tiling))
     assert 1.3 * plain < predicted("t128.x8.r4.k4") < 2 * plain
 
 

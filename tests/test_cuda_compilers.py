@@ -21,7 +21,7 @@ from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import cuda, lawful
 from elsa_tune.generate.cuda import rocm as _rocm
 from elsa_tune.generate.cuda import rtc as _rtc
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -140,7 +140,7 @@ OTHERS = ("fp32.d256" + BIG, "fp16.d64" + BIG, "bf16.d128.causal" + BIG, "fp32.d
 
 
 @needs_nvrtc
-@pytest.mark.skipif(not _gpu_report.disassemblers(), reason="needs nvdisasm; `make test` puts one in .venv")
+@pytest.mark.skipif(not _machine_code.disassemblers(), reason="needs nvdisasm; `make test` puts one in .venv")
 @pytest.mark.parametrize(
     "capability", [n if n in (62, 90) else pytest.param(n, marks=pytest.mark.slow) for n in DEFAULTS]
 )

@@ -24,10 +24,12 @@ from elsa_tune import places
 from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.generate import backends
 from elsa_tune.measurement import Measurement
+from elsa_tune.problem import Problem
 from elsa_tune.remember import foreign, layers, lines, pages, repair, salvage, schema
 from elsa_tune.remember.database import Database
 from elsa_tune.remember.reading import Reader
 from elsa_tune.shell import cli
+from elsa_tune.space import Space
 
 PROBLEM = made(0).problem
 RIVAL = replace(made(0), variant="sdpa.flash", role="rival", ratio=1.0, ratio_low=1.0, ratio_high=1.0, created=0.5)
@@ -347,7 +349,10 @@ def test_the_stored_role_decides_not_the_name() -> None:
     assert not Database.in_memory([against], "test").winners(), "a yardstick is no torch, whatever its name"
     assert backends.role("sdpa.flash") == "rival" and backends.role("mojo.serial") == "candidate"
     for name in backends.names():
-        assert (backends.role(name) == "candidate") == backends.get(name).generated, name
+        rendered = backends.get(name).source(
+            Space.read(name).parse(Space.read(name).start[0]), Problem.parse("fp32.d64")
+        )
+        assert (name in backends.candidates()) == (rendered is not None) == (name not in backends.rivals()), name
 
 
 # What is left of a damaged file.

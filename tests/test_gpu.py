@@ -32,7 +32,7 @@ from elsa_tune.remember.database import Database
 from elsa_tune.shell import cli, doctor
 from elsa_tune.space import Space, parse
 from elsa_tune.tuning import contender as contenders
-from elsa_tune.tuning import final, limits, offline, race, recall, telemetry, timing, turn
+from elsa_tune.tuning import final, offline, peaks, race, recall, telemetry, timing, turn
 from elsa_tune.tuning import tune as tuning
 from elsa_tune.tuning import worker as workers
 from elsa_tune.tuning.race import Raced
@@ -225,7 +225,7 @@ def test_a_cpu_timer_takes_calls_in_turn() -> None:
     seen: list[int] = []
     timer = timing.timer([lambda i=i: seen.append(i) for i in range(3)], host_cpu(), "eager")  # type: ignore[misc]
     assert timer(4) > 0 and seen == [1, 2, 0, 1]
-    assert limits.clocks(H200) == {}, "no telemetry is no error"
+    assert peaks.clocks(H200) == {}, "no telemetry is no error"
 
 
 def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,15 +348,15 @@ def test_a_gpu_is_read_while_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_limits_by_class() -> None:
-    peaks = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
+    rates = {"peak_fp32": 50e3, "peak_tf32": 400e3, "peak_fp16": 800e3, "peak_bf16": 800e3, "peak_gbytes": 4000.0}
     shape = "@b1.h16.q4096.k4096"
     least = {
-        c: limits.least_seconds(Problem.parse(c + shape), peaks) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
+        c: peaks.least_seconds(Problem.parse(c + shape), rates) for c in ("fp32.strict.d64", "fp32.d64", "fp16.d64")
     }
     assert least["fp32.strict.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 50e12)
     assert least["fp32.d64"] == pytest.approx(3 * Problem.parse("fp32.d64" + shape).flops / 400e12)
     assert least["fp16.d64"] == pytest.approx(Problem.parse("fp32.d64" + shape).flops / 800e12)
-    assert limits.least_seconds(Problem.parse("fp16.d64"), {}) is None
+    assert peaks.least_seconds(Problem.parse("fp16.d64"), {}) is None
 
 
 # Tuning and dispatch on a GPU that is not here.

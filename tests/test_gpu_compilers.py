@@ -14,7 +14,7 @@ from launched import launched
 
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import lawful, triton
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
 from elsa_tune.tuning import contender, offline
@@ -126,7 +126,11 @@ def test_every_target_compiles_and_no_default_spills(target: str, builders: Work
             assert built.resources["registers"] > 0 and built.resources["loop_all"] > 0
             if problem.precision == "strict" and not built.flaw:
                 assert built.resources["matrix"] == 0
-            if not built.flaw and not _gpu_report.spills(built.resources) and offline.occupancy(built.resources, goal):
+            if (
+                not built.flaw
+                and not _machine_code.spills(built.resources)
+                and offline.occupancy(built.resources, goal)
+            ):
                 return variant
         return None
 
@@ -233,7 +237,7 @@ def test_hardly_more_than_the_least_kernel_takes(builders: Worker) -> None:
         ours = builders.run(contender.build, variant, problem, goal, timeout=240.0).resources
         bare = builders.run(least, goal, problem, timeout=240.0)
         assert ours["loop_all"] <= 1.05 * bare["loop_all"] and ours["registers"] <= bare["registers"] + 20
-        assert not _gpu_report.spills(ours)
+        assert not _machine_code.spills(ours)
 
 
 def test_strict_is_proven_by_the_assembly(builders: Worker) -> None:
@@ -265,7 +269,7 @@ def test_instructions_are_counted() -> None:
         /*0040*/              @P1  BRA `(.L_x_1) ;
         /*0050*/                   STL [R1], R2 ;
 """
-    found = _gpu_report.of_sass(sass)
+    found = _machine_code.of_sass(sass)
     assert (found["matrix"], found["local"], found["loop_fma"], found["loop_exp"], found["loop_shared"]) == (
         1,
         1,
@@ -287,9 +291,11 @@ def test_instructions_are_counted() -> None:
         /*0060*/              @!P0 BRA `(.L_x_3) ;
         /*0070*/                   BRA `(.L_x_2) ;
 """
-    assert _gpu_report.of_sass(waits)["loop_all"] == 4, "what waits beyond the end is no loop around what is before it"
+    assert _machine_code.of_sass(waits)["loop_all"] == 4, (
+        "what waits beyond the end is no loop around what is before it"
+    )
     ptx = "$L__BB0_1:\n\tfma.rn.f32 \t%f1, %f2, %f3, %f1;\n\twgmma.mma_async.sync x;\n\t@%p1 bra \t$L__BB0_1;\n"
-    assert _gpu_report.of_ptx(ptx)["matrix"] == 1 and _gpu_report.of_ptx(ptx)["loop_fma"] == 1
+    assert _machine_code.of_ptx(ptx)["matrix"] == 1 and _machine_code.of_ptx(ptx)["loop_fma"] == 1
     for name in (
         "mma.sync.aligned.m16n8k16",
         "wmma.mma.sync",
@@ -297,9 +303,9 @@ def test_instructions_are_counted() -> None:
         "tcgen05.mma.cta_group",
         "UTCQMMA",
     ):
-        assert _gpu_report.MATRIX.match(name), name
+        assert _machine_code.MATRIX.match(name), name
     for name in ("fma.rn.f32", "tcgen05.ld.sync", "FFMA2"):
-        assert not _gpu_report.MATRIX.match(name), name
+        assert not _machine_code.MATRIX.match(name), name
     for name in (
         "HMMA.16816.F32",
         "HGMMA.64x64x16.F32",
@@ -308,9 +314,9 @@ def test_instructions_are_counted() -> None:
         "v_mfma_f32_32x32x2_f32",
         "v_wmma_f32",
     ):
-        assert _gpu_report.MATRIX.match(name), name
+        assert _machine_code.MATRIX.match(name), name
     for name in ("FFMA", "IMAD.MOV", "v_fma_f32", "HFMA2", "v_mul_f32"):
-        assert not _gpu_report.MATRIX.match(name), name
+        assert not _machine_code.MATRIX.match(name), name
 
 
 def test_reports_of_a_sampled_space_are_kept(builders: Worker, request: pytest.FixtureRequest) -> None:

@@ -6,11 +6,13 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -40,16 +42,20 @@ OWNERS = {
     "pydantic": "foreign.py",
     "fsspec": "fetch.py",
     "pebble": "worker.py",
-    "rich": "report.py",
+    "rich": "screen.py",
     "archspec": "device.py",
     "cuda": "drivers.py",
 }
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -98,7 +104,7 @@ def arrows(module: str) -> set[str]:
                 found.update(names & set(MODULES) or {str(child.module)})
             walk(child)
 
-    walk(ast.parse(MODULES[module].read_text()))
+    walk(parsed(MODULES[module]))
     return found & set(MODULES) - {module}
 
 
@@ -156,31 +162,57 @@ def test_no_template_but_a_kinds_own_tells_its_parts_apart(kind: str) -> None:
 
 
 def listed(tree: ast.AST, names: set[str]) -> set[str]:
-    """Names that a list, set, tuple, dict, chain of comparisons or match of a file holds two or more of."""
+    """Names that a list, set, tuple, dict or choice of a file holds two or more of."""
     for node in ast.walk(tree):
         within: list[ast.AST | None] = []
         if isinstance(node, ast.List | ast.Set | ast.Tuple):
             within = [*node.elts]
         elif isinstance(node, ast.Dict):
             within = [*node.keys, *node.values]
-        elif isinstance(node, ast.BoolOp):
-            within = [
-                x for value in node.values if isinstance(value, ast.Compare) for x in (value.left, *value.comparators)
-            ]
-        elif isinstance(node, ast.Match):
-            within = [x for case in node.cases for x in ast.walk(case.pattern)]
-        held = {x.value for x in within if isinstance(x, ast.Constant) and isinstance(x.value, str)} & names
+        elif isinstance(node, ast.IfExp):
+            within = [node.body, node.orelse]
+        held = words(within) & names
         if len(held) > 1:
             return held
     return set()
 
 
+def words(nodes: Iterable[ast.AST | None]) -> set[str]:
+    """The strings among some nodes."""
+    return {x.value for x in nodes if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+
+
+def registries(tree: ast.AST, kind: str) -> set[str]:
+    """What a file calls the kind, where it imports it."""
+    found = [
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "elsa_tune.parts"
+        for alias in node.names
+        if alias.name == kind
+    ]
+    return set(found)
+
+
+def singled_out(tree: ast.AST, kind: str) -> set[str]:
+    """Names of a kind that a file compares anything with, matches it against, or asks the kind for: one is enough."""
+    within: list[ast.AST] = []
+    asked = registries(tree, kind)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            within += ast.walk(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            within += node.args if getattr(node.func.value, "id", "") in asked else []
+    return words(within) & names_of(kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_file_but_a_kinds_own_lists_its_parts(kind: str) -> None:
+def test_no_file_but_a_kinds_own_tells_its_parts_apart(kind: str) -> None:
     for path in SOURCES:
         if path.parent != ROOT / "elsa_tune" / "parts" / kind:
-            found = listed(ast.parse(path.read_text()), names_of(kind))
-            assert not found, f"{path.relative_to(ROOT)} lists {kind}: {', '.join(found)}"
+            tree = parsed(path)
+            found = listed(tree, names_of(kind)) | singled_out(tree, kind)
+            assert not found, f"{path.relative_to(ROOT)} tells {kind} apart by name: {', '.join(found)}"
 
 
 def test_the_rules_about_parts_see_what_breaks_them() -> None:
@@ -192,14 +224,23 @@ def test_the_rules_about_parts_see_what_breaks_them() -> None:
     ):
         assert told_apart(parse(text), "schedule") == {"last_block"}
     assert not told_apart(parse('{% include "cuda/schedule/" ~ schedule.name ~ ".j2" %}'), "schedule")
-    for program in (
-        '["fp16", "x", "bf16"]',
-        '{"fp16": 1, "bf16": 2}',
-        'x == "fp16" or x == "bf16"',
-        'x in ("fp16", "bf16")',
-    ):
+    for program in ('["fp16", "x", "bf16"]', '{"fp16": 1, "bf16": 2}', 'f("fp16" if x else "bf16")'):
         assert listed(ast.parse(program), names_of("element")) == {"fp16", "bf16"}
-    assert not listed(ast.parse('x == "fp16" or y == 3'), names_of("element"))
+    assert not listed(ast.parse('f("fp16", {"fp16": 1}, "fp16" if x else y)'), names_of("element"))
+    for program in (
+        'x == "fp16"',
+        '(x, y) != ("fp16", 3)',
+        'x in {"fp16"}',
+        'match x:\n    case "fp16": pass',
+        'from elsa_tune.parts import element as elements\nelements.get("fp16")',
+    ):
+        assert singled_out(ast.parse(program), "element") == {"fp16"}
+    assert not singled_out(ast.parse('x.get("fp16") or x.bytes == 2 or f("fp16")'), "element")
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_every_law_says_what_it_forbids(name: str) -> None:
+    assert [law.__name__ for law in backends.get(name).LAWS if not law.__doc__] == []
 
 
 def test_generating_never_imports_what_proves_or_tunes() -> None:
@@ -225,7 +266,7 @@ def test_nouns_import_nothing_of_ours_but_errors_orders_and_parts() -> None:
 def compared(path: Path) -> set[str]:
     """The words that a file compares anything but a device's kind or a dialect with."""
     words: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             asked = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
@@ -254,12 +295,12 @@ def test_dispatch_never_tunes() -> None:
             pending += [n for n in imported(path) if n.startswith("elsa_tune.") and n not in reach]
     tuning = {f"elsa_tune.tuning.{name}" for name in ("tune", "trial", "search", "worker", "race")}
     assert "elsa_tune.remember.reading" in reach
-    assert not reach & {*tuning, "elsa_tune.shell.report", "elsa_tune.shell.cli"}
+    assert not reach & {*tuning, "elsa_tune.shell.screen", "elsa_tune.shell.cli"}
 
 
 def test_every_file_opens_with_one_sentence() -> None:
     for path in SOURCES:
-        first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+        first = (ast.get_docstring(parsed(path)) or "").splitlines()
         assert first and first[0].endswith((".", ":")), path
     for path in (ROOT / "templates").rglob("*.j2"):
         assert path.read_text().lstrip().startswith(("//", "{#", "{%")), path
@@ -338,6 +379,6 @@ def test_no_machine_paths_in_tracked_files() -> None:
 def test_nobody_tells_torchs_kernels_by_their_name() -> None:
     """Rival or candidate is a role that a measurement stores (elsa_tune.measurement.ROLES)."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             text = node.value if isinstance(node, ast.Constant) else ""
             assert not (isinstance(text, str) and re.search(r"sdpa\.%|^sdpa\.$", text)), (path, text)

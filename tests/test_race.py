@@ -15,7 +15,7 @@ from elsa_tune.device import host_cpu
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import timing
 from elsa_tune.tuning.contender import check_family, check_shape
-from elsa_tune.tuning.limits import peak
+from elsa_tune.tuning.peaks import peak
 from elsa_tune.tuning.race import race, ratio
 from elsa_tune.tuning.worker import Worker, WorkerFailed
 

@@ -18,8 +18,8 @@ from elsa_tune.remember.database import Database
 from elsa_tune.tuning import noise, recall
 from elsa_tune.tuning.contender import check_family, check_shape
 from elsa_tune.tuning.effort import EFFORTS
-from elsa_tune.tuning.limits import clocks, peak
 from elsa_tune.tuning.noise import Heard
+from elsa_tune.tuning.peaks import clocks, peak
 from elsa_tune.tuning.race import Raced, race
 from elsa_tune.tuning.run import Run
 from elsa_tune.tuning.search import searches

@@ -11,7 +11,7 @@ from elsa_tune.device import Device, detect
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
-from elsa_tune.generate.backends import Built, Kernel, Operands
+from elsa_tune.generate.backends import Kernel, Operands
 from elsa_tune.generate.render import Source
 from elsa_tune.generate.tensors import described, number
 from elsa_tune.masks import NONE, AttnMask, of_tensor, told_by
@@ -65,7 +65,12 @@ class LoadedKernel:
             raise WrongArguments(
                 f"attn_mask is {given}; this kernel is of {problem.family}, whose tensors it must bring"
             )
-        return wanted.in_order(query, key)
+        operands = wanted.in_order(query, key)
+        if (
+            backends.role(str(self.variant)) == "rival"
+        ):  # torch's kernels remember what they made of a tensor: this one is new
+            return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in operands)
+        return operands
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None) -> None:
         """Raise WrongArguments unless these are what a kernel of the family reads and writes."""
@@ -101,6 +106,15 @@ class LoadedKernel:
         return backends.get(self.variant.backend).source(self.variant, self.problem)
 
 
+def _rival(problem: Problem, device: Device) -> Variant:
+    """The first kernel of torch's own that may serve a problem. Raises KernelMissing."""
+    reasons = {name: backends.get(name).refusal(problem, device) for name in backends.rivals()}
+    able = [name for name, reason in reasons.items() if not reason]
+    if found := next((v for name in able for v in lawful.variants(Space.read(name), problem, device)), None):
+        return found
+    raise KernelMissing(f"nothing serves {problem}: {'; '.join(filter(None, reasons.values()))}")
+
+
 def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     """The best known kernel for a problem, built now if it must be. Raises BadProblem, BadDevice, KernelMissing.
 
@@ -113,10 +127,9 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     chosen = shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:
-        if reason := backends.get("sdpa").refusal(wanted, here):
-            raise KernelMissing(f"nothing serves {wanted}: {reason}")
-        variant = chosen.variant or next(lawful.variants(Space.read("sdpa"), wanted, here))
-        kernel = backends.get("sdpa").load(Built(str(variant)), variant, wanted)
+        variant = chosen.variant or _rival(wanted, here)
+        backend = backends.get(variant.backend)
+        kernel = backend.load(backend.build(variant, wanted, here), variant, wanted)
     else:
         assert chosen.variant is not None
         variant = chosen.variant

@@ -110,8 +110,7 @@ class _Known:
 
 
 def _advice(problem: Problem, device: Device) -> str:
-    generated = [name for name in backends.names() if backends.get(name).generated]
-    if reason := lawful.unserved(problem, [device], generated):
+    if reason := lawful.unserved(problem, [device], backends.candidates()):
         return f"no kernel can serve {problem.family} on {device}: {reason}"
     return f"elsa-tune --problem {problem} measures kernels for it"
 

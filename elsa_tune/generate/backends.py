@@ -110,7 +110,7 @@ class Asked(Protocol):
         """The first thing in a process whose parent loads code and never computes."""
 
     def peak(self, device: Device, seconds: float) -> dict[str, float]:
-        """Measured limits of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
+        """Measured peaks of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
         return {}
 
     def slow_to_start(self, variant: Variant) -> bool:
@@ -142,7 +142,6 @@ class Backend(Asked, Protocol):
     """The one protocol that tuning, checking, shipping and dispatch talk to."""
 
     LAWS: tuple[Law, ...]
-    generated: bool  # renders code; torch's own kernels are not
 
     def refusal(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot serve the problem on the device, or None."""
@@ -191,6 +190,11 @@ def get(name: str) -> Backend:
     return backend
 
 
+def candidates() -> tuple[str, ...]:
+    """Those whose kernels are ours: what searches propose, and what ships."""
+    return tuple(name for name in names() if _role(name) == "candidate")
+
+
 def rivals() -> tuple[str, ...]:
     """Those whose kernels are not ours: what is raced against, and what serves where nothing of ours does."""
     return tuple(name for name in names() if _role(name) == "rival")
@@ -204,5 +208,6 @@ def role(variant: str) -> str:
 
 @cache
 def _role(name: str) -> str:
+    """What the search space of a backend says; a candidate's where it says nothing, or is not here."""
     found = places.read_toml(places.data("search_spaces") / f"{name}.toml") if name in names() else {}
     return str(found.get("role", "candidate"))

@@ -82,6 +82,7 @@ def variants(
 
 
 def _laws_due(space: Space) -> list[list[tuple[Law, tuple[str, ...]]]]:
+    """For each axis the laws that can be asked once it is chosen, and what they ask for."""
     position = {axis.name: i for i, axis in enumerate(space.axes)}
     due: list[list[tuple[Law, tuple[str, ...]]]] = [[] for _ in space.axes]
     for law in backends.get(space.backend).LAWS:
@@ -92,10 +93,12 @@ def _laws_due(space: Space) -> list[list[tuple[Law, tuple[str, ...]]]]:
 
 @cache
 def _parameters(law: Law) -> tuple[str, ...]:
+    """What a law asks for."""
     return tuple(inspect.signature(law).parameters)
 
 
 def _ordered(axis: Axis, wanted: Value | None, rng: random.Random | None) -> tuple[Value, ...]:
+    """An axis' values, those next to the wanted one first, or shuffled, or as declared."""
     if wanted is not None:
         at = axis.values.index(wanted)
         return tuple(sorted(axis.values, key=lambda v: abs(axis.values.index(v) - at)))

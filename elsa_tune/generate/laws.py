@@ -10,6 +10,7 @@ from elsa_tune.generate.backends import Law
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan as scans
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import score as scores
 from elsa_tune.parts import state as states
@@ -28,6 +29,12 @@ LARGEST_DIM = 256
 def has_text(language: str, kind: str, value: str) -> bool:
     """Whether a language has a text of a part: templates/<language>/<kind>/<value>.j2."""
     return (places.data("templates") / language / kind / f"{value}.j2").is_file()
+
+
+def only_text(language: str, kind: str) -> str:
+    """The one part of a kind that a language has a text of. Raises ValueError where it has more: an axis must choose."""
+    (path,) = (places.data("templates") / language / kind).glob("*.j2")
+    return path.stem
 
 
 def family_has_text(language: str, problem: Problem) -> str | None:
@@ -49,12 +56,14 @@ def axis_has_text(language: str, kind: str) -> Law:
         return None if has_text(language, kind, value) else f"no text for the {kind} {value} in templates/{language}"
 
     law.__name__ = f"{kind}_has_text"
+    law.__doc__ = "A value that the language has no text of could only be taken for another."
     parameter = inspect.Parameter(kind, inspect.Parameter.KEYWORD_ONLY)
     law.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return law
 
 
 def state_is_of_operator(state: str, problem: Problem) -> str | None:
+    """A state of another operator carries what this one cannot be computed from."""
     operator = operators.get(problem.operator)
     return (
         None
@@ -94,16 +103,18 @@ def dims_are_generated(problem: Problem) -> str | None:
 
 def scan_has_states(scan: str, workers: int, splits: int) -> str | None:
     """Nothing is called a scan that is a fold, and no scan a fold."""
-    if scan == "serial" and workers * splits > 1:
+    strategy = scans.get(scan)
+    if strategy.folds and workers * splits > 1:
         return "a fold has one state; several need a scan to merge them"
-    if scan == "hybrid" and (workers == 1 or splits == 1):
-        return "hybrid needs states on both levels, workers and splits"
-    if scan != "serial" and workers * splits == 1:
+    if strategy.of_two_levels and (workers == 1 or splits == 1):
+        return f"{scan} needs states on both levels, workers and splits"
+    if not strategy.folds and workers * splits == 1:
         return f"with one state nothing is merged, and {scan} would be a fold under another name"
     return None
 
 
 def schedule_has_splits(schedule: str, splits: int) -> str | None:
+    """States of splits must be merged by somebody, and where one worker has all keys nobody has anything to merge."""
     merges = schedules.get(schedule).splits
     if not merges and splits > 1:
         return f"{splits} splits leave states that somebody must merge"
@@ -111,6 +122,7 @@ def schedule_has_splits(schedule: str, splits: int) -> str | None:
 
 
 def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
+    """The states of one head's splits must fit SCRATCH_BYTES: fewer than a head's are never launched."""
     rows = problem.q_len * problem.group
     each = max(states.get(name).floats(problem.value_dim) for name in states.names())
     size = 4 * splits * rows * each if splits > 1 else 0
@@ -120,6 +132,7 @@ def scratch_is_bounded(splits: int, problem: Problem) -> str | None:
 
 
 def longest_is_causal(order: str, problem: Problem) -> str | None:
+    """An order by length is the order of heads under another name, where no tile sees more keys than another."""
     mask = masks.get(problem.mask)
     grows = "position" in mask.high.names and not mask.cuts_front
     return None if order != "longest" or grows else "all tiles are equally long"

@@ -49,10 +49,12 @@ def example(problem: Problem, turn: int) -> Operands:
 
 
 def _sizes(problem: Problem) -> dict[str, int]:
+    """What the axes of arrays are called, and how long they are."""
     return {name: getattr(problem, name) for name in ("batch", "heads", "q_len", "kv_len")}
 
 
 def _made(array: Array, content: Any) -> Tensor:
+    """Content as a tensor of the array's dtype."""
     return torch.as_tensor(content, dtype=getattr(torch, array.dtype))
 
 

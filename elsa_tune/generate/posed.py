@@ -55,10 +55,10 @@ def attn_mask(posed: Posed) -> Tensor:
     if chain.additive:
         bias: Tensor = chain.of(torch.zeros((), device=posed.device), posed.own, **places(posed.problem, posed.device))
         return _four(bias if posed.problem.mask == NONE else bias.where(posed.dense(), float("-inf")))
-    if masks.get(posed.problem.mask).torchs == "causal_lower_right" and q_len <= kv_len:
-        from torch.nn.attention.bias import causal_lower_right  # loads Triton, which many processes do without
+    if (form := masks.get(posed.problem.mask).torchs) and q_len <= kv_len:
+        from torch.nn.attention import bias as forms  # loads Triton, which many processes do without
 
-        own: Tensor = causal_lower_right(q_len, kv_len)
+        own: Tensor = getattr(forms, form)(q_len, kv_len)
         return own
     return _four(posed.dense())
 

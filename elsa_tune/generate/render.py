@@ -65,6 +65,7 @@ def bits(cells: Iterable[int], back: int = 0) -> int:
 
 @cache
 def _environment() -> jinja2.Environment:
+    """jinja2's, with the few functions that templates call."""
     import jinja2  # only rendering needs it: dispatch starts without
 
     environment = jinja2.Environment(

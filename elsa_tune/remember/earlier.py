@@ -82,7 +82,7 @@ def unsaid(m: Measurement) -> Measurement:
 
 def overlay(connection: sqlite3.Connection) -> None:
     """Let a database of format 2, which is not written to, be read as one of today's: the roles are filled in as it is read."""
-    names = [text for backend in backends.names() if backends.role(backend) == "rival" for text in _spelled(backend)]
+    names = [text for backend in backends.rivals() for text in _spelled(backend)]
     marks = ", ".join("?" * len(names))
     found = connection.execute(f"SELECT id FROM words WHERE key IN ({marks})", [*map(schema.key, names)]).fetchall()
     rivals = ", ".join(str(number) for (number,) in found)

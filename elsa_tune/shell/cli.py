@@ -65,10 +65,10 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     """
     from elsa_tune import workload as workloads
     from elsa_tune.device import detect
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import tune as tuning
 
-    console = report.console(stderr=as_json)
+    console = screen.console(stderr=as_json)
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
@@ -77,7 +77,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
         console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
     try:
-        with report.LiveProgress(console) as watch:
+        with screen.LiveProgress(console) as watch:
             result = tuning.tune(
                 problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
                 sampler=sampler, exhaustive=exhaustive, storage=storage, watch=watch,
@@ -86,9 +86,9 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
         console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
     if as_json:
-        click.echo(report.report_json(result))
+        click.echo(screen.report_json(result))
     else:
-        report.print_report(console, result)
+        screen.print_report(console, result)
     sys.exit(0 if result.complete else EXIT_INCOMPLETE)
 
 
@@ -96,7 +96,7 @@ def _rank(
     console: Any, device: str, workload: str, problems: tuple[str, ...], budget: float, seed: int, as_json: bool
 ) -> NoReturn:
     """Rank for a target that is not here, print the shortlists, and exit: 0 if every problem has candidates."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import offline
 
     console.print(f"ranking for {device} for up to {budget:.0f} s; nothing is measured", highlight=False)
@@ -105,9 +105,9 @@ def _rank(
             device, problems or None, workload=workload, budget=budget, seed=seed, watch=status.update
         )  # fmt: skip
     if as_json:
-        click.echo(report.rankings_json(found))
+        click.echo(screen.rankings_json(found))
     else:
-        report.print_rankings(console, found, offline.target(device))
+        screen.print_rankings(console, found, offline.target(device))
     sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
 
 
@@ -121,7 +121,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
     """List the recorded winners of every layer."""
     from elsa_tune import device as devices
     from elsa_tune.remember import layers
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
     known = layers.layers()
     recorded = {one for layer in known for one, _ in layer.finals_of()}
@@ -131,9 +131,9 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
     for trouble in layers.troubles(known):
         click.echo(f"elsa-tune: {trouble}", err=True)
     if as_json:
-        click.echo(json.dumps([report.winner_json(m) for m in found], indent=2))
+        click.echo(json.dumps([screen.winner_json(m) for m in found], indent=2))
     elif found:
-        report.print_winners(report.console(), found)
+        screen.print_winners(screen.console(), found)
     else:
         click.echo("no winner is recorded; run elsa-tune")
 
@@ -151,7 +151,7 @@ def show(variant: str, problem: str) -> None:
 
     chosen, wanted = space.parse(variant), Problem.parse(problem)
     backend = backends.get(chosen.backend)
-    if not backend.generated:
+    if backends.role(str(chosen)) == "rival":
         click.echo(f"{chosen} is torch's own kernel; nothing is generated")
         return
     if reason := lawful.unserved(wanted, lawful.everywhere(), [chosen.backend]):
@@ -176,7 +176,7 @@ def explain(problem: str, device: str) -> None:
     from elsa_tune.generate import backends
     from elsa_tune.problem import Problem
     from elsa_tune.remember.layers import layers
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.space import Space
     from elsa_tune.tuning import search
 
@@ -184,9 +184,9 @@ def explain(problem: str, device: str) -> None:
     for here in detect(device):
         (own,) = (layer for layer in layers() if layer.name == "own")
         tried = own.measurements(device=str(here), problem=str(wanted))
-        spaces = [Space.read(name) for name in backends.names() if backends.get(name).generated]
+        spaces = [Space.read(name) for name in backends.candidates()]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
-        report.print_explanation(report.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
+        screen.print_explanation(screen.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
 
 
 @main.command()
@@ -229,10 +229,10 @@ main.add_command(cli_db.db)
 @_mistakes_are_messages
 def fleet(storage: str) -> None:
     """Say who tunes together: worker, device, trials, trials a minute, last sign of life."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import fleet as fleets
 
-    report.print_members(report.console(), fleets.members(storage))
+    screen.print_members(screen.console(), fleets.members(storage))
 
 
 @main.command("compile")
@@ -244,10 +244,10 @@ def fleet(storage: str) -> None:
 @_mistakes_are_messages
 def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:
     """Build the most promising kernels for a device that is not here, and a manifest of what is ready to be timed there."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import offline
 
-    console = report.console()
+    console = screen.console()
     with console.status("compiling") as status:
         found = offline.rank(device, problems or None, workload=workload, budget=budget, watch=status.update)
     count = offline.hand_over(found, device, output)
@@ -261,9 +261,9 @@ def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: f
 def doctor() -> None:
     """Devices, compilers, instruction sets, OpenMP, databases, versions; each lack with its remedy."""
     from elsa_tune.shell import doctor as examination
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
-    report.print_findings(report.console(), examination.examine())
+    screen.print_findings(screen.console(), examination.examine())
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ def merge(sources: tuple[str, ...], output: Path) -> None:
 def diff(first: str, second: str) -> None:
     """Compare two files: what only one of them holds, and where they name other winners. Exit 1 if they differ."""
     from elsa_tune.remember import foreign
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
     found = foreign.diff(first, second)
-    report.print_difference(report.console(), found)
+    screen.print_difference(screen.console(), found)
     sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
 
 
@@ -154,14 +154,14 @@ def verify() -> None:
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
     """Time what was imported for this device, or is disputed, against this machine's own best."""
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
     from elsa_tune.tuning import tune as tuning
 
-    console = report.console()
-    with report.LiveProgress(console) as watch:
+    console = screen.console()
+    with screen.LiveProgress(console) as watch:
         found = tuning.settle(device, budget=budget, watch=watch)
     if found.outcomes:
-        report.print_report(console, found)
+        screen.print_report(console, found)
     else:
         click.echo("nothing imported is left to race")
 
@@ -202,6 +202,6 @@ def doctor() -> None:
     """What is wrong with databases and the kernel cache here, each lack with its remedy."""
     from elsa_tune.device import host_cpu
     from elsa_tune.shell import doctor as examination
-    from elsa_tune.shell import report
+    from elsa_tune.shell import screen
 
-    report.print_findings(report.console(), examination.examine_databases(host_cpu()))
+    screen.print_findings(screen.console(), examination.examine_databases(host_cpu()))

@@ -136,8 +136,8 @@ def launch(backend: str, here: Device) -> float:
 def _launches() -> Iterator[Finding]:
     """For each GPU and each language that serves it: whether a kernel of ours can be started, in a process of its own."""
     for gpu in device.gpus():
-        for name in backends.names():
-            if not backends.get(name).generated or backends.get(name).refusal(TINY, gpu):
+        for name in backends.candidates():
+            if backends.get(name).refusal(TINY, gpu):
                 continue
             topic = f"launch, {name}"
             try:

@@ -17,7 +17,7 @@ CANARIES = 3
 
 def look_for_drift(run: Run) -> None:
     """After a change of software or clock, time a few winners again; if one has moved, all; those that moved are open."""
-    peaks = {name: x for name, x in run.trials.limits.items() if name in ("peak_gflops", "peak_fp32")}
+    peaks = {name: x for name, x in run.trials.peaks.items() if name in ("peak_gflops", "peak_fp32")}
     searched = {search.backend for task in run.tasks for search in task.searches}
     versions = {
         name: text for backend in sorted(searched) for name, text in run.trials.recorder.versions(backend).items()

@@ -108,7 +108,7 @@ def occupancy(resources: Mapping[str, int], goal: Target) -> int:
 def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], goal: Target) -> float | None:
     """Predicted seconds of a call, for ordering only; None if the kernel cannot be resident.
 
-    The clocks of one turn of the hottest loop are those of its scarcest unit: issue slots, multiply-adds, special
+    The clocks of one iteration of the hottest loop are those of its scarcest unit: issue slots, multiply-adds, special
     functions, shared memory, or the matrix unit; where too few blocks are resident to hide memory's latency, that.
     Memory traffic is a limit of its own.
     """
@@ -116,29 +116,29 @@ def predict(variant: Variant, problem: Problem, resources: Mapping[str, int], go
     work = backends.get(variant.backend).work(variant, problem, resources) if resident else None
     if work is None:
         return None
-    warps, turn = resources["warps"], work.turn
+    warps, iteration = resources["warps"], work.iteration
     backward = problem.direction == "backward"
     rows = problem.q_len * (1 if backward else problem.group)
     pairs = problem.batch * (problem.heads if backward else problem.kv_heads)
     tiles = pairs * -(-rows // work.block_m) * work.splits
     seen = problem.seen_pairs / problem.q_len / work.splits
-    turns = max(1.0, seen / work.step)
+    iterations = max(1.0, seen / work.step)
     threads = warps * goal.device.warp
     products = work.block_m * work.step * (problem.head_dim + problem.value_dim) * (2.5 if backward else 1.0)
-    on_matrix = turn["loop_matrix"] and goal.matrix
+    on_matrix = iteration["loop_matrix"] and goal.matrix
     clocks = max(
-        turn["loop_all"] * warps / _SCHEDULERS,
-        turn["loop_fma"] * threads / goal.fma,
-        turn["loop_exp"] * threads / goal.exp,
-        turn["wavefronts"] * warps,
+        iteration["loop_all"] * warps / _SCHEDULERS,
+        iteration["loop_fma"] * threads / goal.fma,
+        iteration["loop_exp"] * threads / goal.exp,
+        iteration["wavefronts"] * warps,
         products * work.product / goal.matrix if on_matrix else 0,
     )
     latency = _LATENCY / max(1, work.stages)
     queue = -(-tiles // goal.device.cores)  # tiles that one multiprocessor computes, ``resident`` of them at a time
-    busy = turns * max(queue * clocks, -(-queue // resident) * (clocks + latency)) / (goal.ghz * 1e9)
+    busy = iterations * max(queue * clocks, -(-queue // resident) * (clocks + latency)) / (goal.ghz * 1e9)
     width = elements.get(problem.dtype).bytes
     again = (
-        tiles * turns * work.step * (problem.head_dim + problem.value_dim) * width
+        tiles * iterations * work.step * (problem.head_dim + problem.value_dim) * width
     )  # read by tiles, mostly from cache
     states = 8 * pairs * rows * (problem.value_dim + 2) * work.splits if work.splits > 1 else 0
     moved = max((problem.bytes + states) / goal.gbytes, again / (4 * goal.gbytes)) / 1e9
@@ -208,8 +208,8 @@ def _searches(problem: Problem, device: Device, seed: int) -> list[Search]:
     """The searches that tune real devices, asked here for what the model likes. Raises CompilerMissing if no backend that
     could serve the problem has its compiler here."""
     found, missing = [], None
-    for backend in backends.names():
-        if not backends.get(backend).generated or backends.get(backend).refusal(problem, device):
+    for backend in backends.candidates():
+        if backends.get(backend).refusal(problem, device):
             continue
         space = Space.read(backend)
         name = partial(backends.get(backend).digest, problem=problem, device=device)

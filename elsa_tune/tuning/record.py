@@ -15,11 +15,11 @@ from elsa_tune.variant import Variant
 
 
 class Recorder:
-    """Records in a database what happens on a device. ``limits`` are its measured peaks, once somebody measured them."""
+    """Records in a database what happens on a device. ``peaks`` are measured, once somebody did, with its clocks meanwhile."""
 
     def __init__(self, database: Database, device: Device) -> None:
         self.database, self.device = database, device
-        self.limits: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
 
     def versions(self, backend: str) -> dict[str, str]:
         """The software that a measurement of a backend depends on."""
@@ -55,7 +55,7 @@ class Recorder:
             variant=str(variant),
             status=status,
             role=backends.role(str(variant)),
-            provenance={**versions, **self.limits, **(reading or {})},
+            provenance={**versions, **self.peaks, **(reading or {})},
             created=self.database.now(),
             **facts,
         )

@@ -8,7 +8,7 @@ from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence
 from elsa_tune.problem import Problem
 from elsa_tune.remember.database import Database
-from elsa_tune.tuning.limits import least_seconds
+from elsa_tune.tuning.peaks import least_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Outcome:
 
     @classmethod
     def of(cls, database: Database, problem: Problem, device: Device) -> Outcome:
-        """The recorded winner of a problem and how close it comes to the limits measured in the same run."""
+        """The recorded winner of a problem and how close it comes to the peaks measured in the same run."""
         winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
         measured = winner.measurement if winner else None
         if measured is None or not measured.seconds:

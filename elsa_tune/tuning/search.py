@@ -186,10 +186,10 @@ def searches(
 ) -> list[Search]:  # fmt: skip
     """A search for every backend that generates code and can serve the problem here; ``notes`` learn of missing compilers."""
     found = []
-    for name in backends.names():
+    for name in backends.candidates():
         backend, space = backends.get(name), Space.read(name)
         try:
-            if not backend.generated or backend.refusal(problem, device):
+            if backend.refusal(problem, device):
                 continue
             backend.toolchain(device)
         except CompilerMissing as error:

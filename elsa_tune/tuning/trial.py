@@ -25,7 +25,7 @@ from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 from elsa_tune.tuning import noise
 from elsa_tune.tuning.contender import Contender, build, check_family, check_shape
-from elsa_tune.tuning.limits import clocks, peak
+from elsa_tune.tuning.peaks import clocks, peak
 from elsa_tune.tuning.race import Raced, race, ratio
 from elsa_tune.tuning.record import Recorder
 from elsa_tune.tuning.worker import GivenUp, Worker, WorkerFailed
@@ -41,7 +41,7 @@ BUILD_SECONDS = 120.0
 PATIENCE = 15.0
 """Seconds after which a kernel hangs, beside what its calls are known to take."""
 
-LIMITS_LAST = 120.0
+PEAKS_LAST = 120.0
 """Seconds for which a GPU's peaks are taken to stay what they were: measuring them takes longer than a final."""
 
 SLOW = 0.5
@@ -73,7 +73,7 @@ class Trials:
     deadline: float = math.inf  # of time.monotonic(): a job that lasts longer is given up
     late: list[tuple[Problem, Variant]] = field(default_factory=list)  # took too long on a busy machine
     waited: float = 0.0  # seconds, for another tuner of this machine
-    _limits_until: float = 0.0  # of time.monotonic()
+    _peaks_until: float = 0.0  # of time.monotonic()
     _slow: set[tuple[str, bool, str]] = field(default_factory=set)  # torch's own, by family and regime
     _families: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     _shapes: dict[tuple[str, str], Verdict] = field(default_factory=dict)
@@ -82,9 +82,9 @@ class Trials:
         self.recorder = Recorder(self.database, self.device)
 
     @property
-    def limits(self) -> dict[str, float]:
+    def peaks(self) -> dict[str, float]:
         """This device's measured peaks."""
-        return self.recorder.limits
+        return self.recorder.peaks
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -264,25 +264,25 @@ class Trials:
             self._families[key] = self._job(60.0, check_family, problem, candidate, self.peers(problem))
         return self._families[key]
 
-    def find_limits(self) -> None:
-        """Measure the device's peaks and note its clocks under load, those of a GPU again once they are LIMITS_LAST old; what
+    def find_peaks(self) -> None:
+        """Measure the device's peaks and note its clocks under load, those of a GPU again once they are PEAKS_LAST old; what
         cannot be measured is left out."""
-        if self.device.is_gpu and time.monotonic() < self._limits_until:
+        if self.device.is_gpu and time.monotonic() < self._peaks_until:
             return
         try:
-            peaks = self._job(60.0, peak, self.device)
-            limits = {f"peak_{name}": value for name, value in peaks.items()}
-            limits |= self._job(60.0, clocks, self.device)
+            rates = self._job(60.0, peak, self.device)
+            found = {f"peak_{name}": value for name, value in rates.items()}
+            found |= self._job(60.0, clocks, self.device)
         except WorkerFailed:
-            limits = {}
-        self.recorder.limits = limits
-        self._limits_until = time.monotonic() + LIMITS_LAST
+            found = {}
+        self.recorder.peaks = found
+        self._peaks_until = time.monotonic() + PEAKS_LAST
 
     def final(
         self, problem: Problem, incumbent: Incumbent, finalists: Sequence[Contender], rounds: int, seconds: float
     ) -> Iterator[Measurement]:
         """Race finalists that are right with many samples: what each came to. Raises WorkerFailed if the race is lost."""
-        self.find_limits()
+        self.find_peaks()
         contenders = [incumbent.contender, *finalists]
         raced = self._race(120 + 10 * seconds, problem, contenders, rounds, seconds)
         yield from self._absent(problem, contenders, raced)

@@ -122,7 +122,7 @@ def _tune(run: Run) -> None:
             recall(run, task)
         for task in run.tasks:
             _find_incumbent(run, task)
-        run.trials.find_limits()
+        run.trials.find_peaks()
         look_for_drift(run)
         if all(task.settled for task in run.tasks):
             refine(run)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from elsa_tune.device import host_cpu
 from elsa_tune.tuning.contender import Contender
-from elsa_tune.tuning.limits import least_seconds
+from elsa_tune.tuning.peaks import least_seconds
 from elsa_tune.tuning.run import Run
 from elsa_tune.tuning.task import Task
 from elsa_tune.variant import Variant
@@ -72,7 +72,7 @@ def ask(run: Run, task: Task) -> list[Variant]:
 
 def is_near_the_limit(run: Run, task: Task) -> bool:
     """Whether what is left is within the noise of the physical limit itself; then the search of a problem ends."""
-    least = least_seconds(task.problem, run.trials.limits)
+    least = least_seconds(task.problem, run.trials.peaks)
     searched = task.trials >= min(HARDLY, task.target)
     near = bool(least and searched and task.seconds and least * task.best / task.seconds > ENOUGH)
     if near:

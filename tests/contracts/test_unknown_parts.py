@@ -35,7 +35,7 @@ CLOSED = {"mask": "its bounds", "scan": "its rounds"}
 """Kinds of which a part says everything itself: no text is needed, and what is planted is rendered as what it is."""
 
 FIELDS = {field.name for field in fields(Problem)}
-GENERATED = [name for name in backends.names() if backends.get(name).generated]
+GENERATED = backends.candidates()
 DEVICES = {"cpp": "zen4", "cuda": "sm_75", "triton": "sm_90"}
 PLANTED = "planted"
 
@@ -89,7 +89,7 @@ def planted_problem(kind: str, plant: Plant) -> Problem:
     package = import_module(f"elsa_tune.parts.{kind}")
     more: dict[str, dict[str, Any]] = {
         "element": {"torch": PLANTED},
-        "operator": {"rivals": ()},
+        "operator": {"torchs": ""},
         "mask": {"high": Bound("position + 3"), "torchs": ""},
     }
     like = {"element": "fp32", "mask": "causal"}.get(kind, package.names()[0])

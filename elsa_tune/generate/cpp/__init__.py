@@ -14,15 +14,15 @@ import torch
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
 from elsa_tune.generate.backends import Built, Finding, Kernel
+from elsa_tune.generate.context import of_family
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.cpp import limits as _limits
+from elsa_tune.generate.cpp import peak as _peak
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import build_text, find
 from elsa_tune.generate.cpp.call import CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES
 from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
-from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
@@ -34,7 +34,6 @@ from elsa_tune.variant import Variant
 
 __all__ = ["LAWS", "find"]
 TEMPLATE = "cpp/attention.cpp.j2"
-generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -144,7 +143,7 @@ def begin_worker() -> None:
 
 def peak(device: Device, seconds: float) -> dict[str, float]:
     """Multiply-adds and reads of this CPU."""
-    return _limits.peak(seconds) if device.kind == "cpu" else {}
+    return _peak.peak(seconds) if device.kind == "cpu" else {}
 
 
 def speaks(device: Device) -> str:

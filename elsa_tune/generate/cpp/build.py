@@ -8,7 +8,7 @@ from pathlib import Path
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built
 from elsa_tune.generate.cpp import compiler as _compiler
-from elsa_tune.generate.cpp import report as _report
+from elsa_tune.generate.cpp import machine_code as _machine_code
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.variant import Variant
@@ -17,8 +17,9 @@ LIBRARY = "kernel.so"
 
 
 def _built(digest: str, found: tuple[Path, Mapping[str, int]]) -> Built:
+    """What the kernel cache holds, and what its assembly says against it."""
     path, resources = found
-    return Built(digest, path, resources, _report.flaw(resources))
+    return Built(digest, path, resources, _machine_code.flaw(resources))
 
 
 def find(digest: str) -> Built | None:
@@ -37,6 +38,6 @@ def build_text(text: str, name: str, variant: Variant) -> Built:
         compiler.run(
             ["-shared", "-fPIC", *compiler.link, str(folder / "kernel.s"), "-o", str(folder / LIBRARY)], str(variant)
         )
-        return _report.hot_loops((folder / "kernel.s").read_text())
+        return _machine_code.hot_loops((folder / "kernel.s").read_text())
 
     return _built(name, _kernel_cache.add(name, LIBRARY, fill))

@@ -54,6 +54,7 @@ class Compiler:
 
 
 def _candidates() -> list[tuple[str, ...]]:
+    """Commands that may be a compiler, those asked for first."""
     named = [tuple(shlex.split(os.environ["CXX"]))] if os.environ.get("CXX") else []
     zig = [(sys.executable, "-m", "ziglang", "c++")] if find_spec("ziglang") else []
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from elsa_tune.device import Device
-from elsa_tune.generate.laws import axis_has_text, exp_errs_little, scan_has_states, state_is_of_operator
+from elsa_tune.generate.laws import axis_has_text, exp_errs_little, only_text, scan_has_states, state_is_of_operator
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
 from elsa_tune.problem import Problem
@@ -14,7 +14,7 @@ from elsa_tune.problem import Problem
 SCRATCH_BYTES = 64 << 20
 """At most this much memory for packed heads and the states of splits."""
 
-EXP = exps.get("polynomial")
+EXP = exps.get(only_text("cpp", "exp"))
 """No CPU has a unit for 2^x."""
 
 
@@ -41,6 +41,7 @@ ISAS = {
 
 
 def isa_is_here(isa: str, device: Device) -> str | None:
+    """What the CPU lacks cannot run, and where it has better the portable set only loses."""
     if isa not in device.isas:
         return f"{device} has {', '.join(device.isas)}, not {isa}"
     if isa == "portable" and len(device.isas) > 1:
@@ -49,6 +50,7 @@ def isa_is_here(isa: str, device: Device) -> str | None:
 
 
 def lanes_fit_isa(isa: str, lanes: int) -> str | None:
+    """A vector wider than the instruction set's is split in pieces, one narrower than half of it wastes lanes."""
     widest = ISAS[isa].lanes
     if lanes > widest or lanes * 2 < widest:
         return f"{isa} vectors hold {widest} floats; {lanes} lanes waste or split them"
@@ -56,6 +58,7 @@ def lanes_fit_isa(isa: str, lanes: int) -> str | None:
 
 
 def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
+    """Lanes that share a row divide both dimensions evenly: nothing in the text handles what is left over."""
     if chunk > lanes:
         return f"a row cannot take {chunk} of {lanes} lanes"
     if problem.head_dim % chunk or problem.value_dim % chunk:
@@ -64,6 +67,7 @@ def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
 
 
 def rows_fill_vectors(lanes: int, chunk: int, problem: Problem) -> str | None:
+    """Rows that fill a vector need no lanes to share one, and too few rows leave lanes empty: either repeats work."""
     rows, per_vector = problem.q_len * problem.group, lanes // chunk
     if rows >= lanes and chunk > 1:
         return f"{rows} query rows fill {lanes} lanes; a chunk would only repeat work"
@@ -75,6 +79,7 @@ def rows_fill_vectors(lanes: int, chunk: int, problem: Problem) -> str | None:
 def tiles_fill_registers(
     isa: str, lanes: int, chunk: int, query_vectors: int, key_tile: int, value_tile: int
 ) -> str | None:
+    """A tile's sums that outgrow the registers spill in the innermost loop; fewer than four wait for one another."""
     registers = ISAS[isa].registers
     for tile in (key_tile, value_tile):
         accumulators = query_vectors * tile
@@ -87,10 +92,12 @@ def tiles_fill_registers(
 
 
 def leaf_holds_key_tiles(key_tile: int, block_n: int) -> str | None:
+    """A leaf is of whole key tiles: its loop handles no other size."""
     return f"a leaf of {block_n} keys is no multiple of {key_tile}" if block_n % key_tile else None
 
 
 def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None:
+    """More value columns at once than a lane has are columns of nothing."""
     steps = problem.value_dim // chunk
     return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
 
@@ -98,6 +105,7 @@ def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None
 def packed_heads_are_read_again(
     lanes: int, chunk: int, query_vectors: int, splits: int, packing: str, problem: Problem
 ) -> str | None:
+    """A packed head is lost labour unless several query tiles of one thread read it."""
     if packing != "head":
         return None
     if splits > 1:
@@ -107,6 +115,7 @@ def packed_heads_are_read_again(
 
 
 def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Device) -> str | None:
+    """Every thread packs a head of its own; together they must not outgrow SCRATCH_BYTES."""
     leaves = math.ceil(problem.kv_len / block_n)
     size = 4 * device.cores * leaves * block_n * (problem.head_dim + problem.value_dim)
     if packing == "head" and size > SCRATCH_BYTES:
@@ -115,12 +124,14 @@ def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Devic
 
 
 def narrow_elements_are_packed(packing: str, chunk: int, problem: Problem) -> str | None:
+    """Single numbers would be widened again for every query tile; chunks of them are, in registers."""
     if packing == "direct" and chunk == 1 and elements.get(problem.dtype).narrow:
         return f"single numbers of {problem.dtype} are widened once, as they are packed"
     return None
 
 
 def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | None:
+    """A short sum rounds little: parts of it cost more than the rounding they save."""
     steps = problem.head_dim // chunk
     if head_parts > 1 and steps < 16 * head_parts:
         return f"{steps} products are a short sum; {head_parts} parts of it cost more than they save"
@@ -128,6 +139,7 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
 
 
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
+    """A polynomial that is not 1 at 0 changes a state at every leaf; one that errs too much is of another class."""
     if float(EXP.coefficients(exp_degree)[0]) != 1:
         return f"2^0 by a polynomial of degree {exp_degree} is not 1: every leaf would change what was folded before it"
     return exp_errs_little(EXP.error(exp_degree), problem)

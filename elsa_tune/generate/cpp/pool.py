@@ -32,10 +32,12 @@ class Pool:
 
     @classmethod
     def forked(cls) -> None:
+        """This process is a child: it must not start threads."""
         cls.usable = False
 
     @classmethod
     def parent_never_computed(cls) -> None:
+        """It may after all."""
         cls.usable = True
 
 

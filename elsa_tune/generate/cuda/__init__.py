@@ -12,17 +12,17 @@ from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Finding, Kernel
+from elsa_tune.generate.context import of_family
 from elsa_tune.generate.cuda import opencl as _opencl
 from elsa_tune.generate.cuda import rtc as _rtc
 from elsa_tune.generate.cuda import runtimes as _cuda_runtimes
-from elsa_tune.generate.cuda import turn as _turn
+from elsa_tune.generate.cuda import work as _work
 from elsa_tune.generate.cuda.call import FINISH_THREADS, STATE, CudaKernel
 from elsa_tune.generate.cuda.laws import LAWS
 from elsa_tune.generate.cuda.tiling import Tiling
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.generate.gpu.work import Work
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, mask_has_text
-from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.portable import Blocks, Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
@@ -34,7 +34,6 @@ from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 __all__ = ["LAWS"]
-generated = True
 TEMPLATES = {"cuda": "cuda/attention.cu.j2", "hip": "cuda/attention.cu.j2", "opencl": "cuda/attention.cl.j2"}
 BINARIES = {"cuda": "kernel.cubin", "hip": "kernel.hsaco", "opencl": "kernel.cl"}
 HEADERS = {"cuda": "cu", "opencl": "cpp"}
@@ -115,8 +114,8 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
-    precision = "strict" if resources.get("strict") else ""
-    return Built(digest, path, resources, _gpu_report.flaw(resources, precision) if "registers" in resources else "")
+    """What the kernel cache holds, and what the compiler's words say against it."""
+    return Built(digest, path, resources, _machine_code.flaw(resources) if "registers" in resources else "")
 
 
 def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
@@ -137,7 +136,8 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         code, report = _rtc.compile_for(device, text, int(variant.axes["registers"]), str(variant))
         binary.write_bytes(code)
         shared = Tiling.of(variant.axes, problem).shared_bytes
-        return {**report, "shared": shared, "warps": warps, "strict": int(problem.precision == "strict")}
+        strict = int(elements.precision(problem.precision).ieee)
+        return {**report, "shared": shared, "warps": warps, "strict": strict}
 
     return _built(name, *_kernel_cache.add(name, BINARIES[device.kind], fill))
 
@@ -171,7 +171,7 @@ def examine() -> Iterator[Finding]:
 
 def work(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work | None:
     """From the tiling: the report counts the hottest of the inner loops alone."""
-    return _turn.of(variant, problem, resources)
+    return _work.of(variant, problem, resources)
 
 
 def speaks(device: Device) -> str:

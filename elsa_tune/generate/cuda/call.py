@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from elsa_tune.generate.backends import Call, Operands
+from elsa_tune.generate.context import of_family
 from elsa_tune.generate.cuda.launch import Launch, Runtime
 from elsa_tune.generate.cuda.tiling import Tiling
-from elsa_tune.generate.laws import SCRATCH_BYTES
-from elsa_tune.generate.parts import of_family
+from elsa_tune.generate.laws import SCRATCH_BYTES, only_text
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
 from elsa_tune.parts import schedule as schedules
 from elsa_tune.parts import state as states
@@ -21,12 +21,12 @@ from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 FINISH_THREADS = 128
-STATE = states.get("triple")
+STATE = states.get(only_text("cuda", "state"))
 _ATTEND, _FINISH = "pppppppff" + 12 * "q" + 9 * "i", "pppqqqiiiii"
 _MOST_PLANS = 64
 
 
-class Turn(NamedTuple):
+class Portion(NamedTuple):
     """Some heads of a call, as many as there is scratch for: blocks, tiles and plain arguments of the kernel, and of the second
     one, if there is one."""
 
@@ -38,10 +38,10 @@ class Turn(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What shapes, strides and scale decide of a call: floats of scratch, and its turns."""
+    """What shapes, strides and scale decide of a call: floats of scratch, and its portions."""
 
     scratch: int
-    turns: list[Turn]
+    portions: list[Portion]
 
 
 class CudaKernel:
@@ -96,20 +96,21 @@ class CudaKernel:
         tiling, partial, arrivals, launches = self._tiling, None, None, []
         if plan.scratch:
             partial = self._runtime.floats(query, plan.scratch)
-        for turn in plan.turns:
+        for portion in plan.portions:
             if self._schedule.counts:
-                arrivals = self._runtime.counters(query, turn.tiles)
-            given = (query, key, value, out, lse, partial, arrivals, *turn.plain, *more)
-            launches.append(Launch("attend", turn.blocks, tiling.threads, tiling.shared_bytes, self._types, given))
-            if turn.finish_blocks:
-                merged = (partial, out, lse, *turn.finish_plain)
-                launches.append(Launch("finish", turn.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))
+                arrivals = self._runtime.counters(query, portion.tiles)
+            given = (query, key, value, out, lse, partial, arrivals, *portion.plain, *more)
+            launches.append(Launch("attend", portion.blocks, tiling.threads, tiling.shared_bytes, self._types, given))
+            if portion.finish_blocks:
+                merged = (partial, out, lse, *portion.finish_plain)
+                launches.append(Launch("finish", portion.finish_blocks, FINISH_THREADS, 0, _FINISH, merged))
         return launches
 
     def _plan(
         self, query_shape: Sequence[int], value_shape: Sequence[int], strides: Sequence[Sequence[int]],
         scale: float | None, begins: Sequence[bool],
     ) -> Plan:  # fmt: skip
+        """Portions of as many heads as scratch holds states for, and the plain arguments of each."""
         tiling, splits = self._tiling, self._splits
         batch, heads, q_len, head_dim = query_shape
         _, kv_heads, kv_len, value_dim = value_shape
@@ -128,14 +129,14 @@ class CudaKernel:
             int(begin and _keeps_aligned(stride, shape, tiling.vector))
             for begin, stride, shape in zip(begins, strides[:3], shapes, strict=True)
         ]
-        turns = []
+        portions = []
         for first in range(0, pairs, slots):
             now = min(slots, pairs - first)
             plain = (c, sign, *outer, kv_heads, group, q_len, kv_len, first, now, *aligned)
             finish = -(-now * rows * value_dim // FINISH_THREADS) if self._schedule.launches > 1 else 0
             merged = (*strides[3][:3], kv_heads, group, q_len, first, now)
-            turns.append(Turn(now * tiles * splits, now * tiles, plain, finish, merged))
-        return Plan(slots * floats, turns)
+            portions.append(Portion(now * tiles * splits, now * tiles, plain, finish, merged))
+        return Plan(slots * floats, portions)
 
 
 def _keeps_aligned(strides: Sequence[int], shape: Sequence[int], vector: int) -> bool:

@@ -19,7 +19,7 @@ class GpuRuntime(TorchMemory):
 
     def __init__(self, driver: Driver, code: bytes) -> None:
         self._driver, self._code, self._counters = driver, code, Counters()
-        self._functions: dict[tuple[int, str], Any] = {}  # a module belongs to one GPU's context
+        self._functions: dict[tuple[int, str], object] = {}  # a module belongs to one GPU's context
 
     def counters(self, like: Tensor, count: int) -> Tensor:
         with torch.cuda.device(like.device):
@@ -49,10 +49,10 @@ class Driver(Protocol):
     def capture(self, stream: int) -> int:
         """The number of the capture that the stream is under."""
 
-    def function(self, code: bytes, name: str, shared: int) -> Any:
-        """The kernel ``name`` of a module, allowed ``shared`` bytes of shared memory."""
+    def function(self, code: bytes, name: str, shared: int) -> object:
+        """The kernel ``name`` of a module, allowed ``shared`` bytes of shared memory: a handle that only the driver reads."""
 
-    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+    def launch(self, function: object, launch: Launch, stream: int) -> None:
         """Start it."""
 
 
@@ -82,7 +82,7 @@ class CudaDriver:
         self._checked(answer)
         return int(answer[2])
 
-    def function(self, code: bytes, name: str, shared: int) -> Any:
+    def function(self, code: bytes, name: str, shared: int) -> object:
         module = self._checked(self._api.cuModuleLoadData(code))
         function = self._checked(self._api.cuModuleGetFunction(module, name.encode()))
         limit = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -90,7 +90,7 @@ class CudaDriver:
             self._checked(self._api.cuFuncSetAttribute(function, limit, shared))
         return function
 
-    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+    def launch(self, function: object, launch: Launch, stream: int) -> None:
         given = (values(launch), c_types(launch.types))
         self._checked(
             self._api.cuLaunchKernel(
@@ -120,13 +120,13 @@ class HipDriver:
         self._checked("hipStreamGetCaptureInfo", ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number))
         return number.value
 
-    def function(self, code: bytes, name: str, shared: int) -> Any:
+    def function(self, code: bytes, name: str, shared: int) -> object:
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._checked("hipModuleLoadData", ctypes.byref(module), code)
         self._checked("hipModuleGetFunction", ctypes.byref(function), module, name.encode())
         return function
 
-    def launch(self, function: Any, launch: Launch, stream: int) -> None:
+    def launch(self, function: object, launch: Launch, stream: int) -> None:
         given = [kind(x) for kind, x in zip(c_types(launch.types), values(launch), strict=True)]
         pointers = (ctypes.c_void_p * len(given))(*(ctypes.addressof(x) for x in given))
         sizes = (ctypes.c_uint(n) for n in (launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared))

@@ -45,10 +45,12 @@ def _of_tiling(law: Callable[..., str | None]) -> Callable[..., str | None]:
 
 
 def dialect_is_the_devices(dialect: str, device: Device) -> str | None:
+    """A device's compiler reads its own dialect alone."""
     return None if dialect == device.kind else f"{device} is spoken to in {device.kind}, not {dialect}"
 
 
 def halves_are_asked_for(arithmetic: str, vector: int, problem: Problem, device: Device) -> str | None:
+    """Sums in halves are of a class by itself, on GPUs that multiply pairs of them fast; only they have vectors of eight."""
     if arithmetic == "float":
         return "no vector is of eight floats" if vector == 8 else None
     if not elements.precision(problem.precision).rounds_sums:
@@ -61,10 +63,12 @@ def halves_are_asked_for(arithmetic: str, vector: int, problem: Problem, device:
 
 
 def halves_are_summed_apart(arithmetic: str, accumulate: str) -> str | None:
+    """A running sum in halves would lose what later leaves add; only a leaf's own may be of halves."""
     return "a running sum is of floats" if arithmetic == "half2" and accumulate == "running" else None
 
 
 def team_is_whole(threads: int, lanes: int, workers: int, device: Device) -> str | None:
+    """The lanes of a row are of one worker and one warp: else they could not exchange what they find."""
     if threads // workers < lanes:
         return f"{workers} workers of {threads} threads are fewer than {lanes} lanes each"
     if device.kind != "opencl" and (threads % device.warp or lanes > device.warp):
@@ -74,6 +78,7 @@ def team_is_whole(threads: int, lanes: int, workers: int, device: Device) -> str
 
 @_of_tiling
 def lanes_can_exchange(tiling: Tiling, exchange: str, device: Device) -> str | None:
+    """Shuffles reach as far as the device lets them; where they do, shared memory only wins on the oldest GPUs."""
     if exchange == "shuffle" and device.kind == "opencl":
         width, among = int(device.arch.partition("shuffle")[2] or 0), tiling.lanes * tiling.abreast
         if width < among:
@@ -84,6 +89,7 @@ def lanes_can_exchange(tiling: Tiling, exchange: str, device: Device) -> str | N
 
 
 def copies_are_there(copies: str, stages: int, arithmetic: str, device: Device, problem: Problem) -> str | None:
+    """An asynchronous copy needs a GPU that has it, a place to go to, and bytes that need no conversion."""
     if copies == "held":
         return f"registers hold one slice on its way, not {stages - 1}" if stages > 2 else None
     if device.kind != "cuda" or device.capability < 80:
@@ -94,6 +100,7 @@ def copies_are_there(copies: str, stages: int, arithmetic: str, device: Device, 
 
 
 def leaf_holds_vectors(lanes: int, keys: int, vector: int, layout: str) -> str | None:
+    """Weights are read in whole vectors, in whole swizzled rows where they are swizzled: a leaf must be a multiple."""
     row = 8 * vector if layout == "swizzled" else vector
     return f"{lanes * keys} weights of a row are no multiple of {row}" if lanes * keys % row else None
 
@@ -105,6 +112,7 @@ def lane_adds_several_weights(keys: int, problem: Problem) -> str | None:
 
 
 def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Problem) -> str | None:
+    """A slice is of whole vectors for every lane, and less than the row: else it is none."""
     if not slice:
         return None
     step = math.lcm(lanes * vector, 8 * vector if layout == "swizzled" else vector)
@@ -116,6 +124,7 @@ def slices_divide(slice: int, lanes: int, vector: int, layout: str, problem: Pro
 
 
 def columns_fill_lanes(lanes: int, vector: int, problem: Problem) -> str | None:
+    """Lanes that divide a row by vectors must not compute mostly padding."""
     whole = padded(problem.value_dim, lanes * vector)
     return (
         f"{problem.value_dim} value columns leave most of {whole} empty"
@@ -125,16 +134,19 @@ def columns_fill_lanes(lanes: int, vector: int, problem: Problem) -> str | None:
 
 
 def rows_fill_tile(threads: int, lanes: int, rows: int, workers: int, problem: Problem) -> str | None:
+    """A tile of mostly no query rows does the work of a smaller one, slower."""
     block_m, there = threads // workers // lanes * rows, problem.q_len * problem.group
     return f"{there} query rows leave most of a tile of {block_m} empty" if block_m > max(16, 2 * there - 1) else None
 
 
 def keys_fill_leaves(lanes: int, keys: int, workers: int, splits: int, problem: Problem) -> str | None:
+    """A state that has no leaf of its own is merged for nothing."""
     leaves = -(-problem.kv_len // (lanes * keys))
     return f"{problem.kv_len} keys make {leaves} leaves, fewer than states" if workers * splits > leaves else None
 
 
 def exp_is_exact(exp: str, problem: Problem) -> str | None:
+    """A 2^x that errs more than the class allows makes every weight wrong."""
     return exp_errs_little(exps.get(exp).error(exps.DEGREE), problem)
 
 
@@ -147,11 +159,13 @@ def blocks_see_each_other(schedule: str, dialect: str) -> str | None:
 
 @_of_tiling
 def registers_hold_tile(tiling: Tiling) -> str | None:
+    """A tile that outgrows the registers of its threads spills in every iteration, whatever else is chosen."""
     return _beyond(tiling.floats_of_a_thread, min(MOST_REGISTERS, REGISTERS // tiling.threads))
 
 
 @_of_tiling
 def registers_hold_the_rest(tiling: Tiling, copies: str, accumulate: str, blocks: int, registers: int) -> str | None:
+    """So does one with its copies on their way and sums apart, under the cap that is chosen."""
     floats = tiling.floats_of_a_thread
     if copies == "held":
         floats += tiling.copies * tiling.words
@@ -167,17 +181,20 @@ def _beyond(floats: int, registers: int) -> str | None:
 
 @_of_tiling
 def shared_memory_holds_tile(tiling: Tiling, device: Device) -> str | None:
+    """A block that takes more shared memory than the device gives is not launched."""
     size, most = tiling.shared_bytes, shared_bytes(device)
     return f"a block takes {size >> 10} KiB of shared memory; {device.arch} gives {most >> 10}" if size > most else None
 
 
 @_of_tiling
 def blocks_fit_together(tiling: Tiling, blocks: int, device: Device) -> str | None:
+    """Blocks that shared memory keeps from being resident together cost registers for nothing."""
     size, most = tiling.shared_bytes, shared_bytes_together(device)
     return f"{blocks} blocks of {size >> 10} KiB do not fit {most >> 10}" if blocks * size > most else None
 
 
 def one_cap_on_registers(blocks: int, registers: int, device: Device) -> str | None:
+    """Two caps say one thing twice, and a compiler that takes none would make the same kernel of all."""
     if blocks and registers:
         return "launch bounds cap registers already"
     if device.kind != "cuda" and (registers or (blocks and device.kind == "opencl")):

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 
 _EXECUTABLE, _SOURCE, _DISASSEMBLE = 0x8, 0x1, 0xC
 """amd_comgr.h: kinds of data, and the action that makes source of an executable."""
 
 
 class _Handle(ctypes.Structure):
+    """What the code object manager names its objects by."""
+
     _fields_ = (("handle", ctypes.c_uint64),)
 
 
@@ -34,6 +36,7 @@ def libraries(*names: str) -> Iterator[ctypes.CDLL]:
 
 @cache
 def _comgr() -> ctypes.CDLL | None:
+    """The code object manager, or None."""
     return next(libraries("amd_comgr"), None)
 
 
@@ -67,17 +70,19 @@ def report(code: bytes) -> dict[str, int]:
 
 
 def _read(code: bytes) -> dict[str, int]:
+    """What its notes and instructions say. Raises RuntimeError."""
     data = _Handle()
     _ask("create_data", _EXECUTABLE, ctypes.byref(data))
     try:
         _ask("set_data", data, ctypes.c_size_t(len(code)), code)
         _ask("set_data_name", data, b"kernel.hsaco")
-        return _gpu_report.of_code_object(_disassembly(data), list(_notes(data)))
+        return _machine_code.of_code_object(_disassembly(data), list(_notes(data)))
     finally:
         _ask("release_data", data)
 
 
 def _disassembly(data: _Handle) -> str:
+    """Its instructions as text. Raises RuntimeError."""
     action, given, made, text = _Handle(), _Handle(), _Handle(), _Handle()
     _ask("create_action_info", ctypes.byref(action))
     _ask("create_data_set", ctypes.byref(given))
@@ -115,7 +120,7 @@ def _notes(data: _Handle) -> Iterator[dict[str, int]]:
     for i in range(count.value):
         kernel, found = _Handle(), {}
         _ask("index_list_metadata", kernels, ctypes.c_size_t(i), ctypes.byref(kernel))
-        for name in _gpu_report.NOTES.values():
+        for name in _machine_code.NOTES.values():
             value = _Handle()
             _ask("metadata_lookup", kernel, f".{name}".encode(), ctypes.byref(value))
             found[name] = int(_text("get_metadata_string", value))

@@ -15,7 +15,7 @@ from pathlib import Path
 from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate.cuda import rocm as _rocm
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 
 REMEDY = "pip install 'elsa-tune[cuda]' brings NVRTC 12.9 (sm_50 to sm_121); hiprtc comes with ROCm's torch"
 
@@ -30,6 +30,7 @@ class Rtc:
     library: ctypes.CDLL
 
     def call(self, name: str, *arguments: object) -> int:
+        """One of its functions, by the name behind the prefix: what it answers, 0 where all went well."""
         return int(getattr(self.library, self.prefix + name)(*arguments))
 
     def __str__(self) -> str:
@@ -160,4 +161,4 @@ def _loops(code: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        return _gpu_report.of_kernels(Path(file.name))
+        return _machine_code.of_kernels(Path(file.name))

@@ -28,6 +28,7 @@ def needed(dialect: str) -> None:
 
 @cache
 def _driver(dialect: str) -> Driver:
+    """What loads and starts a GPU's kernels of a dialect, made once. Raises CompilerMissing."""
     needed(dialect)
     if dialect == "hip":
         return HipDriver()

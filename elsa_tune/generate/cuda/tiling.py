@@ -12,6 +12,7 @@ from elsa_tune.variant import Value
 
 
 def padded(n: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-n // multiple) * multiple
 
 
@@ -90,6 +91,7 @@ class Tiling:
 
     @property
     def _padding(self) -> int:
+        """Values that keep the next row in shared memory from the same banks."""
         return self.vector if self.layout == "padded" else 0
 
     @property

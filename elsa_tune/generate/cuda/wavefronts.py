@@ -30,7 +30,7 @@ def of_access(addresses: Sequence[int], size: int) -> int:
 
 @lru_cache(256)
 def of_loads(tiling: Tiling) -> dict[str, int]:
-    """Of a thread's loads in one turn over a leaf, by what is read: query, key, weight, value."""
+    """Of a thread's loads in one iteration over a leaf, by what is read: query, key, weight, value."""
     steps, slices = tiling.head_columns // tiling.vector, tiling.value_slices
     each, rows, vector = tiling.vector_bytes, _row, tiling.vector
     query = _of_warp(tiling, each, lambda t: _place(tiling, rows(tiling, t), 0, tiling.query_stride))
@@ -46,8 +46,8 @@ def of_loads(tiling: Tiling) -> dict[str, int]:
 
 
 @lru_cache(256)
-def of_turn(tiling: Tiling) -> int:
-    """Of all a warp does with shared memory in one turn over a leaf: loads, weights and slices put down."""
+def of_iteration(tiling: Tiling) -> int:
+    """Of all a warp does with shared memory in one iteration over a leaf: loads, weights and slices put down."""
     put = _of_warp(
         tiling, tiling.stored_bytes, lambda t: _place(tiling, _row(tiling, t), _lane(tiling, t), tiling.p_stride)
     )
@@ -56,14 +56,17 @@ def of_turn(tiling: Tiling) -> int:
 
 
 def _lane(tiling: Tiling, t: int) -> int:
+    """Which lane of its row a thread of a worker is."""
     return t // tiling.abreast % tiling.lanes
 
 
 def _row(tiling: Tiling, t: int) -> int:
+    """The first of its query rows, counted over threads."""
     return t // (tiling.abreast * tiling.lanes) * tiling.abreast + t % tiling.abreast
 
 
 def _place(tiling: Tiling, row: int, column: int, stride: int) -> int:
+    """Where a value lies in shared memory, rows of ``stride`` values, swizzled or not."""
     swapped = column ^ (row & 7) * tiling.vector if tiling.layout == "swizzled" else column
     return row * stride + swapped
 

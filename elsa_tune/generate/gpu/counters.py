@@ -49,6 +49,7 @@ class Counters:
         return found
 
     def _of_capture(self, place: tuple[int | None, int, int], device: torch.device, count: int) -> Tensor:
+        """The spare ones, for a capture that has none yet; else a tensor that the graph clears."""
         found = self._spare.get(device.index)
         if place in self._made or found is None or len(found) < count or self._graphs == MOST_GRAPHS:
             return torch.zeros(count, dtype=torch.int32, device=device)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Query rows of a tile; keys of one turn of its loop, a leaf for each worker; splits of the keys; leaves on their way;
+    """Query rows of a tile; keys of one iteration of its loop, a leaf for each worker; splits of the keys; leaves on their way;
     launches that wait for each other; clocks of the matrix unit relative to one float16 product; and the instructions of a
-    thread in a turn: ``loop_all``, ``loop_fma``, ``loop_exp``, ``loop_matrix``, and ``wavefronts``, the clocks
+    thread in an iteration: ``loop_all``, ``loop_fma``, ``loop_exp``, ``loop_matrix``, and ``wavefronts``, the clocks
     that a warp keeps shared memory busy."""
 
     block_m: int
@@ -19,4 +19,4 @@ class Work:
     stages: int
     launches: int
     product: float
-    turn: Mapping[str, int]
+    iteration: Mapping[str, int]

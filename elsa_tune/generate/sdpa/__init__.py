@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from elsa_tune.device import Device
-from elsa_tune.generate.backends import Built, Kernel
+from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, EagerKernel, FlexKernel, SdpaKernel
 from elsa_tune.generate.sdpa.laws import LAWS
 from elsa_tune.parts import element as elements
@@ -25,13 +25,10 @@ SLOW_TO_START = ("flex",)
 """Compiled for every shape, for many seconds: raced where there is time."""
 
 
-generated = False
-
-
 def refusal(problem: Problem, device: Device) -> str | None:
     """torch serves every problem whose operator it computes, of tensors that it has."""
-    if "sdpa" not in operators.get(problem.operator).rivals:
-        return f"torch's attention is softmax, not {problem.operator}"
+    if not operators.get(problem.operator).torchs:
+        return f"torch has no function for {problem.operator}"
     if not hasattr(torch, elements.get(problem.dtype).torch):
         return f"torch has no tensors of dtype {problem.dtype}"
     return None
@@ -62,7 +59,7 @@ def find(digest: str) -> Built | None:
     return Built(digest)
 
 
-def load(built: Built, variant: Variant, problem: Problem) -> Any:
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
     kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}

@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.posed import Posed, attn_mask, eager
-from elsa_tune.generate.posed import posed as _posed
 from elsa_tune.generate.sdpa.block_masks import block_mask
 from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.parts import mask as masks
@@ -95,7 +94,7 @@ class EagerKernel:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._family, operands, scale))
         hidden = None if self._family.mask == NONE else ~_attn_masks_dense.of(self._family, operands, query, key)
-        return eager(_posed(self._family, operands, query, key), query, key, value, scale, hidden)
+        return eager(_as_posed.of(self._family, operands, query, key), query, key, value, scale, hidden)
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
@@ -103,6 +102,7 @@ class EagerKernel:
 
 
 def _dense(posed: Posed) -> Tensor:
+    """Which pairs are seen, written out."""
     return posed.dense()
 
 
@@ -116,7 +116,13 @@ def _score_mod(posed: Posed) -> Callable[..., Any]:
     return scored
 
 
-_attn_masks_dense, _score_mods, _block_masks = Derived(_dense, 4), Derived(_score_mod, 64), Derived(block_mask, 64)
+def _itself(posed: Posed) -> Posed:
+    """What a call poses."""
+    return posed
+
+
+_as_posed, _attn_masks_dense = Derived(_itself, 4), Derived(_dense, 4)
+_score_mods, _block_masks = Derived(_score_mod, 64), Derived(block_mask, 64)
 
 
 class FlexKernel:
@@ -145,7 +151,7 @@ class FlexKernel:
             return made
         made, sums = self._compiled(query, key, value, **options, return_lse=True)
         for term in terms:  # as models do: the sink takes its share of the weights afterwards
-            sink = _posed(self._family, operands, query, key).own[term.name][:, None]
+            sink = _as_posed.of(self._family, operands, query, key).own[term.name][:, None]
             made = made * (sums - sink).sigmoid().unsqueeze(-1)
             sums = torch.logaddexp(sums, sink)
         if lse is not None:

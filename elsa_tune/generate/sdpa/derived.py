@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 
 class Derived(Generic[T]):
-    """What is made of a family, lengths and operands, once for each: a race is about kernels, and mask and score are given."""
+    """What is made of a family, lengths and operands, once for each: a race is about kernels, and mask and score are given. Nothing that
+    answers a program's call may ask for it: a tensor can change without telling."""
 
     def __init__(self, make: Callable[[Posed], T], most: int) -> None:
         self._make, self._most = make, most
@@ -23,7 +24,7 @@ class Derived(Generic[T]):
 
     def of(self, family: Problem, operands: Operands, query: Tensor, key: Tensor) -> T:
         """As made before for these very numbers and tensors, which nobody has written to since, or made now."""
-        known = tuple((id(x), x._version) if isinstance(x, Tensor) else x for x in operands)
+        known = tuple((id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else x for x in operands)
         entry = (family.mask, family.score, query.shape[:3], key.shape[2], query.device, known)
         if entry not in self._made:
             if len(self._made) >= self._most:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
+    """A kernel that torch has not for the device, or not for the dtype there, would fail."""
     if not device.is_gpu:
         return None if kernel in ("flash", "math", "eager") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
@@ -24,12 +25,14 @@ def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
 
 
 def class_is_kept(kernel: str, problem: Problem, device: Device) -> str | None:
+    """A strict problem is not answered by what may round float32 in a matrix unit."""
     if elements.precision(problem.precision).ieee and device.is_gpu and kernel not in ("math", "eager"):
         return f"torch's {kernel} kernel may use matrix units for float32"
     return None
 
 
 def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | None:
+    """What writes the scores out holds them several times, and must leave most of the memory free."""
     size = 4 * problem.batch * problem.heads * problem.q_len * problem.kv_len
     if kernel in ("math", "eager") and device.memory and 3 * size > device.memory // 4:
         return f"{kernel} products would hold {size >> 20} MiB of scores, several times"
@@ -37,12 +40,14 @@ def scores_fit_memory(kernel: str, problem: Problem, device: Device) -> str | No
 
 
 def scores_are_known(kernel: str, problem: Problem) -> str | None:
+    """A score that is no mask is known to plain operations and FlexAttention alone, and plain operations race for nothing else."""
     if problem.score == scores.NONE or scores.get(problem.score).additive:
         return "torch's own kernels serve what has no score, or adds a mask" if kernel == "eager" else None
     return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
 
 
 def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
+    """torch's fused kernel takes heads and values of one dimension alone."""
     if kernel == "flash" and problem.head_dim != problem.value_dim:
         return f"torch's fused kernel needs value_dim {problem.value_dim} equal to head_dim {problem.head_dim}"
     return None

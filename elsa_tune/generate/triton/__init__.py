@@ -16,10 +16,10 @@ from elsa_tune.device import Device
 from elsa_tune.errors import BuildFailed, CompilerMissing
 from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built, Finding, Gradients, Kernel
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.context import of_family
+from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.generate.gpu.work import Work
 from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, gradients_are_written
-from elsa_tune.generate.parts import of_family
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.triton.call import TritonGradients, TritonKernel
 from elsa_tune.generate.triton.columns import parts
@@ -42,7 +42,6 @@ MODULE = "kernel.py"
 __all__ = ["LAWS"]
 _PRODUCTS = {"half": 1.0, "tf32": 2.0, "tf32x3": 6.0, "bf16x3": 3.0, "bf16x6": 6.0}
 """Clocks of the matrix unit relative to one float16 product; of whatever else would use it, eight."""
-generated = True
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -115,11 +114,8 @@ def find(digest: str) -> Built | None:
 
 
 def _built(digest: str, path: Path, resources: Mapping[str, int]) -> Built:
-    return Built(digest, path, resources, _flaw(resources))
-
-
-def _flaw(resources: Mapping[str, int]) -> str:
-    return _gpu_report.flaw(resources, "strict" if resources.get("strict") else "")
+    """What the kernel cache holds, and what the compiler's words say against it."""
+    return Built(digest, path, resources, _machine_code.flaw(resources))
 
 
 def build(variant: Variant, problem: Problem, device: Device | None = None) -> Built:
@@ -138,8 +134,8 @@ def build(variant: Variant, problem: Problem, device: Device | None = None) -> B
         try:
             own, *others = kinds(variant, problem)
             module = _module(folder / MODULE)
-            report = {**compile_report(module, own, device), "strict": int(problem.precision == "strict")}
-            for other in others if not _flaw(report) else ():
+            report = {**compile_report(module, own, device), "strict": int(elements.precision(problem.precision).ieee)}
+            for other in others if not _machine_code.flaw(report) else ():
                 compile_kernels(module, other, device)
         except Exception as error:  # whatever the compiler raises is its answer
             raise BuildFailed(f"{variant} for {device.arch}: {_reason(error)}") from error
@@ -192,6 +188,6 @@ def work(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Wo
     """As the compiler's report counts it."""
     axes = variant.axes
     launches, step = schedules.get(str(axes["schedule"])).launches, int(axes["block_n"]) * int(axes["workers"])
-    turn = {**resources, "wavefronts": 2 * resources["loop_shared"]}
+    iteration = {**resources, "wavefronts": 2 * resources["loop_shared"]}
     product = _PRODUCTS.get(str(axes["dot"]), 8.0)
-    return Work(int(axes["block_m"]), step, int(axes["splits"]), int(axes["stages"]), launches, product, turn)
+    return Work(int(axes["block_m"]), step, int(axes["splits"]), int(axes["stages"]), launches, product, iteration)

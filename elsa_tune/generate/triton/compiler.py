@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device
-from elsa_tune.generate.gpu import report as _gpu_report
+from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.generate.operands import typical
 from elsa_tune.generate.tensors import kernel_arguments
 from elsa_tune.parts import element as elements
@@ -103,9 +103,9 @@ def reports(module: ModuleType, problem: Problem, device: Device) -> dict[str, d
     found = dict[str, dict[str, int]]()
     for name, made in compile_kernels(module, problem, device).items():
         if device.kind == "cuda":
-            found[name] = _gpu_report.of_cubin(made.asm["cubin"], made.asm["ptx"], tools)
+            found[name] = _machine_code.of_cubin(made.asm["cubin"], made.asm["ptx"], tools)
         else:
-            found[name] = _gpu_report.of_amdgcn(made.asm["amdgcn"])
+            found[name] = _machine_code.of_amdgcn(made.asm["amdgcn"])
         found[name]["shared"] = max(found[name]["shared"], made.metadata.shared)
     return found
 

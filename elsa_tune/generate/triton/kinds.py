@@ -14,7 +14,7 @@ def known(variant: Variant, problem: Problem) -> dict[str, Any]:
     """What Triton compiles a kernel anew for, beside types, as a launch of the problem has it: one query head for each KV head,
     and whole leaves alone."""
     axes = variant.axes
-    whole = problem.kv_len % _turn(variant) == 0
+    whole = problem.kv_len % _iteration(variant) == 0
     mask = masks.get(problem.mask)
     even = (
         whole
@@ -25,8 +25,8 @@ def known(variant: Variant, problem: Problem) -> dict[str, Any]:
     return {"group": min(problem.group, 2), "EVEN": even}
 
 
-def _turn(variant: Variant) -> int:
-    """Keys that all splits take in one turn of their loops."""
+def _iteration(variant: Variant) -> int:
+    """Keys that all splits take in one iteration of their loops."""
     axes = variant.axes
     return int(axes["block_n"]) * int(axes["workers"]) * int(axes["splits"])
 
@@ -35,7 +35,7 @@ def kinds(variant: Variant, problem: Problem) -> Iterator[Problem]:
     """The problem, then one of its family and group of each other kind: lengths that leaves divide, or do not. Checks and other
     shapes ask for all of them."""
     yield problem
-    for kv_len in (problem.kv_len + 1, -(-problem.kv_len // _turn(variant)) * _turn(variant)):
+    for kv_len in (problem.kv_len + 1, -(-problem.kv_len // _iteration(variant)) * _iteration(variant)):
         posed = problem.reshaped(kv_len=kv_len)
         if known(variant, posed) != known(variant, problem):
             yield posed

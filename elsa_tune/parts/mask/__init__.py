@@ -8,9 +8,12 @@ from elsa_tune.errors import BadProblem
 from elsa_tune.parts._registry import files_of, found
 from elsa_tune.parts.mask._base import Mask, intersection
 
-__all__ = ["NONE", "Mask", "get", "names", "of_one_file"]
+__all__ = ["CAUSAL", "NONE", "Mask", "get", "names", "of_one_file"]
 
 NONE = "none"
+
+CAUSAL = "causal"
+"""What torch's is_causal asks for."""
 
 
 @cache

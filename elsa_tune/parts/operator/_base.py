@@ -19,7 +19,8 @@ class Operator:
     ``rows``: of some query rows, an output [rows, value_dim] and the log of their sums [rows], from their scores [rows, keys] and the
     values [keys, value_dim], some keys at a time; -inf is a hidden key. ``weights``: of scores [rows, keys] and those logs [rows].
     ``score_gradient``: dS of weights, dP [rows, keys] and D [rows, 1], the sum of dO * O. ``bound``: what a kernel of so many keys and
-    a class's unit may err by, as a multiple of max |v|, up to a constant. ``rivals``: backends that generate nothing and compute it.
+    a class's unit may err by, as a multiple of max |v|, up to a constant. ``torchs`` names torch's own function,
+    where it has one.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Operator:
     weights: Callable[[Tensor, Tensor], Tensor]
     score_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     bound: Callable[[float, int], float]
-    rivals: tuple[str, ...] = ()
+    torchs: str = ""
 
     @property
     def states(self) -> tuple[str, ...]:

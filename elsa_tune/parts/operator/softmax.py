@@ -34,4 +34,6 @@ def bound(unit: float, keys: int) -> float:
     return unit * (1 + math.log2(keys))
 
 
-OPERATOR = Operator("softmax", "softmax attention", rows, weights, score_gradient, bound, rivals=("sdpa",))
+OPERATOR = Operator(
+    "softmax", "softmax attention", rows, weights, score_gradient, bound, torchs="scaled_dot_product_attention"
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -42,6 +43,16 @@ class Scan:
     network: Callable[[int], list[Round]]
     block: str = ""
     grid: str = ""
+
+    @cached_property
+    def folds(self) -> bool:
+        """Whether states are merged one after the other: no round merges two at once."""
+        return all(r.merges(8) <= 1 for r in self.network(8))
+
+    @property
+    def of_two_levels(self) -> bool:
+        """Whether it is one strategy on chip and another in memory."""
+        return bool(self.block or self.grid)
 
     def prefixes(self, n: int) -> list[Round]:
         """Rounds after which cell i holds the merge of cells 0..i, for every i < n."""

@@ -40,7 +40,7 @@ enum {
   ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 2, KEYS = 4,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 8, BLOCK_N = 32,
-  STEP = 64,          // keys of one turn of the loop: a leaf for each worker
+  STEP = 64,          // keys of one iteration of the loop: a leaf for each worker
   SPLITS = 4,
   STAGES = 1,          // slices of K or V that shared memory holds
   HEAD_COLUMNS = 64, VALUE_COLUMNS = 32,  // padded

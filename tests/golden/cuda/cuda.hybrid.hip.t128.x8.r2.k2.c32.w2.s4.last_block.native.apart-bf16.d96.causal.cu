@@ -54,7 +54,7 @@ enum {
   ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 2, KEYS = 2,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 16, BLOCK_N = 16,
-  STEP = 32,          // keys of one turn of the loop: a leaf for each worker
+  STEP = 32,          // keys of one iteration of the loop: a leaf for each worker
   SPLITS = 4,
   STAGES = 1,          // slices of K or V that shared memory holds
   HEAD_COLUMNS = 96, VALUE_COLUMNS = 96,  // padded

@@ -43,7 +43,7 @@ enum {
   ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 8, KEYS = 4,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 64, BLOCK_N = 32,
-  STEP = 32,          // keys of one turn of the loop: a leaf for each worker
+  STEP = 32,          // keys of one iteration of the loop: a leaf for each worker
   SPLITS = 1,
   STAGES = 1,          // slices of K or V that shared memory holds
   HEAD_COLUMNS = 64, VALUE_COLUMNS = 64,  // padded

@@ -50,7 +50,7 @@ enum {
   ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 6, KEYS = 6,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 96, BLOCK_N = 48,
-  STEP = 48,          // keys of one turn of the loop: a leaf for each worker
+  STEP = 48,          // keys of one iteration of the loop: a leaf for each worker
   SPLITS = 1,
   STAGES = 2,          // slices of K or V that shared memory holds
   HEAD_COLUMNS = 64, VALUE_COLUMNS = 64,  // padded

@@ -41,7 +41,7 @@ enum {
   ABREAST = 2,        // threads side by side that share keys and value columns
   ROWS = 2, KEYS = 2,  // of a thread: query rows, keys of a leaf
   BLOCK_M = 16, BLOCK_N = 16,
-  STEP = 16,          // keys of one turn of the loop: a leaf for each worker
+  STEP = 16,          // keys of one iteration of the loop: a leaf for each worker
   SPLITS = 1,
   STAGES = 1,          // slices of K or V that shared memory holds
   HEAD_COLUMNS = 64, VALUE_COLUMNS = 64,  // padded

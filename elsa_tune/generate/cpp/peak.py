@@ -1,4 +1,4 @@
-"""This CPU's limits, measured by a kernel of our own: multiply-adds and memory."""
+"""This CPU's peaks, measured by a kernel of our own: multiply-adds and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from elsa_tune.variant import Variant
 
 
 def peak(seconds: float) -> dict[str, float]:
-    """Measured limits of this CPU with torch's threads: multiply-add ``gflops`` and read ``gbytes`` a second."""
+    """Measured peaks of this CPU with torch's threads: multiply-add ``gflops`` and read ``gbytes`` a second."""
     isa = host_cpu().isas[0]
     text = render("cpp/peak.cpp.j2", {"lanes": ISAS[isa].lanes})
     variant = Variant("cpp", (("isa", isa),), "cpp.peak")

@@ -31,12 +31,12 @@ def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float |
 
 
 def peak(device: Device, seconds: float = 0.02) -> dict[str, float]:
-    """The device's measured limits, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``);
+    """The device's measured peaks, all threads: GFLOP/s of each kind of product, and read GB/s (``gbytes``);
     nothing for an OpenCL device. A GPU is kept busy for longer than ``seconds``, until its clocks have settled."""
     if device.is_gpu:
         return _gpu_peak(device)
     found = [backends.get(name).peak(device, seconds) for name in backends.names()]
-    return {limit: value for peaks in found for limit, value in peaks.items()}
+    return {name: value for peaks in found for name, value in peaks.items()}
 
 
 def clocks(device: Device) -> dict[str, float]:
@@ -69,7 +69,7 @@ def _at_work(work: Callable[[], object], during: Callable[[], object] = lambda: 
 
 
 def _gpu_peak(device: Device) -> dict[str, float]:
-    """Limits of a GPU measured under load: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
+    """Peaks of a GPU measured under load: GFLOP/s of products in float32 multiply-adds (``fp32``), TF32 and halves; read GB/s.
 
     float32 products follow torch's matmul setting, TF32 products its convolution setting: both are read, never written.
     """

@@ -206,10 +206,10 @@ def spills(resources: Mapping[str, int]) -> int:
     return resources.get("spills") or resources.get("local") or resources.get("stack") or 0
 
 
-def flaw(resources: Mapping[str, int], precision: str) -> str:
+def flaw(resources: Mapping[str, int]) -> str:
     """Why a kernel with these resources must not be timed, or nothing. A few spills outside the hottest loop are left to
     the clock."""
-    if precision == "strict" and resources.get("matrix"):
+    if resources.get("strict") and resources.get("matrix"):
         return f"strict means plain multiply-adds, and the assembly has {resources['matrix']} matrix instructions"
     in_loop, stack = resources.get("loop_local", 0), resources.get("stack", 0)
     if stack > LARGEST_STACK or in_loop > SPILL_SHARE * resources.get("loop_all", 0):

@@ -1,4 +1,4 @@
-"""What a CUDA C kernel does in a turn of its loop, counted from its tiling."""
+"""What a CUDA C kernel does in an iteration of its loop, counted from its tiling."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def of(variant: Variant, problem: Problem, resources: Mapping[str, int]) -> Work
     scores, copied = tiling.rows * tiling.keys, 2 * tiling.copies * (tiling.head_slices + tiling.value_slices)
     hottest = resources.get("loop_fma", 0)
     mix = resources["loop_all"] / hottest if hottest else _MIX
-    turn = {
+    iteration = {
         "loop_fma": products + 2 * scores,
         "loop_all": round(products * mix) + (6 + exps.get(str(axes["exp"])).instructions) * scores + 6 * copied,
-        "wavefronts": _wavefronts.of_turn(tiling),
+        "wavefronts": _wavefronts.of_iteration(tiling),
         "loop_exp": scores + tiling.rows,
         "loop_matrix": 0,
     }
     launches = schedules.get(str(axes["schedule"])).launches
     step = tiling.block_n * int(axes["workers"])
-    return Work(tiling.block_m, step, int(axes["splits"]), tiling.stages, launches, 0.0, turn)
+    return Work(tiling.block_m, step, int(axes["splits"]), tiling.stages, launches, 0.0, iteration)
