@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.parts import mask as parts
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.operand import Array, Operands
@@ -108,10 +108,19 @@ def _aligned(array: Array, given: Any) -> Tensor:
     """A tensor of as many dimensions as the array has axes; what comes before those given is shared."""
     import torch
 
-    value = given if isinstance(given, torch.Tensor) else torch.as_tensor(given)
+    try:
+        value = given if isinstance(given, torch.Tensor) else torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise WrongArguments(
+            f"{array.name} is {shown(given)}; it must be a tensor, or numbers that make one"
+        ) from error
     if value.dim() > len(array.axes):
         raise WrongArguments(f"{array.name} {tuple(value.shape)} has more dimensions than [{', '.join(array.axes)}]")
-    if array.is_float is not value.is_floating_point() or (array.dtype == "bool") is not (value.dtype == torch.bool):
+    if (
+        value.is_complex()
+        or array.is_float is not value.is_floating_point()
+        or (array.dtype == "bool") is not (value.dtype == torch.bool)
+    ):
         wanted = "torch.bool" if array.dtype == "bool" else "of floats" if array.is_float else "of whole numbers"
         raise WrongArguments(f"{array.name} is {value.dtype}; it must be {wanted}")
     if not array.is_float and array.dtype != "bool":
@@ -121,7 +130,7 @@ def _aligned(array: Array, given: Any) -> Tensor:
 
 def _whole(name: str, value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() <= LARGEST:
-        raise WrongArguments(f"{name} is {repr(value)[:60]}; it must be a whole number from {least} to {LARGEST}")
+        raise WrongArguments(f"{name} is {shown(value)}; it must be a whole number from {least} to {LARGEST}")
     return int(value)
 
 

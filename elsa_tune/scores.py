@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.masks import AttnMask
 from elsa_tune.parts.mask import NONE
 from elsa_tune.problem import LARGEST_REAL
@@ -30,9 +30,7 @@ def alibi(slopes: Tensor | Sequence[float], lower_right: bool = False) -> AttnMa
 def softcap(c: float) -> AttnMask:
     """``c`` tanh(score / c)."""
     if isinstance(c, bool) or not isinstance(c, int | float) or not 1 / LARGEST_REAL <= c <= LARGEST_REAL:
-        raise WrongArguments(
-            f"c is {repr(c)[:60]}; it must be a number from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
-        )
+        raise WrongArguments(f"c is {shown(c)}; it must be a number from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}")
     return AttnMask(NONE, "softcap", {"softcap": float(c)})
 
 

@@ -480,7 +480,7 @@ def test_load_of_an_untuned_problem_is_torch() -> None:
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_loaded_kernel_takes_operands_with_its_mask(ours: bool) -> None:
+def test_a_loaded_kernel_takes_operands_with_its_mask(home: Path, ours: bool) -> None:
     """Numbers that the shape says may be left out, tensors may not; what does not fit is told in one sentence."""
     posed = "fp32.d16.causal+lengths.softcap@b2.h4.q50.k50.softcap2"
     if ours:
@@ -639,20 +639,20 @@ WRONG = {
     "a query": (lambda q, w: elsa_tune.load("fp32.d16")(w, q, q), WrongArguments, "query"),
     "a scale": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, w), WrongArguments, "scale"),
     "a log-sum-exp": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, None, w), WrongArguments, "lse"),
-    "operands": (lambda q, w: elsa_tune.load("fp32.d16.lengths")(q, q, q, operands=w), WrongArguments, "operands"),
-    "operands of none": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, operands=w), WrongArguments, "operands"),
-    "a length": (lambda q, w: _masked("fp32.d16.lengths", q, lengths=w), WrongArguments, "lengths"),
-    "a number": (lambda q, w: _masked("fp32.d16.softcap", q, softcap=w), WrongArguments, "softcap"),
-    "an integer": (lambda q, w: _masked("fp32.d16.prefix", q, prefix=w), WrongArguments, "prefix"),
+    "a mask": (lambda q, w: elsa_tune.load("fp32.d16.lengths")(q, q, q, attn_mask=w), WrongArguments, "attn_mask"),
+    "a mask of none": (lambda q, w: elsa_tune.load("fp32.d16")(q, q, q, attn_mask=w), WrongArguments, "attn_mask"),
+    "a mask of a call": (lambda q, w: elsa_tune.attention(q, q, q, w), WrongArguments, "attn_mask"),
+    "a mask of states": (lambda q, w: elsa_tune.attention_with_lse(q, q, q, attn_mask=w), WrongArguments, "attn_mask"),
+    "a length": (lambda q, w: elsa_tune.attention(q, q, q, masks.lengths(w)), WrongArguments, "lengths"),
+    "a cap": (lambda q, w: scores.softcap(w), WrongArguments, "c is"),
+    "an integer": (lambda q, w: masks.prefix(w), WrongArguments, "p is"),
+    "a window": (lambda q, w: masks.window(w), WrongArguments, "left is"),
+    "a bias": (lambda q, w: elsa_tune.attention(q, q, q, scores.bias(w)), WrongArguments, "bias"),
     "how exact": (lambda q, w: elsa_tune.accuracy(w).__enter__(), WrongArguments, "times_torchs_error"),
 }  # fmt: skip
 
 
-def _masked(family: str, query: Tensor, **operands: object) -> Tensor:
-    return elsa_tune.load(family)(query, query, query, operands=operands)
-
-
-SOUND = {("a scale", float), ("a number", float), ("how exact", float), ("operands of none", list)}
+SOUND = {("a scale", float), ("a cap", float), ("how exact", float), ("a length", tuple), ("a bias", float)}
 VALUES = (5.5, BIG, LONG, "x", b"x", (1,), [], 1j, object())
 
 

@@ -208,7 +208,8 @@ def singled_out(tree: ast.AST, kind: str) -> set[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_file_but_a_kinds_own_tells_its_parts_apart(kind: str) -> None:
-    for path in SOURCES:
+    written = {ROOT / "elsa_tune" / name for name in ("masks.py", "scores.py")}  # what people write of each
+    for path in set(SOURCES) - written:
         if path.parent != ROOT / "elsa_tune" / "parts" / kind:
             tree = parsed(path)
             found = listed(tree, names_of(kind)) | singled_out(tree, kind)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
+from elsa_tune.generate.tensors import described
 from elsa_tune.masks import CAUSAL, AttnMask
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -38,6 +39,8 @@ def attend(
         raise WrongArguments(
             "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
         )
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise WrongArguments(f"attn_mask is {described(attn_mask)}; it must be a tensor, or of elsa_tune.masks")
     if attn_mask is not None and attn_mask.device != query.device:
         raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
     arguments: dict[str, Any] = {

@@ -57,9 +57,13 @@ class LoadedKernel:
         return self._kernel(query, key, value, scale, None, lse, given)
 
     def _operands(self, attn_mask: Tensor | AttnMask | None, query: Tensor, key: Tensor) -> Operands:
-        problem, given = self.problem, attn_mask if isinstance(attn_mask, AttnMask) else NONE
-        if isinstance(attn_mask, Tensor):
-            given = of_tensor(attn_mask)
+        problem, given = self.problem, attn_mask
+        if given is None:
+            given = NONE
+        elif isinstance(given, Tensor):
+            given = of_tensor(given)
+        elif not isinstance(given, AttnMask):
+            raise WrongArguments(f"attn_mask is {described(given)}; it must be a tensor, or of elsa_tune.masks")
         wanted = given & told_by(problem, given)
         if (wanted.mask, wanted.score) != (problem.mask, problem.score):
             raise WrongArguments(

@@ -11,6 +11,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import fallback, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.generate.tensors import described, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.problem import Problem
 
@@ -32,12 +33,13 @@ def attention_with_lse(
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")
+    scale = None if scale is None else number("scale", scale)
     wanted = CAUSAL if is_causal else NONE
     if attn_mask is not None:
         found = meaning.of(attn_mask, is_causal, query, key)
         if found is None:
             raise WrongArguments(
-                f"attn_mask {_told(attn_mask)} is no mask for query {tuple(query.shape)} and key {tuple(key.shape)}; it must be of"
+                f"attn_mask is {described(attn_mask)}, no mask for query {tuple(query.shape)} and key {tuple(key.shape)}; it must be of"
                 " elsa_tune.masks, or torch.bool, torch.float32 or of query's dtype and broadcast to them, without is_causal"
             )
         wanted = found
@@ -46,10 +48,6 @@ def attention_with_lse(
     output = fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
     family = wanted.of(Problem(head_dim=query.shape[3]))
     return output, logsumexp(query, key, family, wanted.in_order(query, key), scale)
-
-
-def _told(attn_mask: object) -> str:
-    return f"{attn_mask.dtype} {tuple(attn_mask.shape)}" if isinstance(attn_mask, Tensor) else repr(attn_mask)[:60]
 
 
 def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,8 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
     for one, value in zip(declared, operands, strict=True):
         if isinstance(one, Array):
             given += [value, *_strides(one, value, query, key)]
+        elif isinstance(value, int if one.kind == "integer" else (int, float)):
+            given.append(value)
         else:
             raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {described(value)}")
     return tuple(given)
