@@ -72,7 +72,7 @@ class AttnMask:
             raise WrongArguments(
                 f"attn_mask has {array.name} of {value.dtype}; it must be torch.bool, torch.float32 or query's {query.dtype}"
             )
-        if array.name in parts.get(self.mask).sequences and value.is_cpu and value.numel():
+        if array in parts.get(self.mask).limits and value.is_cpu and value.numel():
             low, high = (int(x) for x in value.aminmax())
             if low < 0 or high > key.shape[2]:
                 raise WrongArguments(
@@ -157,6 +157,12 @@ def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | 
     """Key padding: of sequence b, keys from ``start[b]`` (0 where nothing is given) up to ``kv_lengths[b]``; whole numbers [batch]."""
     ends = AttnMask("lengths", operands={"lengths": kv_lengths})
     return ends if start is None else ends & AttnMask("starts", operands={"starts": start})
+
+
+def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -> AttnMask:
+    """Of position i, keys from ``first_key[i]`` on that lie before ``end_key[i]``; whole numbers [q_len] or [batch, q_len], which grow or
+    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them)."""
+    return AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
 
 
 def dense(seen: Tensor) -> AttnMask:

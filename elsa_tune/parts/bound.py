@@ -14,6 +14,9 @@ from typing import Any
 
 Two = Callable[[Any, Any], Any]
 
+POSITION = "position"
+"""What a bound grows with."""
+
 
 @dataclass(frozen=True)
 class Algebra:
@@ -42,11 +45,13 @@ def _text(names: Mapping[str, str], divide: Two, least: Two, most: Two) -> Algeb
     return Algebra(lambda name: names.get(name, name), str, add, subtract, multiply, divide, least, most)
 
 
-def _least(x: Any, y: Any) -> Any:
-    return (x + y - abs(x - y)) // 2  # of integers and arrays alike
+def least(x: Any, y: Any) -> Any:
+    """The smaller, of integers and arrays alike."""
+    return (x + y - abs(x - y)) // 2
 
 
-def _most(x: Any, y: Any) -> Any:
+def most(x: Any, y: Any) -> Any:
+    """The larger."""
     return (x + y + abs(x - y)) // 2
 
 
@@ -85,7 +90,7 @@ class Bound:
     def value(self, **values: Any) -> Any:
         """The expression of these integers, numpy arrays or tensors of integers."""
         operations = operator.add, operator.sub, operator.mul, operator.floordiv
-        return _folded(_tree(self.text), Algebra(values.__getitem__, int, *operations, _least, _most))
+        return _folded(_tree(self.text), Algebra(values.__getitem__, int, *operations, least, most))
 
     @property
     def first_beyond(self) -> Bound:
@@ -96,9 +101,6 @@ class Bound:
     def written(self, notation: str, names: Mapping[str, str] | None = None) -> str:
         """The expression, fully parenthesised, in one of NOTATIONS; ``names`` says what its names are called there."""
         return str(_folded(_tree(self.text), _text(names or {}, *NOTATIONS[notation])))
-
-
-POSITION = "position"
 
 
 def _first_beyond(node: ast.expr, key: str, text: str) -> str:
