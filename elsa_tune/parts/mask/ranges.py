@@ -10,8 +10,8 @@ from elsa_tune.parts.mask._base import Mask
 from elsa_tune.parts.operand import Array
 
 Sizes = Mapping[str, int]
-RAGGED = [32 * (1 + 7 * i % 16) for i in range(16)]
-"""Tokens of sequences, from 32 to 512."""
+RAGGED = [35 + 31 * (7 * i % 16) for i in range(16)]
+"""Tokens of sequences, from 35 to 500; no tile divides them."""
 
 
 def _of_sequences(sizes: Sizes, tokens: Sequence[int]) -> tuple[Any, Any]:

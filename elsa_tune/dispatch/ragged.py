@@ -1,0 +1,150 @@
+"""Ragged batches, sequences of unequal lengths one after the other: posed as one problem whose mask says where each begins and ends,
+or answered sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elsa_tune.errors import WrongArguments
+from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
+from elsa_tune.parts.operand import Array
+
+Attention = Callable[..., Tensor]
+"""attention()."""
+Served = Callable[..., Tensor | None]
+"""What a ready kernel answers, or None."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """query [tokens, heads, head_dim], key [tokens_k, kv_heads, head_dim], value [tokens_k, kv_heads, value_dim] of sequences whose
+    tokens are those from ``cu_q[i]`` (``cu_k[i]`` of key and value) to before the next; int64 [sequences + 1], on the tensors' device."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+
+    @property
+    def sequences(self) -> int:
+        """How many there are."""
+        return len(self.cu_q) - 1
+
+    def attend(
+        self, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: Served, attention: Attention
+    ) -> Tensor:
+        """[tokens, heads, value_dim]: by ``served`` for all sequences at once, or else by ``attention`` for each."""
+        together = self.together(wanted)
+        if together is not None:
+            output = served(*map(_batch_of_one, (self.query, self.key, self.value)), together, scale, enable_gqa)
+            if output is not None:
+                return output[0].transpose(0, 1)
+        return self.one_by_one(wanted, scale, enable_gqa, attention)
+
+    def together(self, wanted: AttnMask) -> AttnMask | None:
+        """What ``wanted`` says within each sequence, said of all tokens as one sequence; None where ranges of keys cannot say it."""
+        mask, chain = masks.get(wanted.mask), scores.get(wanted.score)
+        if mask.tested or mask.by_position or not self._says_it_anywhere(wanted, chain):
+            return None
+        token = torch.arange(len(self.query), device=self.cu_q.device)
+        sequence = torch.bucketize(token, self.cu_q[1:-1], right=True)
+        first_query, first_key = self.cu_q[sequence], self.cu_k[sequence]
+        names = {"q_len": self.cu_q[sequence + 1] - first_query, "kv_len": self.cu_k[sequence + 1] - first_key}
+        own = {name: wanted.operands[name] for name in mask.integers}
+        limits = {one.name: one.at(self._of_sequences(one, wanted), {"batch": sequence}) for one in mask.limits}
+        low, high = mask.seen(token - first_query, **names, **own, **limits)
+        kept = {one.name: wanted.operands[one.name] for one in chain.operands}
+        return AttnMask("ranges", wanted.score, {"first_key": first_key + low, "end_key": first_key + high, **kept})
+
+    def _says_it_anywhere(self, wanted: AttnMask, chain: scores.Chain) -> bool:
+        """Whether scores are the same wherever a sequence begins."""
+        sizes = [(axis, n) for one in chain.arrays for axis, n in zip(one.axes, wanted.operands[one.name].shape, strict=True)]
+        alike = all(n == 1 or axis == "heads" for axis, n in sizes)
+        return alike and (not chain.placed or (chain.relative and torch.equal(self.cu_q, self.cu_k)))
+
+    def _of_sequences(self, limit: Array, wanted: AttnMask) -> Tensor:
+        """A limit, one for each sequence or for all. Raises WrongArguments, for what lies beyond keys on a CPU alone, where asking costs
+        nothing."""
+        value: Tensor = wanted.operands[limit.name]
+        self._check(limit, value, {"batch": self.sequences})
+        if value.is_cpu and self.cu_k.is_cpu and bool(((value < 0) | (value > self.cu_k.diff())).any()):
+            raise WrongArguments(f"{limit.name} {value.tolist()[:8]} must lie within 0 and the keys of each sequence")
+        return value.to(self.cu_q.device)
+
+    def one_by_one(self, wanted: AttnMask, scale: float | None, enable_gqa: bool, attention: Attention) -> Tensor:
+        """[tokens, heads, value_dim] by a call for each sequence; differentiable. Raises WrongArguments for arrays that fit no sequence."""
+        queries, keys = checked("cu_q", self.cu_q.tolist(), len(self.query)), checked("cu_k", self.cu_k.tolist(), len(self.key))
+        lengths = [(end - first, high - low) for (first, end), (low, high) in zip(pairwise(queries), pairwise(keys), strict=True)]
+        longest = {"q_len": max((q for q, _ in lengths), default=0), "kv_len": max((k for _, k in lengths), default=0)}
+        arrays = [one for one in (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)]
+        for one in arrays:
+            self._check(one, wanted.operands[one.name], {"batch": self.sequences, "heads": self.query.shape[1], **longest})
+        made = [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])]
+        for i, (q_len, kv_len) in enumerate(lengths):
+            if q_len and not kv_len:
+                made.append(made[0].new_zeros(q_len, *made[0].shape[1:]))
+            elif q_len:
+                some = self.query[queries[i] :][:q_len], self.key[keys[i] :][:kv_len], self.value[keys[i] :][:kv_len]
+                own = {one.name: _slice(one, wanted.operands[one.name], i, q_len, kv_len) for one in arrays}
+                mask = AttnMask(wanted.mask, wanted.score, {**wanted.operands, **own}) if wanted is not NONE else None
+                output = attention(*map(_batch_of_one, some), attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+                made.append(output[0].transpose(0, 1))
+        return torch.cat(made)
+
+    def _check(self, array: Array, value: Tensor, sizes: dict[str, int]) -> None:
+        wanted = [sizes[axis] for axis in array.axes]
+        if any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
+            axes = ", ".join({"batch": "sequences", "q_len": "longest query", "kv_len": "longest key"}.get(x, x) for x in array.axes)
+            raise WrongArguments(f"{array.name} {list(value.shape)} must broadcast to [{axes}] = {wanted}")
+
+
+def _batch_of_one(x: Tensor) -> Tensor:
+    """[1, heads, tokens, dim] of [tokens, heads, dim]."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _slice(array: Array, value: Tensor, sequence: int, q_len: int, kv_len: int) -> Tensor:
+    """What an array holds of one sequence, of its axes."""
+    own = slice(sequence, sequence + 1)
+    of = {"batch": own, "heads": slice(None), "q_len": slice(q_len), "kv_len": slice(kv_len)}
+    return value[tuple(slice(None) if n == 1 else of[axis] for axis, n in zip(array.axes, value.shape, strict=True))]
+
+
+def checked(name: str, cu: list[int], tokens: int) -> list[int]:
+    """Offsets of sequences that ``tokens`` tokens hold. Raises WrongArguments."""
+    if cu[0] != 0:
+        raise WrongArguments(f"{name} starts at {cu[0]}; the first sequence starts at token 0")
+    if cu != sorted(cu):
+        fall = next(i for i, (x, y) in enumerate(pairwise(cu)) if y < x)
+        raise WrongArguments(f"{name} falls from {cu[fall]} to {cu[fall + 1]}; a sequence ends no earlier than it starts")
+    if cu[-1] != tokens:
+        raise WrongArguments(f"{name} ends at {cu[-1]}; the last sequence ends with the last of {tokens} tokens")
+    return cu
+
+
+def opened(query: Tensor, key: Tensor, value: Tensor) -> Ragged | None:
+    """The ragged batch that torch has as nested tensors [batch, heads, ragged, dim] of layout jagged; None for others."""
+    for x in (query, key, value):
+        of_lengths = x.dim() == 4 and x.layout is torch.jagged and isinstance(x.shape[2], torch.SymInt)
+        if not of_lengths or x.lengths() is not None:
+            return None
+    if key.shape[2] != value.shape[2] or not query.shape[0] == key.shape[0] == value.shape[0]:
+        return None
+    tensors = (x.values().transpose(0, 1) for x in (query, key, value))
+    return Ragged(*tensors, query.offsets().long(), key.offsets().long())
+
+
+def closed(output: Tensor, query: Tensor) -> Tensor:
+    """[tokens, heads, value_dim] as nested as a query [batch, heads, ragged, head_dim] is."""
+    nested: Any = torch.nested.nested_tensor_from_jagged
+    made: Tensor = nested(output, query.offsets()).transpose(1, 2)
+    return made
