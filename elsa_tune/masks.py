@@ -161,8 +161,13 @@ def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | 
 
 def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -> AttnMask:
     """Of position i, keys from ``first_key[i]`` on that lie before ``end_key[i]``; whole numbers [q_len] or [batch, q_len], which grow or
-    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them)."""
-    return AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
+    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them). Raises WrongArguments where they fall
+    (on a CPU, where asking costs nothing)."""
+    made = AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
+    for name, x in made.operands.items():
+        if x.is_cpu and bool((x.diff() < 0).any()):
+            raise WrongArguments(f"{name} falls; a position sees keys that begin and end no earlier than those of the one before")
+    return made
 
 
 def dense(seen: Tensor) -> AttnMask:

@@ -57,11 +57,11 @@ class Ragged:
             return None
         token = torch.arange(len(self.query), device=self.cu_q.device)
         sequence = torch.bucketize(token, self.cu_q[1:-1], right=True)
-        first_query, first_key = self.cu_q[sequence], self.cu_k[sequence]
-        names = {"q_len": self.cu_q[sequence + 1] - first_query, "kv_len": self.cu_k[sequence + 1] - first_key}
+        each = self.cu_q, self.cu_k, self.cu_q.diff(), self.cu_k.diff()
+        first_query, first_key, q_len, kv_len = (x.index_select(0, sequence) for x in each)
         own = {name: wanted.operands[name] for name in mask.integers}
         limits = {one.name: one.at(self._of_sequences(one, wanted), {"batch": sequence}) for one in mask.limits}
-        low, high = mask.seen(token - first_query, **names, **own, **limits)
+        low, high = mask.seen(token - first_query, q_len, kv_len, **own, **limits)
         kept = {one.name: wanted.operands[one.name] for one in chain.operands}
         return AttnMask("ranges", wanted.score, {"first_key": first_key + low, "end_key": first_key + high, **kept})
 

@@ -45,13 +45,11 @@ def _text(names: Mapping[str, str], divide: Two, least: Two, most: Two) -> Algeb
     return Algebra(lambda name: names.get(name, name), str, add, subtract, multiply, divide, least, most)
 
 
-def least(x: Any, y: Any) -> Any:
-    """The smaller, of integers and arrays alike."""
-    return (x + y - abs(x - y)) // 2
+def _least(x: Any, y: Any) -> Any:
+    return (x + y - abs(x - y)) // 2  # of integers and arrays alike
 
 
-def most(x: Any, y: Any) -> Any:
-    """The larger."""
+def _most(x: Any, y: Any) -> Any:
     return (x + y + abs(x - y)) // 2
 
 
@@ -90,7 +88,7 @@ class Bound:
     def value(self, **values: Any) -> Any:
         """The expression of these integers, numpy arrays or tensors of integers."""
         operations = operator.add, operator.sub, operator.mul, operator.floordiv
-        return _folded(_tree(self.text), Algebra(values.__getitem__, int, *operations, least, most))
+        return _folded(_tree(self.text), Algebra(values.__getitem__, int, *operations, _least, _most))
 
     @property
     def first_beyond(self) -> Bound:

@@ -28,7 +28,7 @@ def block_mask(posed: Posed) -> Any:
     rows, columns = -(-q_len // BLOCK), -(-kv_len // BLOCK)
     row = torch.arange(rows, dtype=torch.int32, device=device)
     first = row * BLOCK
-    (low, common_high), (common_low, high) = (_seen(posed, x) for x in (first, (first + BLOCK).clip(max=q_len) - 1))
+    (low, common_high), (common_low, high) = (bounds_at(posed, x) for x in (first, (first + BLOCK).clip(max=q_len) - 1))
     begin = low // BLOCK
     end = torch.where(low < high, -(-high // BLOCK), begin)
     full_begin, full_end = -(-common_low // BLOCK), common_high // BLOCK
@@ -51,8 +51,8 @@ def block_mask(posed: Posed) -> Any:
     )
 
 
-def _seen(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 bounds [batch or 1, positions]."""
+def bounds_at(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys [low, high) positions see, int32 [batch or 1, positions]."""
     each = max((len(posed.own[limit.name]) for limit in masks.get(posed.problem.mask).limits), default=1)
     limits = limits_at(posed.problem, posed.own, batch=torch.arange(each, device=posed.device)[:, None], position=position)
     low, high = (torch.zeros_like(position) + x for x in posed.problem.seen(position, **limits))

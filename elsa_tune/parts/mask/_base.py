@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from elsa_tune.parts.bound import EVERY_KEY, POSITION, ZERO, Bound, least, least_of, most, most_of
+from elsa_tune.parts.bound import EVERY_KEY, POSITION, ZERO, Bound, least_of, most_of
 from elsa_tune.parts.operand import Array, Number, Operand, values_at
 
 if TYPE_CHECKING:
@@ -165,5 +165,5 @@ def intersection(masks: Sequence[Mask]) -> Mask:
 
 def _within(bound: Any, length: Any) -> Any:
     if not isinstance(length, int):
-        return most(0, least(bound, length))
+        return length.clip(max=bound).clip(min=0)
     return max(0, min(bound, length)) if isinstance(bound, int) else bound.clip(0, length)
