@@ -1,5 +1,4 @@
-"""Ragged batches, sequences of unequal lengths one after the other: posed as one problem whose mask says where each begins and ends,
-or answered sequence by sequence."""
+"""Ragged batches: sequences of unequal lengths, posed as one problem whose mask says where each begins, or answered one by one."""
 
 from __future__ import annotations
 

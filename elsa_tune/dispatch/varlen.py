@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elsa_tune import masks, scores
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch.ragged import Ragged, checked
 from elsa_tune.errors import WrongArguments
-from elsa_tune.masks import AttnMask
+from elsa_tune.masks import NONE, AttnMask, of_tensor
 
 
 def attention_varlen(
@@ -65,7 +64,7 @@ def _offsets(name: str, cu: Tensor, x: Tensor) -> Tensor:
 
 def _meant(attn_mask: Tensor | AttnMask | None) -> AttnMask:
     if attn_mask is None or isinstance(attn_mask, AttnMask):
-        return attn_mask or masks.NONE
+        return attn_mask or NONE
     if not isinstance(attn_mask, Tensor):
         raise WrongArguments(f"attn_mask is {repr(attn_mask)[:60]}; it must be a tensor, or of elsa_tune.masks or elsa_tune.scores")
-    return masks.dense(attn_mask) if attn_mask.dtype == torch.bool else scores.bias(attn_mask)
+    return of_tensor(attn_mask)

@@ -10,8 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
+from elsa_tune.generate.posed import Posed
 from elsa_tune.generate.sdpa.block_masks import bounds_at
-from elsa_tune.generate.sdpa.posed import Derived, Posed
+from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.generate.tensors import new_output
 from elsa_tune.problem import Problem
 

@@ -70,6 +70,13 @@ class Mask:
         return tuple(one for one in self.limits if "q_len" in one.axes)
 
     @property
+    def bounded_by(self) -> tuple[str, ...]:
+        """What its bounds are of in kernels, beside position and lengths: integers, limits, or of those by position the pointer to a
+        sequence's own and the stride."""
+        by_position = {limit.name: (limit.data, limit.strides[1]) for limit in self.by_position}
+        return (*self.integers, *(name for one in self.limits for name in by_position.get(one.name, (one.name,))))
+
+    @property
     def tested(self) -> tuple[Mask, ...]:
         """The masks among those that intersect here that test pairs."""
         return tuple(one for one in self.of or (self,) if one.test is not None)
