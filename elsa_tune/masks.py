@@ -166,7 +166,9 @@ def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -
     made = AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
     for name, x in made.operands.items():
         if x.is_cpu and bool((x.diff() < 0).any()):
-            raise WrongArguments(f"{name} falls; a position sees keys that begin and end no earlier than those of the one before")
+            raise WrongArguments(
+                f"{name} falls; a position sees keys that begin and end no earlier than those of the one before"
+            )
     return made
 
 

@@ -108,12 +108,20 @@ def _of_nested(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor | None:
     """Ragged batches as torch has them, nested tensors [batch, heads, ragged, dim]; None for others, and where torch's call must be seen."""
-    if _is_compiling() or _dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None:
+    if (
+        _is_compiling()
+        or _dispatch_modes()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or _transforms() is not None
+    ):
         return None
     batch = ragged.opened(query, key, value)
     if batch is None:
         return None
-    return ragged.closed(batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, attention), query)
+    return ragged.closed(
+        batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, attention), query
+    )
 
 
 def served(

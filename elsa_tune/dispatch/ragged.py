@@ -66,7 +66,9 @@ class Ragged:
 
     def _says_it_anywhere(self, wanted: AttnMask, chain: scores.Chain) -> bool:
         """Whether scores are the same wherever a sequence begins."""
-        sizes = [(axis, n) for one in chain.arrays for axis, n in zip(one.axes, wanted.operands[one.name].shape, strict=True)]
+        sizes = [
+            (axis, n) for one in chain.arrays for axis, n in zip(one.axes, wanted.operands[one.name].shape, strict=True)
+        ]
         alike = all(n == 1 or axis == "heads" for axis, n in sizes)
         return alike and (not chain.placed or (chain.relative and torch.equal(self.cu_q, self.cu_k)))
 
@@ -81,12 +83,20 @@ class Ragged:
 
     def one_by_one(self, wanted: AttnMask, scale: float | None, enable_gqa: bool, attention: Attention) -> Tensor:
         """[tokens, heads, value_dim] by a call for each sequence; differentiable. Raises WrongArguments for arrays that fit no sequence."""
-        queries, keys = checked("cu_q", self.cu_q.tolist(), len(self.query)), checked("cu_k", self.cu_k.tolist(), len(self.key))
-        lengths = [(end - first, high - low) for (first, end), (low, high) in zip(pairwise(queries), pairwise(keys), strict=True)]
+        queries, keys = (
+            checked("cu_q", self.cu_q.tolist(), len(self.query)),
+            checked("cu_k", self.cu_k.tolist(), len(self.key)),
+        )
+        lengths = [
+            (end - first, high - low)
+            for (first, end), (low, high) in zip(pairwise(queries), pairwise(keys), strict=True)
+        ]
         longest = {"q_len": max((q for q, _ in lengths), default=0), "kv_len": max((k for _, k in lengths), default=0)}
-        arrays = [one for one in (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)]
+        arrays = (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
         for one in arrays:
-            self._check(one, wanted.operands[one.name], {"batch": self.sequences, "heads": self.query.shape[1], **longest})
+            self._check(
+                one, wanted.operands[one.name], {"batch": self.sequences, "heads": self.query.shape[1], **longest}
+            )
         made = [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])]
         for i, (q_len, kv_len) in enumerate(lengths):
             if q_len and not kv_len:
@@ -102,7 +112,9 @@ class Ragged:
     def _check(self, array: Array, value: Tensor, sizes: dict[str, int]) -> None:
         wanted = [sizes[axis] for axis in array.axes]
         if any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
-            axes = ", ".join({"batch": "sequences", "q_len": "longest query", "kv_len": "longest key"}.get(x, x) for x in array.axes)
+            axes = ", ".join(
+                {"batch": "sequences", "q_len": "longest query", "kv_len": "longest key"}.get(x, x) for x in array.axes
+            )
             raise WrongArguments(f"{array.name} {list(value.shape)} must broadcast to [{axes}] = {wanted}")
 
 
@@ -124,25 +136,27 @@ def checked(name: str, cu: list[int], tokens: int) -> list[int]:
         raise WrongArguments(f"{name} starts at {cu[0]}; the first sequence starts at token 0")
     if cu != sorted(cu):
         fall = next(i for i, (x, y) in enumerate(pairwise(cu)) if y < x)
-        raise WrongArguments(f"{name} falls from {cu[fall]} to {cu[fall + 1]}; a sequence ends no earlier than it starts")
+        raise WrongArguments(
+            f"{name} falls from {cu[fall]} to {cu[fall + 1]}; a sequence ends no earlier than it starts"
+        )
     if cu[-1] != tokens:
         raise WrongArguments(f"{name} ends at {cu[-1]}; the last sequence ends with the last of {tokens} tokens")
     return cu
 
 
-def opened(query: Tensor, key: Tensor, value: Tensor) -> Ragged | None:
+def opened(query: Any, key: Any, value: Any) -> Ragged | None:
     """The ragged batch that torch has as nested tensors [batch, heads, ragged, dim] of layout jagged; None for others."""
     for x in (query, key, value):
-        of_lengths = x.dim() == 4 and x.layout is torch.jagged and isinstance(x.shape[2], torch.SymInt)
-        if not of_lengths or x.lengths() is not None:
+        is_ragged = x.dim() == 4 and x.layout is torch.jagged and isinstance(x.shape[2], torch.SymInt)
+        if not is_ragged or x.lengths() is not None:
             return None
     if key.shape[2] != value.shape[2] or not query.shape[0] == key.shape[0] == value.shape[0]:
         return None
-    tensors = (x.values().transpose(0, 1) for x in (query, key, value))
-    return Ragged(*tensors, query.offsets().long(), key.offsets().long())
+    tokens = [x.values().transpose(0, 1) for x in (query, key, value)]
+    return Ragged(tokens[0], tokens[1], tokens[2], query.offsets().long(), key.offsets().long())
 
 
-def closed(output: Tensor, query: Tensor) -> Tensor:
+def closed(output: Tensor, query: Any) -> Tensor:
     """[tokens, heads, value_dim] as nested as a query [batch, heads, ragged, head_dim] is."""
     nested: Any = torch.nested.nested_tensor_from_jagged
     made: Tensor = nested(output, query.offsets()).transpose(1, 2)

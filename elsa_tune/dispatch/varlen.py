@@ -66,5 +66,7 @@ def _meant(attn_mask: Tensor | AttnMask | None) -> AttnMask:
     if attn_mask is None or isinstance(attn_mask, AttnMask):
         return attn_mask or NONE
     if not isinstance(attn_mask, Tensor):
-        raise WrongArguments(f"attn_mask is {repr(attn_mask)[:60]}; it must be a tensor, or of elsa_tune.masks or elsa_tune.scores")
+        raise WrongArguments(
+            f"attn_mask is {repr(attn_mask)[:60]}; it must be a tensor, or of elsa_tune.masks or elsa_tune.scores"
+        )
     return of_tensor(attn_mask)

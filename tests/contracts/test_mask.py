@@ -31,7 +31,7 @@ def examples(one: Mask, q_len: int, kv_len: int) -> list[dict[str, Any]]:
     made = [dict(one.examples[turn % len(one.examples)]) for turn in range(turns)]
     for limit in one.by_position:
         for turn, example in enumerate(made):
-            example[limit.name] = np.broadcast_to(limit.hostile[turn % len(limit.hostile)](sizes), (1, q_len))[0]
+            example[limit.name] = np.broadcast_to(limit.hostile[turn % len(limit.hostile)](sizes), (1, q_len))[0].copy()
     return made
 
 
@@ -165,9 +165,15 @@ def test_limits_by_position_grow_in_races_too_and_what_may_fall_is_refused() -> 
         for limit in mask.of_one_file(name).by_position:
             for q_len, kv_len in ((1, 1), (3, 400), (4096, 77)):
                 drawn = np.asarray(limit.typical({"batch": 2, "q_len": q_len, "kv_len": kv_len}))
-                assert drawn.shape[-1] == q_len and (np.diff(drawn) >= 0).all() and 0 <= drawn.min() <= drawn.max() <= kv_len
+                assert (
+                    drawn.shape[-1] == q_len
+                    and (np.diff(drawn) >= 0).all()
+                    and 0 <= drawn.min() <= drawn.max() <= kv_len
+                )
     of_positions = Array("last", "int64", ("batch", "q_len"), lambda sizes: [[0]])
-    assert Mask("grows", "", high=Bound("min(last, position + 1)"), arrays=(of_positions,)).by_position == (of_positions,)
+    assert Mask("grows", "", high=Bound("min(last, position + 1)"), arrays=(of_positions,)).by_position == (
+        of_positions,
+    )
     with pytest.raises(ValueError, match="not seen to grow"):
         Mask("falls", "", high=Bound("kv_len - last"), arrays=(of_positions,))
 

@@ -54,7 +54,9 @@ def block_mask(posed: Posed) -> Any:
 def bounds_at(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
     """Which keys [low, high) positions see, int32 [batch or 1, positions]."""
     each = max((len(posed.own[limit.name]) for limit in masks.get(posed.problem.mask).limits), default=1)
-    limits = limits_at(posed.problem, posed.own, batch=torch.arange(each, device=posed.device)[:, None], position=position)
+    limits = limits_at(
+        posed.problem, posed.own, batch=torch.arange(each, device=posed.device)[:, None], position=position
+    )
     low, high = (torch.zeros_like(position) + x for x in posed.problem.seen(position, **limits))
     return low.expand(each, -1).int(), high.expand(each, -1).int()
 

@@ -52,8 +52,17 @@ def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
 
 def rows_come_in_runs(kernel: str, problem: Problem) -> str | None:
     mask = masks.get(problem.mask)
-    each = not mask.by_position or mask.tested or POSITION in mask.low.names | mask.high.names
-    return "rows do not come in runs that see the same keys" if kernel == "runs" and each else None
+    alike = mask.by_position and POSITION not in mask.low.names | mask.high.names and not mask.tested
+    if kernel != "runs" or (alike and problem.score == scores.NONE):
+        return None
+    return "no rows that follow one another see the same keys, with the same scores"
 
 
-LAWS: tuple[Law, ...] = (kernel_is_here, scores_are_known, rows_come_in_runs, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)
+LAWS: tuple[Law, ...] = (
+    kernel_is_here,
+    scores_are_known,
+    rows_come_in_runs,
+    class_is_kept,
+    scores_fit_memory,
+    fused_kernel_has_one_dim,
+)

@@ -109,7 +109,7 @@ class Mask:
         """Whether a position may see less than all keys after its first."""
         return self.high != EVERY_KEY
 
-    def seen(self, position: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
+    def seen(self, position: Any, q_len: Any, kv_len: Any, **own: Any) -> tuple[Any, Any]:
         """The keys [low, high) that positions (an integer, array or tensor) see, both within [0, kv_len]; a position whose low
         reaches its high sees none. ``own`` are the mask's integers, and what its limits hold there, as one integer or shaped
         to broadcast with positions, as q_len and kv_len may be too."""
