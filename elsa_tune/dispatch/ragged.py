@@ -14,7 +14,7 @@ from elsa_tune.errors import WrongArguments
 from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import Array
+from elsa_tune.parts.operand import Array, Operands
 
 Attention = Callable[..., Tensor]
 """attention()."""
@@ -42,18 +42,25 @@ class Ragged:
         self, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: Served, attention: Attention
     ) -> Tensor:
         """[tokens, heads, value_dim]: by ``served`` for all sequences at once, or else by ``attention`` for each."""
-        together = self.together(wanted)
-        if together is not None:
-            output = served(*map(_batch_of_one, (self.query, self.key, self.value)), together, scale, enable_gqa)
+        if self.says_it_together(wanted):
+            tensors = map(_batch_of_one, (self.query, self.key, self.value))
+            output = served(*tensors, _Together(self, wanted), scale, enable_gqa)
             if output is not None:
                 return output[0].transpose(0, 1)
         return self.one_by_one(wanted, scale, enable_gqa, attention)
 
-    def together(self, wanted: AttnMask) -> AttnMask | None:
-        """What ``wanted`` says within each sequence, said of all tokens as one sequence; None where ranges of keys cannot say it."""
+    def says_it_together(self, wanted: AttnMask) -> bool:
+        """Whether ranges of keys say which are seen, and scores are the same wherever a sequence begins."""
         mask, chain = masks.get(wanted.mask), scores.get(wanted.score)
-        if mask.tested or mask.by_position or not self._says_it_anywhere(wanted, chain):
-            return None
+        if mask.tested or mask.by_position:
+            return False
+        shapes = [(one.axes, wanted.operands[one.name].shape) for one in chain.arrays]
+        alike = all(n == 1 or axis == "heads" for axes, shape in shapes for axis, n in zip(axes, shape, strict=True))
+        return alike and (not chain.placed or (chain.relative and torch.equal(self.cu_q, self.cu_k)))
+
+    def together(self, wanted: AttnMask) -> AttnMask:
+        """What ``wanted`` says within each sequence, said of all tokens as one sequence."""
+        mask, chain = masks.get(wanted.mask), scores.get(wanted.score)
         token = torch.arange(len(self.query), device=self.cu_q.device)
         sequence = torch.bucketize(token, self.cu_q[1:-1], right=True)
         each = self.cu_q, self.cu_k, self.cu_q.diff(), self.cu_k.diff()
@@ -63,14 +70,6 @@ class Ragged:
         low, high = mask.seen(token - first_query, q_len, kv_len, **own, **limits)
         kept = {one.name: wanted.operands[one.name] for one in chain.operands}
         return AttnMask("ranges", wanted.score, {"first_key": first_key + low, "end_key": first_key + high, **kept})
-
-    def _says_it_anywhere(self, wanted: AttnMask, chain: scores.Chain) -> bool:
-        """Whether scores are the same wherever a sequence begins."""
-        sizes = [
-            (axis, n) for one in chain.arrays for axis, n in zip(one.axes, wanted.operands[one.name].shape, strict=True)
-        ]
-        alike = all(n == 1 or axis == "heads" for axis, n in sizes)
-        return alike and (not chain.placed or (chain.relative and torch.equal(self.cu_q, self.cu_k)))
 
     def _of_sequences(self, limit: Array, wanted: AttnMask) -> Tensor:
         """A limit, one for each sequence or for all. Raises WrongArguments, for what lies beyond keys on a CPU alone, where asking costs
@@ -83,29 +82,23 @@ class Ragged:
 
     def one_by_one(self, wanted: AttnMask, scale: float | None, enable_gqa: bool, attention: Attention) -> Tensor:
         """[tokens, heads, value_dim] by a call for each sequence; differentiable. Raises WrongArguments for arrays that fit no sequence."""
-        queries, keys = (
-            checked("cu_q", self.cu_q.tolist(), len(self.query)),
-            checked("cu_k", self.cu_k.tolist(), len(self.key)),
-        )
-        lengths = [
-            (end - first, high - low)
-            for (first, end), (low, high) in zip(pairwise(queries), pairwise(keys), strict=True)
-        ]
-        longest = {"q_len": max((q for q, _ in lengths), default=0), "kv_len": max((k for _, k in lengths), default=0)}
+        queries = _lengths(checked("cu_q", self.cu_q.tolist(), len(self.query)))
+        keys = _lengths(checked("cu_k", self.cu_k.tolist(), len(self.key)))
+        longest = {"q_len": max(queries, default=0), "kv_len": max(keys, default=0)}
         arrays = (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
         for one in arrays:
-            self._check(
-                one, wanted.operands[one.name], {"batch": self.sequences, "heads": self.query.shape[1], **longest}
-            )
+            sizes = {"batch": self.sequences, "heads": self.query.shape[1], **longest}
+            self._check(one, wanted.operands[one.name], sizes)
         made = [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])]
-        for i, (q_len, kv_len) in enumerate(lengths):
-            if q_len and not kv_len:
-                made.append(made[0].new_zeros(q_len, *made[0].shape[1:]))
-            elif q_len:
-                some = self.query[queries[i] :][:q_len], self.key[keys[i] :][:kv_len], self.value[keys[i] :][:kv_len]
-                own = {one.name: _slice(one, wanted.operands[one.name], i, q_len, kv_len) for one in arrays}
+        split = self.query.split(queries), self.key.split(keys), self.value.split(keys)
+        for i, (query, key, value) in enumerate(zip(*split, strict=True)):
+            if not len(key):
+                made.append(query.new_zeros(*query.shape[:2], value.shape[2]))
+            elif len(query):
+                own = {one.name: _slice(one, wanted.operands[one.name], i, len(query), len(key)) for one in arrays}
                 mask = AttnMask(wanted.mask, wanted.score, {**wanted.operands, **own}) if wanted is not NONE else None
-                output = attention(*map(_batch_of_one, some), attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+                tensors = map(_batch_of_one, (query, key, value))
+                output = attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
                 made.append(output[0].transpose(0, 1))
         return torch.cat(made)
 
@@ -118,6 +111,20 @@ class Ragged:
             raise WrongArguments(f"{array.name} {list(value.shape)} must broadcast to [{axes}] = {wanted}")
 
 
+class _Together(AttnMask):
+    """A ragged batch's mask over all tokens, whose ranges are computed when a kernel that takes them is ready."""
+
+    __slots__ = ("_batch", "_wanted")
+
+    def __init__(self, batch: Ragged, wanted: AttnMask) -> None:
+        kept = scores.get(wanted.score).operands
+        super().__init__(score=wanted.score, operands={one.name: wanted.operands[one.name] for one in kept})
+        self.mask, self._batch, self._wanted = "ranges", batch, wanted
+
+    def in_order(self, query: Tensor, key: Tensor) -> Operands:
+        return self._batch.together(self._wanted).in_order(query, key)
+
+
 def _batch_of_one(x: Tensor) -> Tensor:
     """[1, heads, tokens, dim] of [tokens, heads, dim]."""
     return x.transpose(0, 1).unsqueeze(0)
@@ -128,6 +135,10 @@ def _slice(array: Array, value: Tensor, sequence: int, q_len: int, kv_len: int) 
     own = slice(sequence, sequence + 1)
     of = {"batch": own, "heads": slice(None), "q_len": slice(q_len), "kv_len": slice(kv_len)}
     return value[tuple(slice(None) if n == 1 else of[axis] for axis, n in zip(array.axes, value.shape, strict=True))]
+
+
+def _lengths(cu: list[int]) -> list[int]:
+    return [end - first for first, end in pairwise(cu)]
 
 
 def checked(name: str, cu: list[int], tokens: int) -> list[int]:
