@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from elsa_tune.dispatch.load import load as load
     from elsa_tune.dispatch.states import attention_with_lse as attention_with_lse
     from elsa_tune.dispatch.states import merge as merge
+    from elsa_tune.dispatch.varlen import attention_varlen as attention_varlen
     from elsa_tune.problem import Problem as Problem
     from elsa_tune.tuning.tune import tune as tune
     from elsa_tune.variant import Variant as Variant
@@ -25,6 +26,7 @@ _HOME = {
     "Variant": "variant",
     "accuracy": "dispatch.exactness",
     "attention": "dispatch.attention",
+    "attention_varlen": "dispatch.varlen",
     "attention_with_lse": "dispatch.states",
     "load": "dispatch.load",
     "merge": "dispatch.states",
@@ -32,7 +34,7 @@ _HOME = {
 }
 __all__ = [
     "Device", "Problem", "Variant", "__version__",
-    "accuracy", "attention", "attention_with_lse", "load", "merge", "tune",
+    "accuracy", "attention", "attention_varlen", "attention_with_lse", "load", "merge", "tune",
 ]  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class AttnMask:
             raise WrongArguments(
                 f"attn_mask has {array.name} of {value.dtype}; it must be torch.bool, torch.float32 or query's {query.dtype}"
             )
-        if array.name in parts.get(self.mask).sequences and value.is_cpu and value.numel():
+        if array in parts.get(self.mask).limits and value.is_cpu and value.numel():
             low, high = (int(x) for x in value.aminmax())
             if low < 0 or high > key.shape[2]:
                 raise WrongArguments(
@@ -166,6 +166,19 @@ def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | 
     """Key padding: of sequence b, keys from ``start[b]`` (0 where nothing is given) up to ``kv_lengths[b]``; whole numbers [batch]."""
     ends = AttnMask("lengths", operands={"lengths": kv_lengths})
     return ends if start is None else ends & AttnMask("starts", operands={"starts": start})
+
+
+def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -> AttnMask:
+    """Of position i, keys from ``first_key[i]`` on that lie before ``end_key[i]``; whole numbers [q_len] or [batch, q_len], which grow or
+    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them). Raises WrongArguments where they fall
+    (on a CPU, where asking costs nothing)."""
+    made = AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
+    for name, x in made.operands.items():
+        if x.is_cpu and bool((x.diff() < 0).any()):
+            raise WrongArguments(
+                f"{name} falls; a position sees keys that begin and end no earlier than those of the one before"
+            )
+    return made
 
 
 def dense(seen: Tensor) -> AttnMask:

@@ -14,6 +14,7 @@ from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import score as scores
+from elsa_tune.parts.mask import MOST_COUNTED
 from elsa_tune.parts.operand import STATE, Array, Operand
 
 if TYPE_CHECKING:
@@ -166,14 +167,14 @@ class Problem:
         """(query, key) pairs of one head that the mask lets through, on average over the sequences of a typical batch."""
         return _pairs(self.mask, min(self.batch, _MOST_SEQUENCES), tuple(self.names.items()))
 
-    def seen(self, position: Any, **sequences: Any) -> tuple[Any, Any]:
-        """The keys [low, high) that the queries at these positions (an integer or a tensor) see; ``sequences`` are what the mask's
-        arrays hold of a sequence, or tensors of it that broadcast with positions."""
-        return masks.get(self.mask).seen(position, **self.names, **sequences)
+    def seen(self, position: Any, **limits: Any) -> tuple[Any, Any]:
+        """The keys [low, high) that the queries at these positions (an integer or a tensor) see; ``limits`` are what the mask's hold
+        there, integers or tensors that broadcast with positions."""
+        return masks.get(self.mask).seen(position, **self.names, **limits)
 
-    def dense(self, **sequences: Any) -> Tensor:
-        """bool [q_len, kv_len], or [..., q_len, kv_len] for sequences shaped [..., 1, 1]: whether a position sees a key."""
-        return masks.get(self.mask).dense(**self.names, **sequences)
+    def dense(self, **limits: Any) -> Tensor:
+        """bool [q_len, kv_len], or [..., q_len, kv_len] for limits shaped [..., 1 or q_len, 1]: whether a position sees a key."""
+        return masks.get(self.mask).dense(**self.names, **limits)
 
     @property
     def declared(self) -> tuple[Operand, ...]:
@@ -194,7 +195,7 @@ class Problem:
 
     @property
     def names(self) -> dict[str, int]:
-        """What the bounds of the mask are of, beside positions and sequences."""
+        """What the bounds of the mask are of, beside positions and limits."""
         own = zip(masks.get(self.mask).integers, self.numbers.values(), strict=False)
         return {"q_len": self.q_len, "kv_len": self.kv_len, **{name: int(value) for name, value in own}}
 
@@ -295,10 +296,8 @@ _MOST_SEQUENCES = 64
 @lru_cache(maxsize=4096)
 def _pairs(mask: str, batch: int, names: tuple[tuple[str, int], ...]) -> int:
     one, known = masks.get(mask), dict(names)
-    drawn = {
-        array.name: array.typical({"batch": batch, **known}) for array in one.arrays if array.name in one.sequences
-    }
-    counts = [
-        one.pairs(**known, **{name: each[i] for name, each in drawn.items()}) for i in range(batch if drawn else 1)
-    ]
+    sizes = {**known, "batch": batch, "q_len": min(known["q_len"], MOST_COUNTED)}
+    drawn = {limit.name: limit.typical(sizes) for limit in one.limits}
+    each = max((len(x) for x in drawn.values()), default=1)
+    counts = [one.pairs(**known, **{name: x[i % len(x)] for name, x in drawn.items()}) for i in range(each)]
     return sum(counts) // len(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,14 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.generate import sdpa
+from elsa_tune.device import host_cpu
+from elsa_tune.generate import lawful, sdpa
+from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Built
-from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.posed import Posed, posed
+from elsa_tune.generate.sdpa.block_masks import block_mask
+from elsa_tune.generate.sdpa.derived import Derived
+from elsa_tune.generate.sdpa.runs import RunsKernel, runs
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -88,6 +94,52 @@ def test_block_masks_of_sequences_are_torchs(mask: str) -> None:
     batch, position, key = torch.arange(4)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len)
     assert torch.equal(mine.mask_mod(batch, None, position, key).expand(4, q_len, kv_len), dense)
     assert torch.equal(mine.to_dense(), torchs.to_dense())
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_block_masks_of_ranges_are_torchs(turn: int) -> None:
+    """But for blocks that lie between those of their first and last row and nobody sees, where rows in between see nothing."""
+    q_len, kv_len = 300, 200
+    problem = Problem(head_dim=1, mask="ranges", batch=2, q_len=q_len, kv_len=kv_len)
+    own = given.named(problem, given.example(problem, turn))
+    mine = block_mask(Posed(problem, own, torch.device("cpu")))
+    dense = Posed(problem, own, torch.device("cpu")).dense().expand(2, 1, q_len, kv_len)[:, 0]
+    torchs = create_block_mask(lambda b, h, i, j: dense[b, i, j], 2, None, q_len, kv_len, device="cpu")
+    batch, position, key = torch.arange(2)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len)
+    assert torch.equal(mine.mask_mod(batch, None, position, key).expand(2, q_len, kv_len), dense)
+    kept, needed = mine.to_dense().expand(2, 1, -1, -1), torchs.to_dense()
+    assert torch.equal(kept, needed) if dense.any(2).all() else bool((kept >= needed).all())
+
+
+@pytest.mark.parametrize("order", ["bhsd", "bshd"])
+@pytest.mark.parametrize("turn", range(-1, 3))
+def test_rows_that_see_the_same_keys_are_one_call(turn: int, order: str) -> None:
+    problem = Problem.parse(f"fp32.d16.ranges@b2.h4.kv2.q50.k60.{order}".removesuffix(".bhsd"))
+    x = reference.random_inputs(problem, torch.Generator().manual_seed(0)).ordered(problem.orders)
+    operands = given.example(problem, turn) if turn >= 0 else given.typical(problem)
+    lse = torch.empty(2, 4, 50)
+    out = RunsKernel(problem)(x.query, x.key, x.value, lse=lse, operands=operands)
+    case, rows = replace(x, operands=operands), reference.every_row(problem)
+    truth, sums = reference.attention_rows_with_lse(problem, case, rows)
+    assert reference.measure_error(problem, case, rows, out, truth).allowed
+    assert not reference.lse_trouble(problem, case, rows, lse, sums)
+    assert out.stride() == torch.empty_like(x.query).stride()
+
+
+def test_runs_are_sequences_and_raced_for_what_has_some() -> None:
+    problem = Problem.parse("fp32.d16.ranges@b1.h2.q6.k6")
+    x = torch.zeros(1, 2, 6, 16)
+    assert runs(posed(problem, given.example(problem, 0), x, x)) == [[[0, 1, 0, 1], [1, 3, 1, 3], [3, 6, 3, 6]]]
+    kernel = parse("sdpa.runs")
+    assert lawful.refusal(kernel, problem, host_cpu()) is None
+    for other in (
+        "fp32.d16",
+        "fp32.d16.lengths",
+        "fp32.d16.causal+ranges",
+        "fp32.d16.dense+ranges",
+        "fp32.d16.ranges.alibi",
+    ):
+        assert lawful.refusal(kernel, Problem.parse(other), host_cpu())
 
 
 def test_what_is_made_of_operands_is_made_once_and_anew_for_others() -> None:

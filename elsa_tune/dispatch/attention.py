@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from elsa_tune.device import Device, of_tensor, tf32_allowed
-from elsa_tune.dispatch import exactness, fallback, handovers, meaning, shelf
+from elsa_tune.dispatch import exactness, fallback, handovers, meaning, ragged, shelf
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
@@ -36,6 +36,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters a
 _is_tracing = torch._C._is_tracing  # a recorded trace would hold the allocation of the output, and no kernel
 _transforms = torch._C._functorch.peek_interpreter_stack  # functorch's tensors have no memory of their own
 _SCALES = frozenset((type(None), float))
+_JAGGED = torch.jagged
 
 
 def attention(
@@ -98,13 +99,38 @@ def attention(
                 raise
             except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
                 _hand_over(error, query, key, value, wanted, enable_gqa)
+    elif query.layout is _JAGGED and not dropout_p and isinstance(attn_mask, AttnMask | None):
+        output = _of_nested(query, key, value, attn_mask or NONE, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output
     return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
-def serve_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor] | None:
-    """The output and its log-sum-exp [batch, heads, q_len] by a kernel that is ready, or None."""
+def _of_nested(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
+    """Ragged batches as torch has them, nested tensors [batch, heads, ragged, dim]; None for others, and where torch's call must be seen."""
+    if (
+        _is_compiling()
+        or _dispatch_modes()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or _transforms() is not None
+    ):
+        return None
+    batch = ragged.opened(query, key, value)
+    if batch is None:
+        return None
+    return ragged.closed(
+        batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, attention), query
+    )
+
+
+def served(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool,
+    lse: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The output by a kernel that is ready, which needs no gradients, or None; ``lse`` [batch, heads, q_len] receives the log-sum-exp."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
     observed = _dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -116,9 +142,8 @@ def serve_with_lse(
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, wanted, enable_gqa)
     if serve is _torch_serves:
         return None
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     try:
-        return serve(query, key, value, scale, None, lse, wanted.in_order(query, key)), lse
+        return serve(query, key, value, scale, None, lse, wanted.in_order(query, key))
     except WrongArguments:
         raise
     except Exception as error:

@@ -43,8 +43,10 @@ def attention_with_lse(
                 " elsa_tune.masks, or torch.bool, torch.float32 or of query's dtype and broadcast to them, without is_causal"
             )
         wanted = found
-    if served := dispatch.serve_with_lse(query, key, value, wanted, scale, enable_gqa):
-        return served
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    served = dispatch.served(query, key, value, wanted, scale, enable_gqa, lse)
+    if served is not None:
+        return served, lse
     output = fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
     family = wanted.of(Problem(head_dim=query.shape[3]))
     return output, logsumexp(query, key, family, wanted.in_order(query, key), scale)

@@ -17,7 +17,7 @@ def of_family(problem: Problem) -> dict[str, Any]:
     """The mask, the scores, whether anything is done to scores and asks where they are, and the arguments of operands."""
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     tested = bool(mask.tested)
-    bounds = mask.sequences
+    bounds = {limit.name for limit in mask.limits}
     reads = [one for one in problem.declared if isinstance(one, Array) and one.name not in bounds]
     return {
         "mask": mask,

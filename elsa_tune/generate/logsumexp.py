@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.generate.operands import named, of_sequences
+from elsa_tune.generate.operands import limits_at, named
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -16,10 +16,10 @@ from elsa_tune.parts.operand import Operands
 from elsa_tune.problem import Problem
 
 
-def hidden(problem: Problem, position: Tensor, key: Tensor, sequence: Mapping[str, Any]) -> Tensor:
-    """Which keys lie outside the bounds of the queries at these positions [rows, 1], [rows, keys], or for sequences shaped [..., 1, 1]
+def hidden(problem: Problem, position: Tensor, key: Tensor, limits: Mapping[str, Any]) -> Tensor:
+    """Which keys lie outside the bounds of the queries at these positions [rows, 1], [rows, keys], or for limits shaped [..., 1 or rows, 1]
     [..., rows, keys]."""
-    low, high = problem.seen(position, **sequence)
+    low, high = problem.seen(position, **limits)
     outside: Tensor = (key < low) | (key >= high)
     return outside
 
@@ -36,7 +36,6 @@ def logsumexp(
     posed, mask, chain = family.reshaped(**shape), masks.get(family.mask), scores.get(family.score)
     own = named(posed, operands)
     posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
-    sequences = of_sequences(posed, own, dims=3)
     of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
     place: dict[str, Any] = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
     place["behind"] = kv_len - q_len
@@ -48,7 +47,8 @@ def logsumexp(
         position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
         logits = chain.of(logits, own, position=position, **place)
         if family.mask != NONE:
-            logits = logits.masked_fill(hidden(posed, position, of_key, sequences), float("-inf"))
+            limits = limits_at(posed, own, batch=place["batch"], position=position)
+            logits = logits.masked_fill(hidden(posed, position, of_key, limits), float("-inf"))
         if mask.tested:
             logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
         sums = torch.logsumexp(logits, -1)

@@ -40,7 +40,7 @@ def example(problem: Problem, turn: int) -> Operands:
     mask, sizes, numbers = masks.get(problem.mask), _sizes(problem), problem.numbers
 
     def made(array: Array) -> Tensor:
-        if array.name in mask.sequences:
+        if array.name in mask.examples[0]:
             each = [mask.examples[(turn + i) % len(mask.examples)][array.name] for i in range(problem.batch)]
             return _made(array, each)
         return _made(array, (array.hostile[turn % len(array.hostile)] if array.hostile else array.typical)(sizes))
@@ -72,9 +72,6 @@ def places(problem: Problem, device: torch.device) -> dict[str, Any]:
     return {**index, "behind": problem.kv_len - problem.q_len}
 
 
-def of_sequences(problem: Problem, own: Mapping[str, Any], batch: int | None = None, dims: int = 2) -> dict[str, Any]:
-    """What the mask's bounds read of each sequence: of one, as an integer, or of all, as tensors [batch, 1, ...] of ``dims`` more."""
-    arrays = {name: own[name] for name in masks.get(problem.mask).sequences}
-    if batch is None:
-        return {name: x.view(-1, *[1] * dims) for name, x in arrays.items()}
-    return {name: int(x[batch % len(x)]) for name, x in arrays.items()}
+def limits_at(problem: Problem, own: Mapping[str, Any], **place: Any) -> dict[str, Any]:
+    """What the mask's limits hold at places, batch= and position=: indices, or tensors of them that broadcast."""
+    return {limit.name: limit.at(own[limit.name], place) for limit in masks.get(problem.mask).limits}

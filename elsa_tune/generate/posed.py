@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.generate.operands import named, of_sequences, places
+from elsa_tune.generate.operands import limits_at, named, places
 from elsa_tune.generate.tensors import kernel_arguments
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
@@ -27,12 +27,12 @@ class Posed:
 
     def dense(self) -> Tensor:
         """bool [q_len, kv_len] or [batch or 1, heads or 1, q_len, kv_len]: which pairs are seen."""
-        sequences = of_sequences(self.problem, self.own, dims=3)
-        seen = self.problem.dense(**{name: x.cpu() for name, x in sequences.items()}).to(self.device)
+        everywhere = places(self.problem, self.device)
+        limits = limits_at(self.problem, self.own, batch=everywhere["batch"], position=everywhere["position"])
+        seen = self.problem.dense(**{name: x.cpu() for name, x in limits.items()}).to(self.device)
         mask = masks.get(self.problem.mask)
         if not mask.tested:
             return seen
-        everywhere = places(self.problem, self.device)
         passed: Tensor = mask.passes(self.own, **{name: everywhere[name] for name in PLACES.values()})
         return seen & passed
 

@@ -14,6 +14,9 @@ from typing import Any
 
 Two = Callable[[Any, Any], Any]
 
+POSITION = "position"
+"""What a bound grows with."""
+
 
 @dataclass(frozen=True)
 class Algebra:
@@ -96,9 +99,6 @@ class Bound:
     def written(self, notation: str, names: Mapping[str, str] | None = None) -> str:
         """The expression, fully parenthesised, in one of NOTATIONS; ``names`` says what its names are called there."""
         return str(_folded(_tree(self.text), _text(names or {}, *NOTATIONS[notation])))
-
-
-POSITION = "position"
 
 
 def _first_beyond(node: ast.expr, key: str, text: str) -> str:

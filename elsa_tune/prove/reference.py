@@ -115,8 +115,7 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     position, heads = (x.to(query.device)[:, None] for x in (rows.position, rows.head))
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     own = given.named(problem, inputs.operands)
-    sequence = given.of_sequences(problem, own, batch)
-
+    limits = given.limits_at(problem, own, batch=batch, position=position)
     behind = {"behind": problem.kv_len - problem.q_len}
 
     def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,7 +125,7 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
             place = {"batch": batch, "head": heads, "position": position, "key": index, **behind}
             logits = chain.of(query @ key.T, own, **place)
             if problem.mask != NONE:
-                logits = logits.masked_fill(hidden(problem, position, index, sequence), -math.inf)
+                logits = logits.masked_fill(hidden(problem, position, index, limits), -math.inf)
             if mask.tested:
                 logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
             yield logits, value

@@ -53,7 +53,8 @@ def logits(problem: Problem, query: Tensor, key: Tensor, operands: tuple[Any, ..
     place = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
     where = dict(zip(("batch", "head", "position", "key"), place, strict=True))
     scores = parts_of_scores.get(posed.score).of(scores, own, **where)
-    return scores.masked_fill(~posed.dense(**given.of_sequences(posed, own, dims=3)), float("-inf"))
+    limits = given.limits_at(posed, own, batch=where["batch"][..., :1], position=where["position"][..., :1])
+    return scores.masked_fill(~posed.dense(**limits), float("-inf"))
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:

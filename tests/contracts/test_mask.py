@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
@@ -12,6 +15,7 @@ from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem
 from elsa_tune.generate import backends
 from elsa_tune.parts import mask
+from elsa_tune.parts.bound import Bound
 from elsa_tune.parts.mask import Mask
 from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
@@ -20,65 +24,105 @@ PAIRS = ["+".join(two) for two in itertools.combinations([n for n in mask.names(
 LENGTHS = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5), (33, 50)]
 
 
-def by_definition(one: Mask, q_len: int, kv_len: int, integers: dict[str, int]) -> list[list[bool]]:
+def examples(one: Mask, q_len: int, kv_len: int) -> list[dict[str, Any]]:
+    """Its integers and limits in each of its examples, of one sequence: an integer, or by position an array."""
+    sizes = {"batch": 1, "q_len": q_len, "kv_len": kv_len}
+    turns = max(len(one.examples), *[len(limit.hostile) for limit in one.by_position], 1)
+    made = [dict(one.examples[turn % len(one.examples)]) for turn in range(turns)]
+    for limit in one.by_position:
+        for turn, example in enumerate(made):
+            example[limit.name] = np.broadcast_to(limit.hostile[turn % len(limit.hostile)](sizes), (1, q_len))[0].copy()
+    return made
+
+
+def at(own: dict[str, Any], position: int) -> dict[str, int]:
+    return {name: x if isinstance(x, int) else int(x[position]) for name, x in own.items()}
+
+
+def by_rows(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: x if isinstance(x, int) else torch.as_tensor(x)[:, None] for name, x in own.items()}
+
+
+def by_definition(one: Mask, q_len: int, kv_len: int, own: dict[str, Any]) -> list[list[bool]]:
     """Each key asked of each position, in Python's integers."""
 
     def sees(position: int, key: int) -> bool:
-        names = {"position": position, "q_len": q_len, "kv_len": kv_len, **integers}
+        names = {"position": position, "q_len": q_len, "kv_len": kv_len, **at(own, position)}
         return one.low.value(**names) <= key < one.high.value(**names)
 
     return [[sees(i, j) for j in range(kv_len)] for i in range(q_len)]
+
+
+def cases(one: Mask) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    for q_len, kv_len in LENGTHS:
+        for own in examples(one, q_len, kv_len):
+            yield q_len, kv_len, own
 
 
 @pytest.mark.parametrize("name", [*mask.names(), *PAIRS])
 class TestContract:
     def test_bounds_grow_with_the_position(self, name: str) -> None:
         one = mask.get(name)
-        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
-            seen = [one.seen(i, q_len, kv_len, **integers) for i in range(q_len)]
+        for q_len, kv_len, own in cases(one):
+            seen = [one.seen(i, q_len, kv_len, **at(own, i)) for i in range(q_len)]
             assert seen == sorted(seen) and sorted(high for _, high in seen) == [high for _, high in seen]
             assert all(0 <= low <= kv_len and 0 <= high <= kv_len for low, high in seen)
 
     def test_dense_and_counted(self, name: str) -> None:
         one = mask.get(name)
-        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
-            expected = by_definition(one, q_len, kv_len, dict(integers))
-            dense = one.dense(q_len, kv_len, **integers)
+        for q_len, kv_len, own in cases(one):
+            expected = by_definition(one, q_len, kv_len, own)
+            dense = one.dense(q_len, kv_len, **by_rows(own))
             assert dense.shape == (q_len, kv_len) and dense.tolist() == expected
-            assert one.pairs(q_len, kv_len, **integers) == sum(map(sum, expected))
+            assert one.pairs(q_len, kv_len, **own) == sum(map(sum, expected))
 
-    def test_positions_that_see_a_key(self, name: str) -> None:
+    def test_lengths_of_several_sequences_at_once(self, name: str) -> None:
+        """Positions of sequences that follow one another, with lengths of their own."""
         one = mask.get(name)
-        for (q_len, kv_len), integers in itertools.product(LENGTHS, one.examples):
-            dense = by_definition(one, q_len, kv_len, dict(integers))
-            for key in range(kv_len):
-                first, end = one.seeing(key, q_len, kv_len, **integers)
-                assert [first <= i < end for i in range(q_len)] == [row[key] for row in dense]
+        each = [(i, q_len, kv_len, at(own, i)) for q_len, kv_len, own in cases(one) for i in range(q_len)]
+        position, q_len, kv_len = (torch.tensor([row[n] for row in each]) for n in range(3))
+        own = {name: torch.tensor([row[3][name] for row in each]) for name in each[0][3]}
+        low, high = one.seen(position, q_len, kv_len, **own)
+        expected = [one.seen(*row[:3], **row[3]) for row in each]
+        assert list(zip(low.tolist(), high.tolist(), strict=True)) == expected
 
     def test_examples_cut_inside_small_shapes(self, name: str) -> None:
         one = mask.get(name)
-        assert all(set(example) == {*one.integers, *one.sequences} for example in one.examples)
-        cut = [one.pairs(12, 12, **example) < 144 for example in one.examples]
-        assert any(cut) or name == mask.NONE or not (one.cuts_front or one.cuts_back)
+        of_sequences = {limit.name for limit in one.limits if limit not in one.by_position}
+        assert all(set(example) == {*one.integers, *of_sequences} for example in one.examples)
+        cut = [one.pairs(12, 12, **own) < 144 for own in examples(one, 12, 12)]
+        assert any(cut) or not (one.cuts_front or one.cuts_back)
 
     def test_what_a_tile_skips_and_need_not_test(self, name: str) -> None:
         """Keys that some position of a tile sees lie in [low(first), high(last)), those that all see fill [low(last), high(first))."""
         one = mask.get(name)
-        for (q_len, kv_len), integers, rows in itertools.product(LENGTHS, one.examples, (1, 4, 8)):
-            dense = torch.tensor(by_definition(one, q_len, kv_len, dict(integers)))
+        for (q_len, kv_len, own), rows in itertools.product(cases(one), (1, 4, 8)):
+            dense = torch.tensor(by_definition(one, q_len, kv_len, own))
             for first in range(0, q_len, rows):
                 last = min(first + rows, q_len) - 1
-                (low, common_high), (common_low, high) = (one.seen(i, q_len, kv_len, **integers) for i in (first, last))
+                by_first, by_last = (one.seen(i, q_len, kv_len, **at(own, i)) for i in (first, last))
+                (low, common_high), (common_low, high) = by_first, by_last
                 tile = dense[first : last + 1]
                 assert not tile[:, :low].any() and not tile[:, high:].any()
                 assert tile[:, common_low : max(common_low, common_high)].all()
+
+
+@pytest.mark.parametrize("name", [name for name in (*mask.names(), *PAIRS) if not mask.get(name).by_position])
+def test_positions_that_see_a_key(name: str) -> None:
+    one = mask.get(name)
+    for q_len, kv_len, own in cases(one):
+        dense = by_definition(one, q_len, kv_len, own)
+        for key in range(kv_len):
+            first, end = one.seeing(key, q_len, kv_len, **own)
+            assert [first <= i < end for i in range(q_len)] == [row[key] for row in dense]
 
 
 @pytest.mark.parametrize("name", [name for name in mask.names() if not mask.of_one_file(name).tested])
 def test_the_picture_drawn_by_hand(name: str) -> None:
     one = mask.of_one_file(name)
     drawn = [[cell == "x" for cell in row] for row in one.picture.split()]
-    assert one.dense(len(drawn), len(drawn[0]), **one.examples[0]).tolist() == drawn
+    own = by_rows(examples(one, len(drawn), len(drawn[0]))[0])
+    assert one.dense(len(drawn), len(drawn[0]), **own).tolist() == drawn
 
 
 @pytest.mark.parametrize("name", [n for n in mask.names() if mask.of_one_file(n).torchs])
@@ -114,6 +158,33 @@ def test_each_sequence_of_a_batch_has_its_own_bounds() -> None:
     assert [[["x."[not cell] for cell in row] for row in one] for one in seen] == [
         [list(row) for row in one.split()] for one in drawn
     ]
+
+
+def test_limits_by_position_grow_in_races_too_and_what_may_fall_is_refused() -> None:
+    for name in mask.names():
+        for limit in mask.of_one_file(name).by_position:
+            for q_len, kv_len in ((1, 1), (3, 400), (4096, 77)):
+                drawn = np.asarray(limit.typical({"batch": 2, "q_len": q_len, "kv_len": kv_len}))
+                assert (
+                    drawn.shape[-1] == q_len
+                    and (np.diff(drawn) >= 0).all()
+                    and 0 <= drawn.min() <= drawn.max() <= kv_len
+                )
+    of_positions = Array("last", "int64", ("batch", "q_len"), lambda sizes: [[0]])
+    assert Mask("grows", "", high=Bound("min(last, position + 1)"), arrays=(of_positions,)).by_position == (
+        of_positions,
+    )
+    with pytest.raises(ValueError, match="not seen to grow"):
+        Mask("falls", "", high=Bound("kv_len - last"), arrays=(of_positions,))
+
+
+def test_what_is_counted_by_position_is_a_typical_batch() -> None:
+    """Sixteen sequences that see themselves; of many positions as many are counted as fit memory."""
+    each = [35 + 31 * n for n in range(16)]
+    pairs = Problem(head_dim=4, mask="ranges", q_len=sum(each), kv_len=sum(each)).seen_pairs
+    assert pairs == sum(n * n for n in each)
+    many = Problem(head_dim=4, mask="ranges", q_len=sum(each) << 12, kv_len=sum(each), batch=3).seen_pairs
+    assert abs(many / (pairs << 12) - 1) < 1e-3
 
 
 def test_an_array_that_nothing_reads_is_refused() -> None:

@@ -11,6 +11,7 @@ from elsa_tune.device import Device
 from elsa_tune.generate.backends import Built, Gradients, Kernel
 from elsa_tune.generate.sdpa.call import BACKENDS, AutogradKernel, EagerKernel, FlexKernel, SdpaKernel
 from elsa_tune.generate.sdpa.laws import LAWS
+from elsa_tune.generate.sdpa.runs import RunsKernel
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import operator as operators
 from elsa_tune.problem import Problem
@@ -62,7 +63,7 @@ def find(digest: str) -> Built | None:
 def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The chosen kernel, or the gradients through it."""
     name = str(variant.axes["kernel"])
-    kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel}
+    kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel, "runs": RunsKernel}
     kernel = kernels[name](problem) if name in kernels else SdpaKernel(BACKENDS[name], problem)
     return kernel if problem.direction == "forward" else AutogradKernel(kernel)
 

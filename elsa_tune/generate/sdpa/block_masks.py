@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elsa_tune.generate.operands import of_sequences
+from elsa_tune.generate.operands import limits_at
 from elsa_tune.generate.posed import Posed
 from elsa_tune.parts import mask as masks
 
@@ -28,7 +28,7 @@ def block_mask(posed: Posed) -> Any:
     rows, columns = -(-q_len // BLOCK), -(-kv_len // BLOCK)
     row = torch.arange(rows, dtype=torch.int32, device=device)
     first = row * BLOCK
-    (low, common_high), (common_low, high) = (_seen(posed, x) for x in (first, (first + BLOCK).clip(max=q_len) - 1))
+    (low, common_high), (common_low, high) = (bounds_at(posed, x) for x in (first, (first + BLOCK).clip(max=q_len) - 1))
     begin = low // BLOCK
     end = torch.where(low < high, -(-high // BLOCK), begin)
     full_begin, full_end = -(-common_low // BLOCK), common_high // BLOCK
@@ -51,26 +51,27 @@ def block_mask(posed: Posed) -> Any:
     )
 
 
-def _seen(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 bounds [batch or 1, positions]."""
-    sequences = of_sequences(posed.problem, posed.own, dims=1)
-    each = max((len(x) for x in sequences.values()), default=1)
-    low, high = (torch.zeros_like(position) + x for x in posed.problem.seen(position, **sequences))
+def bounds_at(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys [low, high) positions see, int32 [batch or 1, positions]."""
+    each = max((len(posed.own[limit.name]) for limit in masks.get(posed.problem.mask).limits), default=1)
+    limits = limits_at(
+        posed.problem, posed.own, batch=torch.arange(each, device=posed.device)[:, None], position=position
+    )
+    low, high = (torch.zeros_like(position) + x for x in posed.problem.seen(position, **limits))
     return low.expand(each, -1).int(), high.expand(each, -1).int()
 
 
 def _function(posed: Posed) -> Any:
     """What FlexAttention asks of a pair: no more than the bounds that cut, and the tests."""
     mask, names, own = masks.get(posed.problem.mask), posed.problem.names, posed.own
-    sequences = {name: own[name].expand(posed.problem.batch) for name in mask.sequences}
 
     def sees(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
-        of_batch = {name: x[batch] for name, x in sequences.items()}
+        limits = limits_at(posed.problem, own, batch=batch, position=position)
         seen: list[Any] = []
         if mask.cuts_front:
-            seen.append(key >= mask.low.value(position=position, **names, **of_batch))
+            seen.append(key >= mask.low.value(position=position, **names, **limits))
         if mask.cuts_back:
-            seen.append(key < mask.high.value(position=position, **names, **of_batch))
+            seen.append(key < mask.high.value(position=position, **names, **limits))
         if mask.tested:
             seen.append(mask.passes(own, batch=batch, head=head, position=position, key=key))
         both: Tensor = seen[0]

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from elsa_tune.device import Device
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
+from elsa_tune.parts.bound import POSITION
 from elsa_tune.problem import Problem
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
     """A kernel that torch has not for the device, or not for the dtype there, would fail."""
     if not device.is_gpu:
-        return None if kernel in ("flash", "math", "eager") else f"{kernel} is not raced on CPUs"
+        return None if kernel in ("flash", "math", "eager", "runs") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
         return "cuDNN runs on NVIDIA GPUs"
     if kernel in ("flash", "cudnn") and not elements.get(problem.dtype).narrow:
@@ -53,4 +55,19 @@ def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
     return None
 
 
-LAWS: tuple[Law, ...] = (kernel_is_here, scores_are_known, class_is_kept, scores_fit_memory, fused_kernel_has_one_dim)
+def rows_come_in_runs(kernel: str, problem: Problem) -> str | None:
+    mask = masks.get(problem.mask)
+    alike = mask.by_position and POSITION not in mask.low.names | mask.high.names and not mask.tested
+    if kernel != "runs" or (alike and problem.score == scores.NONE):
+        return None
+    return "no rows that follow one another see the same keys, with the same scores"
+
+
+LAWS: tuple[Law, ...] = (
+    kernel_is_here,
+    scores_are_known,
+    rows_come_in_runs,
+    class_is_kept,
+    scores_fit_memory,
+    fused_kernel_has_one_dim,
+)

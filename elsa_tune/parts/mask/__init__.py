@@ -6,9 +6,9 @@ from functools import cache
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.parts._registry import files_of, found
-from elsa_tune.parts.mask._base import Mask, intersection
+from elsa_tune.parts.mask._base import MOST_COUNTED, Mask, intersection
 
-__all__ = ["CAUSAL", "NONE", "Mask", "get", "names", "of_one_file"]
+__all__ = ["CAUSAL", "MOST_COUNTED", "NONE", "Mask", "get", "names", "of_one_file"]
 
 NONE = "none"
 

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from elsa_tune.parts.bound import EVERY_KEY, ZERO, Bound, least_of, most_of
+from elsa_tune.parts.bound import EVERY_KEY, POSITION, ZERO, Bound, least_of, most_of
 from elsa_tune.parts.operand import Array, Number, Operand, values_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LENGTHS = frozenset(("position", "q_len", "kv_len"))
-"""What a bound may be of, beside the mask's own integers, and arrays of one integer for each sequence of a batch."""
+LENGTHS = frozenset((POSITION, "q_len", "kv_len"))
+"""What a bound may be of, beside the mask's own integers and its limits."""
+
+LIMITS = (("batch",), ("batch", "q_len"))
+"""Axes of an array that bounds may be of: it holds an integer for each sequence of a batch, or one for each position."""
 
 MOST_COUNTED = 1 << 22
 """Positions that are counted one by one; of more, as many are sampled evenly."""
@@ -23,9 +26,9 @@ MOST_COUNTED = 1 << 22
 class Mask:
     """The query at ``position`` sees keys low <= key < high. Both bounds grow with the position, or stay.
 
-    ``integers`` are its own, part of a problem's shape; ``arrays`` come with the tensors. ``examples`` are values that cut inside
-    small shapes, of its integers and, for one sequence, of arrays with one integer for each. ``picture`` is the first example
-    written out by hand, a line a position: x where a key is seen.
+    ``integers`` are its own, part of a problem's shape; ``arrays`` come with the tensors, and what bounds read by position must grow
+    with it too. ``examples`` are values that cut inside small shapes, of its integers and, for one sequence, of arrays with one
+    integer for each. ``picture`` is the first example written out by hand, a line a position: x where a key is seen.
     ``torchs`` names torch's own form, where it has one: is_causal or causal_lower_right.
     ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own)`` says whether pairs are seen, of what
     its arrays hold there; ``placed``: it asks where that is too, batch=, head=, position=, key=. Each language has a text of it.
@@ -45,19 +48,33 @@ class Mask:
     of: tuple[Mask, ...] = ()
 
     def __post_init__(self) -> None:
-        if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers) - set(self.sequences):
+        limits = {one.name for one in self.limits}
+        if unknown := (self.low.names | self.high.names) - LENGTHS - set(self.integers) - limits:
             raise ValueError(f"mask {self.name}: its bounds are of {', '.join(sorted(unknown))}, which nothing gives")
-        unread = {one.name for one in self.arrays} - set(self.sequences)
+        unread = {one.name for one in self.arrays} - limits
         if unread and not self.tested:
             raise ValueError(f"mask {self.name}: nothing reads {', '.join(sorted(unread))}; its bounds or a test must")
+        growing = {one.name: POSITION for one in self.by_position}
         for bound in (self.low, self.high):
-            _ = bound.first_beyond  # raises ValueError where a bound may fall
+            _ = Bound(bound.written("python", growing)).first_beyond  # raises ValueError where a bound may fall
 
     @property
-    def sequences(self) -> tuple[str, ...]:
-        """Its arrays that hold one integer for each sequence of a batch and that its bounds are of."""
-        each = [one.name for one in self.arrays if one.axes == ("batch",) and one.dtype == "int64"]
-        return tuple(name for name in each if name in self.low.names | self.high.names)
+    def limits(self) -> tuple[Array, ...]:
+        """Its arrays that its bounds are of."""
+        each = [one for one in self.arrays if one.axes in LIMITS and one.dtype == "int64"]
+        return tuple(one for one in each if one.name in self.low.names | self.high.names)
+
+    @property
+    def by_position(self) -> tuple[Array, ...]:
+        """Those that hold an integer for each position."""
+        return tuple(one for one in self.limits if "q_len" in one.axes)
+
+    @property
+    def bounded_by(self) -> tuple[str, ...]:
+        """What its bounds are of in kernels, beside position and lengths: integers, limits, or of those by position the pointer to a
+        sequence's own and the stride."""
+        by_position = {limit.name: (limit.data, limit.strides[1]) for limit in self.by_position}
+        return (*self.integers, *(name for one in self.limits for name in by_position.get(one.name, (one.name,))))
 
     @property
     def tested(self) -> tuple[Mask, ...]:
@@ -92,26 +109,28 @@ class Mask:
         """Whether a position may see less than all keys after its first."""
         return self.high != EVERY_KEY
 
-    def seen(self, position: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
+    def seen(self, position: Any, q_len: Any, kv_len: Any, **own: Any) -> tuple[Any, Any]:
         """The keys [low, high) that positions (an integer, array or tensor) see, both within [0, kv_len]; a position whose low
-        reaches its high sees none. ``own`` are the mask's integers, and what each sequence has, as one integer or shaped
-        to broadcast with positions."""
+        reaches its high sees none. ``own`` are the mask's integers, and what its limits hold there, as one integer or shaped
+        to broadcast with positions, as q_len and kv_len may be too."""
         names = {"position": position, "q_len": q_len, "kv_len": kv_len, **own}
         return _within(self.low.value(**names), kv_len), _within(self.high.value(**names), kv_len)
 
     def seeing(self, key: Any, q_len: int, kv_len: int, **own: Any) -> tuple[Any, Any]:
-        """The positions [first, end) that see a key (an integer, array or tensor within [0, kv_len)), both within [0, q_len]."""
+        """The positions [first, end) that see a key (an integer, array or tensor within [0, kv_len)), both within [0, q_len], of a
+        mask that has no limits by position."""
         names = {"key": key, "q_len": q_len, "kv_len": kv_len, **own}
         first, end = self.high.first_beyond.value(**names), self.low.first_beyond.value(**names)
         return _within(first, q_len), _within(end, q_len)
 
-    def pairs(self, q_len: int, kv_len: int, **own: int) -> int:
-        """(position, key) pairs of one sequence within the bounds; of more than MOST_COUNTED positions, estimated."""
+    def pairs(self, q_len: int, kv_len: int, **own: Any) -> int:
+        """(position, key) pairs of one sequence within the bounds; of more than MOST_COUNTED positions, estimated. Limits are
+        integers, or by position arrays of as many as are counted."""
         if not self.cuts_front and not self.cuts_back:
             return q_len * kv_len
         import numpy as np
 
-        counted = min(q_len, MOST_COUNTED)
+        counted = min(q_len, MOST_COUNTED, *(len(own[one.name]) for one in self.by_position))
         position = np.arange(counted, dtype=np.int64)
         if counted < q_len:
             position = np.linspace(0, q_len - 1, counted).astype(np.int64)
@@ -120,7 +139,7 @@ class Mask:
 
     def dense(self, q_len: int, kv_len: int, **own: Any) -> Tensor:
         """bool [..., q_len, kv_len]: whether a key is within a position's bounds; what comes before is how ``own`` are shaped,
-        [..., 1, 1]."""
+        [..., 1, 1] or by position [..., q_len, 1]."""
         import torch
 
         low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, **own)
@@ -151,7 +170,7 @@ def intersection(masks: Sequence[Mask]) -> Mask:
     )
 
 
-def _within(bound: Any, length: int) -> Any:
-    if isinstance(bound, int):
-        return max(0, min(bound, length))
-    return bound.clip(0, length)
+def _within(bound: Any, length: Any) -> Any:
+    if not isinstance(length, int):
+        return length.clip(max=bound).clip(min=0)
+    return max(0, min(bound, length)) if isinstance(bound, int) else bound.clip(0, length)

@@ -26,7 +26,8 @@ class Score:
     ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
     float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
     problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
-    with. ``additive``: it adds to a score what does not depend on it.
+    with. ``additive``: it adds to a score what does not depend on it. ``relative``: what it asks of a place stays as it is where
+    positions and keys are counted from elsewhere.
     ``term`` names an array, of one number for each head, that is the score of one more key, whose value is 0.
     """
 
@@ -40,6 +41,7 @@ class Score:
     constants: Mapping[str, Any] = field(default_factory=dict)
     placed: bool = False
     additive: bool = False
+    relative: bool = False
     term: str = ""
 
     @property
@@ -79,6 +81,11 @@ class Chain:
     def placed(self) -> bool:
         """Whether a text of theirs asks where a score is."""
         return any(one.placed for one in self.ones)
+
+    @property
+    def relative(self) -> bool:
+        """Whether they stay as they are where positions and keys are counted from elsewhere."""
+        return all(one.relative or not one.placed for one in self.ones)
 
     @property
     def terms(self) -> tuple[Array, ...]:

@@ -32,4 +32,5 @@ SCORE = Score(
     arrays=(Array("slopes", STATE, ("batch", "heads"), slopes),),
     placed=True,
     additive=True,
+    relative=True,
 )

@@ -25,4 +25,5 @@ SCORE = Score(
     arrays=(Array("lateslopes", STATE, ("batch", "heads"), alibi.slopes),),
     placed=True,
     additive=True,
+    relative=True,
 )
