@@ -34,6 +34,11 @@ def power_of_2(n):
     return (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
 
 @triton.jit
+def limit(x, q_len, kv_len):
+    """An integer of a call in 32 bits: beyond all lengths it cuts no more."""
+    return tl.maximum(tl.minimum(x, q_len + kv_len), -q_len - kv_len).to(tl.int32)
+
+@triton.jit
 def floor_divide(x, n):
     return (x - tl.where(x < 0, n - 1, 0)) // n
 
@@ -88,8 +93,7 @@ def attend_tile(
     step_k, step_v = kv_head * 0 + stride_kn, kv_head * 0 + stride_vn  # 64 bits: lengths times strides outgrow 32
     q0 = tl.load(query_rows[:, None] + tl.arange(0, 64)[None, :], mask=valid[:, None], other=0.0)
 
-    lengths = tl.load(lengths_data + batch * lengths_batch)  # more than all lengths cuts no more
-    lengths = tl.maximum(tl.minimum(lengths, q_len + kv_len), -q_len - kv_len).to(tl.int32)
+    lengths = limit(tl.load(lengths_data + batch * lengths_batch), q_len, kv_len)
     first_position = tile * BLOCK_M // group
     last_position = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, q_len - 1)
     seen = keys_high(last_position, q_len, kv_len, left, right, lengths)  # by some row
