@@ -90,7 +90,7 @@ class Ragged:
             sizes = {"batch": self.sequences, "heads": self.query.shape[1], **longest}
             self._check(one, wanted.operands[one.name], sizes)
         made = [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])]
-        split = self.query.split(queries), self.key.split(keys), self.value.split(keys)
+        split = torch.split(self.query, queries), torch.split(self.key, keys), torch.split(self.value, keys)
         for i, (query, key, value) in enumerate(zip(*split, strict=True)):
             if not len(key):
                 made.append(query.new_zeros(*query.shape[:2], value.shape[2]))

@@ -56,6 +56,7 @@ def fused_kernel_has_one_dim(kernel: str, problem: Problem) -> str | None:
 
 
 def rows_come_in_runs(kernel: str, problem: Problem) -> str | None:
+    """A call for each run of rows that see the same keys is no answer where rows differ, or scores ask where they are."""
     mask = masks.get(problem.mask)
     alike = mask.by_position and POSITION not in mask.low.names | mask.high.names and not mask.tested
     if kernel != "runs" or (alike and problem.score == scores.NONE):
