@@ -47,7 +47,7 @@ class Problem:
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` names one of elsa_tune.parts.mask, or several joined by ``+``; ``integers``
-    are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant. ``score`` names one of
+    are the mask's own, in its order: a part of the shape, and nothing (the least) where a family alone is meant. ``score`` names one of
     elsa_tune.parts.score, or several joined by ``+`` in the order they are done; ``reals`` are theirs, as integers are the mask's
     (ones where a family alone is meant).
     ``precision`` is the arithmetic class; by default the dtype's own. ``operator`` names one of elsa_tune.parts.operator. ``order`` is
@@ -94,12 +94,14 @@ class Problem:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
             )
-        own = masks.get(self.mask).integers
-        if self.integers and (len(self.integers) != len(own) or not all(0 <= n <= LARGEST for n in self.integers)):
+        own = self._ranges
+        if self.integers and not (
+            len(self.integers) == len(own)
+            and all(least <= n <= most for n, (least, most) in zip(self.integers, own.values(), strict=True))
+        ):
             given = ", ".join(map(str, self.integers))[:60]
-            raise BadProblem(
-                f"mask {self.mask} has the integers ({', '.join(own)}), from 0 to {LARGEST}; {given} are given"
-            )
+            allowed = ", ".join(f"{name} from {least} to {most}" for name, (least, most) in own.items())
+            raise BadProblem(f"mask {self.mask} has the integers ({allowed}); {given} are given")
         reals = tuple(map(float, self.reals))
         wanted = scores.get(self.score).reals
         if reals and (len(reals) != len(wanted) or not all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
@@ -178,10 +180,16 @@ class Problem:
 
     @property
     def numbers(self) -> dict[str, int | float]:
-        """The numbers among them by name, in order; where a family alone is meant, 0 and 1."""
-        mask, score = masks.get(self.mask), scores.get(self.score)
-        integers = zip(mask.integers, self.integers or (0,) * len(mask.integers), strict=True)
+        """The numbers among them by name, in order; where a family alone is meant, the least integers, and 1."""
+        score, ranges = scores.get(self.score), self._ranges
+        integers = zip(ranges, self.integers or [least for least, _ in ranges.values()], strict=True)
         return {**dict(integers), **dict(zip(score.reals, self.reals or (1.0,) * len(score.reals), strict=True))}
+
+    @property
+    def _ranges(self) -> dict[str, tuple[int, int]]:
+        """The least and the most that each of its mask's integers may be."""
+        mask = masks.get(self.mask)
+        return {name: mask.ranges.get(name, (0, LARGEST)) for name in mask.integers}
 
     @property
     def _has_numbers(self) -> bool:
