@@ -11,9 +11,12 @@ from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from elsa_tune.generate import operands as given
 from elsa_tune.generate import sdpa
 from elsa_tune.generate.backends import Built
-from elsa_tune.generate.sdpa.block_masks import Derived, Posed, block_mask
+from elsa_tune.generate.posed import Posed
+from elsa_tune.generate.sdpa.block_masks import block_mask
+from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.parts import mask as masks
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -88,6 +91,22 @@ def test_block_masks_of_sequences_are_torchs(mask: str) -> None:
     batch, position, key = torch.arange(4)[:, None, None], torch.arange(q_len)[:, None], torch.arange(kv_len)
     assert torch.equal(mine.mask_mod(batch, None, position, key).expand(4, q_len, kv_len), dense)
     assert torch.equal(mine.to_dense(), torchs.to_dense())
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 200), (256, 512), (1, 130)])
+@pytest.mark.parametrize("mask", ["dense", "causal+dense", "blocks", "blocks_partial+causal", "columns+columns_upper"])
+def test_block_masks_of_tests_are_torchs(mask: str, q_len: int, kv_len: int) -> None:
+    """Blocks that nobody sees are not visited, those that all see not tested: else the rival would be slow."""
+    problem = Problem(head_dim=1, mask=mask, batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len)
+    problem = problem.reshaped(integers=tuple(64 for _ in masks.get(mask).integers))
+    for operands in (given.typical(problem), given.example(problem, 0)):
+        posed = Posed(problem, given.named(problem, operands), torch.device("cpu"))
+        mine, dense = block_mask(posed), posed.dense().expand(2, 4, q_len, kv_len)
+        torchs = create_block_mask(lambda b, h, i, j, d=dense: d[b, h, i, j], 2, 4, q_len, kv_len, device="cpu")
+        for kind in ("kv_num_blocks", "full_kv_num_blocks"):
+            counts, others = getattr(mine, kind), getattr(torchs, kind)
+            assert torch.equal(counts.expand_as(others), others), kind
+        assert torch.equal(mine.to_dense().expand(2, 4, -1, -1), torchs.to_dense())
 
 
 def test_what_is_made_of_operands_is_made_once_and_anew_for_others() -> None:
