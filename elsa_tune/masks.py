@@ -6,22 +6,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.parts import mask as parts
 from elsa_tune.parts import score as scores
+from elsa_tune.parts.mask.blocks import LARGEST_BLOCK
+from elsa_tune.parts.mask.columns import ENDLESS
 from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import LARGEST, Problem, declared
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class AttnMask:
     """Which keys a query sees, and what is done to their scores: masks that intersect, and scores in the order they are done.
 
-    ``mask`` and ``score`` are spelled as in a problem (``causal+window``, ``softcap+bias``), ``operands`` are what they take, by name.
+    ``mask`` and ``score`` are spelled as in a problem (``causal+window``, ``softcap+bias``), ``operands`` are what they take, by name:
+    numbers, tensors, and where a tensor depends on lengths a function of q_len, kv_len and the device, asked at every call.
     """
 
     __slots__ = ("mask", "numbers", "operands", "score")
@@ -32,7 +38,8 @@ class AttnMask:
         self.mask, self.score, self.operands = mask, score, dict(operands or {})
         arrays = (*parts.get(mask).arrays, *scores.get(score).arrays)
         for array in arrays:
-            self.operands[array.name] = _aligned(array, self.operands[array.name])
+            if not callable(self.operands[array.name]):
+                self.operands[array.name] = _aligned(array, self.operands[array.name])
         # what tells it from others of its family, without tensors
         self.numbers = tuple(x for x in self.operands.values() if isinstance(x, int | float))
 
@@ -66,7 +73,7 @@ class AttnMask:
     def _converted(self, array: Array, query: Tensor, key: Tensor) -> Tensor:
         import torch
 
-        value: Tensor = self.operands[array.name]
+        value = self._made(array, query.shape[2], key.shape[2], query.device)
         wanted: torch.dtype = getattr(torch, array.dtype)
         if array.is_float and value.dtype not in (torch.float32, query.dtype):
             raise WrongArguments(
@@ -80,6 +87,10 @@ class AttnMask:
                 )
         return value if value.dtype == wanted else value.to(wanted)
 
+    def _made(self, array: Array, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        value = self.operands[array.name]
+        return _aligned(array, value(q_len, kv_len, device) if callable(value) else value)
+
     def dense(self, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
         """bool, broadcastable to [batch, heads, q_len, kv_len]: whether a pair is seen. Raises WrongArguments where scores are more
         than hidden keys."""
@@ -89,9 +100,14 @@ class AttnMask:
 
         from elsa_tune.generate.posed import Posed
 
-        problem = Problem(head_dim=1, batch=batch, heads=heads, q_len=q_len, kv_len=kv_len)
         device = next((x.device for x in self.operands.values() if isinstance(x, torch.Tensor)), torch.device("cpu"))
-        return Posed(self.of(problem), self.operands, device).dense()
+        arrays = {array.name: array for array in parts.get(self.mask).arrays}
+        own = {**self.operands, **{name: self._made(array, q_len, kv_len, device) for name, array in arrays.items()}}
+        kv_heads = [own[name].shape[a.axes.index("kv_heads")] for name, a in arrays.items() if "kv_heads" in a.axes]
+        problem = Problem(
+            head_dim=1, batch=batch, heads=heads, kv_heads=max(kv_heads, default=1), q_len=q_len, kv_len=kv_len
+        )
+        return Posed(self.of(problem), own, device).dense()
 
     def __str__(self) -> str:
         """As a problem spells it: ``causal+window@left1023.right0``."""
@@ -128,9 +144,9 @@ def _aligned(array: Array, given: Any) -> Tensor:
     return value[(None,) * (len(array.axes) - value.dim())] if value.dim() < len(array.axes) else value
 
 
-def _whole(name: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() <= LARGEST:
-        raise WrongArguments(f"{name} is {shown(value)}; it must be a whole number from {least} to {LARGEST}")
+def _whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() <= most:
+        raise WrongArguments(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
     return int(value)
 
 
@@ -184,6 +200,72 @@ def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -
 def dense(seen: Tensor) -> AttnMask:
     """Pairs of which a bool tensor, broadcastable to [batch, heads, q_len, kv_len], is true."""
     return AttnMask("dense", operands={"dense": seen})
+
+
+def blocks(layout: Tensor, block_q: int, block_k: int) -> AttnMask:
+    """Blocks of ``block_q`` queries and ``block_k`` keys of which a bool tensor, broadcastable to [batch, heads, ceil(q_len / block_q),
+    ceil(kv_len / block_k)], is true. Of 1 to 1048576 positions each."""
+    sizes = {"blockq": _block("block_q", block_q), "blockk": _block("block_k", block_k)}
+    return AttnMask("blocks", operands={**sizes, "blocks": layout})
+
+
+def _block(name: str, value: Any) -> int:
+    return _whole(name, value, 1, LARGEST_BLOCK)
+
+
+def from_block_mask(block_mask: BlockMask) -> AttnMask:
+    """A torch.nn.attention.flex_attention.BlockMask, for the lengths it was made for: blocks that it says are full, and of the others
+    what its mask_mod says of each pair, asked now and kept as bits, alike ones once."""
+    from elsa_tune.block_masks import operands_of
+
+    mask, operands = operands_of(block_mask)
+    return AttnMask(mask, operands=operands)
+
+
+def columns(bounds: Tensor, causal: bool) -> AttnMask:
+    """FlashMask: each key is hidden from the queries of intervals of its own, ``bounds`` [batch, 1 or kv_heads, kv_len, n] of whole
+    numbers below 2^31. Causal: from bounds[..., 0] on (n = 1), or before bounds[..., 1] (n = 2). Not causal: from bounds[..., 0] on, and
+    before bounds[..., 1] (n = 2), or [bounds[..., 0], bounds[..., 1]) and [bounds[..., 2], bounds[..., 3]) (n = 4). What is given is
+    copied. Raises WrongArguments."""
+    import torch
+
+    allowed = (1, 2) if causal else (2, 4)
+    if not isinstance(bounds, torch.Tensor) or bounds.dim() != 4 or bounds.shape[3] not in allowed:
+        found = tuple(bounds.shape) if isinstance(bounds, torch.Tensor) else repr(bounds)[:60]
+        raise WrongArguments(
+            f"bounds is {found}; it must be a tensor [batch, 1 or kv_heads, kv_len, n] of n {' or '.join(map(str, allowed))}"
+            f" where causal is {causal}"
+        )
+    n, each = bounds.shape[3], bounds.movedim(3, 0).contiguous()
+    first, endless = (bounds.new_full((1, 1, 1), x) for x in (0, ENDLESS))
+    until = each[1] if (causal and n == 2) or n == 4 else endless
+    below = AttnMask("columns", operands={"hidefrom": each[0], "hideto": until})
+    if causal:
+        return CAUSAL & below
+    above = {"upperfrom": each[2], "upperto": each[3]} if n == 4 else {"upperfrom": first, "upperto": each[1]}
+    return below & AttnMask("columns_upper", operands=above)
+
+
+def strided(*, heads: int, local: int, stride: int, block: int) -> AttnMask:
+    """S2-Attention: causal, and of blocks of ``block`` positions the query in block i of head h sees block j where i - j < ``local`` or
+    (j + h step) is a multiple of ``stride``, with step = max(1, stride // heads)."""
+    own = {"heads": _whole("heads", heads, 1), "local": _whole("local", local), "stride": _whole("stride", stride, 1)}
+    size = _block("block", block)
+
+    def layout(q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        return _strided(*own.values(), -(-q_len // size), -(-kv_len // size), device)
+
+    return CAUSAL & AttnMask("blocks", operands={"blockq": size, "blockk": size, "blocks": layout})
+
+
+@lru_cache(maxsize=64)
+def _strided(heads: int, local: int, stride: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """bool [heads, rows, columns]."""
+    import torch
+
+    i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+    shift = torch.arange(heads, device=device)[:, None, None] * max(1, stride // heads)
+    return (j <= i) & ((i - j < local) | ((j + shift) % stride == 0))
 
 
 def of_tensor(attn_mask: Tensor) -> AttnMask:

@@ -49,7 +49,7 @@ class Problem:
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim],
     value [batch, kv_heads, kv_len, value_dim]. ``mask`` names one of elsa_tune.parts.mask, or several joined by ``+``; ``integers``
-    are the mask's own, in its order: a part of the shape, and nothing (zeros) where a family alone is meant. ``score`` names one of
+    are the mask's own, in its order: a part of the shape, and nothing (the least) where a family alone is meant. ``score`` names one of
     elsa_tune.parts.score, or several joined by ``+`` in the order they are done; ``reals`` are theirs, as integers are the mask's
     (ones where a family alone is meant).
     ``precision`` is the arithmetic class; by default the dtype's own. ``operator`` names one of elsa_tune.parts.operator. ``order`` is
@@ -96,12 +96,14 @@ class Problem:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
             )
-        own = masks.get(self.mask).integers
-        if self.integers and (len(self.integers) != len(own) or not all(0 <= n <= LARGEST for n in self.integers)):
+        own = self._ranges
+        if self.integers and not (
+            len(self.integers) == len(own)
+            and all(least <= n <= most for n, (least, most) in zip(self.integers, own.values(), strict=True))
+        ):
             given = ", ".join(map(shown, self.integers))
-            raise BadProblem(
-                f"mask {self.mask} has the integers ({', '.join(own)}), from 0 to {LARGEST}; {given} are given"
-            )
+            ranges = ", ".join(f"{name} from {least} to {most}" for name, (least, most) in own.items())
+            raise BadProblem(f"mask {self.mask} has the integers ({ranges}); {given} are given")
         wanted = scores.get(self.score).reals
         try:
             reals = tuple(map(float, self.reals))
@@ -183,10 +185,16 @@ class Problem:
 
     @property
     def numbers(self) -> dict[str, int | float]:
-        """The numbers among them by name, in order; where a family alone is meant, 0 and 1."""
-        mask, score = masks.get(self.mask), scores.get(self.score)
-        integers = zip(mask.integers, self.integers or (0,) * len(mask.integers), strict=True)
+        """The numbers among them by name, in order; where a family alone is meant, the least integers, and 1."""
+        score, ranges = scores.get(self.score), self._ranges
+        integers = zip(ranges, self.integers or [least for least, _ in ranges.values()], strict=True)
         return {**dict(integers), **dict(zip(score.reals, self.reals or (1.0,) * len(score.reals), strict=True))}
+
+    @property
+    def _ranges(self) -> dict[str, tuple[int, int]]:
+        """The least and the most that each of its mask's integers may be."""
+        mask = masks.get(self.mask)
+        return {name: mask.ranges.get(name, (0, LARGEST)) for name in mask.integers}
 
     @property
     def _has_numbers(self) -> bool:

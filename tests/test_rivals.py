@@ -142,6 +142,22 @@ def test_runs_are_sequences_and_raced_for_what_has_some() -> None:
         assert lawful.refusal(kernel, Problem.parse(other), host_cpu())
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 200), (256, 512), (1, 130)])
+@pytest.mark.parametrize("mask", ["dense", "causal+dense", "blocks", "blocks_partial+causal", "columns+columns_upper"])
+def test_block_masks_of_tests_are_torchs(mask: str, q_len: int, kv_len: int) -> None:
+    """Blocks that nobody sees are not visited, those that all see not tested: else the rival would be slow."""
+    problem = Problem(head_dim=1, mask=mask, batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len)
+    problem = problem.reshaped(integers=tuple(64 for _ in masks.get(mask).integers))
+    for operands in (given.typical(problem), given.example(problem, 0)):
+        posed = Posed(problem, given.named(problem, operands), torch.device("cpu"))
+        mine, dense = block_mask(posed), posed.dense().expand(2, 4, q_len, kv_len)
+        torchs = create_block_mask(lambda b, h, i, j, d=dense: d[b, h, i, j], 2, 4, q_len, kv_len, device="cpu")
+        for kind in ("kv_num_blocks", "full_kv_num_blocks"):
+            counts, others = getattr(mine, kind), getattr(torchs, kind)
+            assert torch.equal(counts.expand_as(others), others), kind
+        assert torch.equal(mine.to_dense().expand(2, 4, -1, -1), torchs.to_dense())
+
+
 def test_what_is_made_of_operands_is_made_once_and_anew_for_others() -> None:
     made: list[Posed] = []
     derived, problem = Derived(made.append, 2), Problem.parse("fp32.d16.lengths@b2.h1.q5.k7")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
@@ -31,6 +32,7 @@ def attend(
         raise WrongArguments(
             f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
         )
+    attn_mask = meaning.own(attn_mask, query, key)
     if isinstance(attn_mask, AttnMask):
         return _of_object(
             query, key, value, attn_mask & CAUSAL if is_causal else attn_mask, dropout_p, scale, enable_gqa

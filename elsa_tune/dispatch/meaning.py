@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from elsa_tune.masks import CAUSAL, AttnMask, of_tensor
+from elsa_tune.errors import WrongArguments
+from elsa_tune.masks import CAUSAL, AttnMask, from_block_mask, of_tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _AXES = 4
@@ -19,6 +21,7 @@ WORTH_A_LOOK = 1 << 21
 def of(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> AttnMask | None:
     """The mask that the argument means for [batch, heads, length, dim] tensors; None where torch must answer: other shapes and kinds
     of tensors, which it may also refuse."""
+    attn_mask = own(attn_mask, query, key)
     if isinstance(attn_mask, AttnMask):
         return attn_mask & CAUSAL if is_causal else attn_mask
     if is_causal or query.dim() != _AXES:
@@ -26,6 +29,25 @@ def of(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> AttnMask 
     if type(attn_mask) in _PLAIN:
         return _of_tensor(attn_mask, query, key)
     return _of_object(attn_mask, query, key)
+
+
+_of_block_masks: WeakKeyDictionary[Any, AttnMask] = WeakKeyDictionary()
+
+
+def own(attn_mask: Any, query: Tensor, key: Tensor) -> Any:
+    """Ours in the place of torch's BlockMask, made once for each of them: nobody writes to its tensors, nor to what its mask_mod reads.
+    Everything else as it is. Raises WrongArguments for one of other lengths."""
+    if type(attn_mask).__name__ != "BlockMask":
+        return attn_mask
+    lengths = query.shape[-2], key.shape[-2]
+    if tuple(attn_mask.seq_lengths) != lengths:
+        raise WrongArguments(
+            f"attn_mask is a BlockMask of q_len and kv_len {tuple(attn_mask.seq_lengths)}, query and key have {lengths}; make one"
+            " for these, or adjust it"
+        )
+    if attn_mask not in _of_block_masks:
+        _of_block_masks[attn_mask] = from_block_mask(attn_mask)
+    return _of_block_masks[attn_mask]
 
 
 def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None:

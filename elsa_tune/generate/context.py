@@ -18,7 +18,7 @@ def of_family(problem: Problem) -> dict[str, Any]:
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     tested = bool(mask.tested)
     bounds = {limit.name for limit in mask.limits}
-    reads = [one for one in problem.declared if isinstance(one, Array) and one.name not in bounds]
+    reads = [one for one in problem.declared if isinstance(one, Array) and one.placed and one.name not in bounds]
     return {
         "mask": mask,
         "scores": chain,

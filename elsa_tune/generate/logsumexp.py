@@ -38,7 +38,7 @@ def logsumexp(
     posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
     of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
     place: dict[str, Any] = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
-    place["behind"] = kv_len - q_len
+    place["behind"], place["kv_head"] = kv_len - q_len, place["head"] // group
     heads_of = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
     found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
     for first in range(0, q_len, rows):

@@ -50,7 +50,7 @@ def example(problem: Problem, turn: int) -> Operands:
 
 def _sizes(problem: Problem) -> dict[str, int]:
     """What the axes of arrays are called, and how long they are."""
-    return {name: getattr(problem, name) for name in ("batch", "heads", "q_len", "kv_len")}
+    return {**{axis: getattr(problem, axis) for axis in PLACES}, **problem.names}
 
 
 def _made(array: Array, content: Any) -> Tensor:
@@ -67,9 +67,9 @@ def named(problem: Problem, operands: Operands) -> dict[str, Any]:
 
 def places(problem: Problem, device: torch.device) -> dict[str, Any]:
     """Where every pair of a problem is, for parts that ask: indices that broadcast to [batch, heads, q_len, kv_len]."""
-    sizes = [(name, getattr(problem, axis)) for axis, name in PLACES.items()]
+    sizes = [(PLACES[axis], getattr(problem, axis)) for axis in ("batch", "heads", "q_len", "kv_len")]
     index = {name: torch.arange(n, device=device).view([-1, *[1] * (3 - i)]) for i, (name, n) in enumerate(sizes)}
-    return {**index, "behind": problem.kv_len - problem.q_len}
+    return {**index, "kv_head": index["head"] // problem.group, "behind": problem.kv_len - problem.q_len}
 
 
 def limits_at(problem: Problem, own: Mapping[str, Any], **place: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,25 +43,33 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
         names = ", ".join(one.name for one in declared) or "none"
         raise WrongArguments(f"{problem.family} takes the operands {names}; {len(operands)} are given")
     given: list[Any] = []
+    sizes: dict[str, Any] = {
+        "batch": query.shape[0], "heads": query.shape[1], "kv_heads": key.shape[1], "q_len": query.shape[2],
+        "kv_len": key.shape[2],
+    }  # fmt: skip
     for one, value in zip(declared, operands, strict=True):
         if isinstance(one, Array):
-            given += [value, *_strides(one, value, query, key)]
+            given += [value, *_strides(one, value, sizes, query.device)]
         elif isinstance(value, int if one.kind == "integer" else (int, float)):
             given.append(value)
+            sizes[one.name] = value  # a mask's integers come before its arrays
         else:
             raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {described(value)}")
     return tuple(given)
 
 
-def _strides(array: Array, value: Any, query: Tensor, key: Tensor) -> list[int]:
+def _strides(array: Array, value: Any, sizes: Mapping[str, Any], device: torch.device) -> list[int]:
     """Elements from one to the next along each axis, 0 where all share one."""
-    sizes = {"batch": query.shape[0], "heads": query.shape[1], "q_len": query.shape[2], "kv_len": key.shape[2]}
-    wanted = [sizes[axis] for axis in array.axes]
-    fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == query.device
-    if not fits or value.dim() != len(wanted) or any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
+    wanted = array.lengths(sizes)
+    fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == device
+    if (
+        not fits
+        or value.dim() != len(wanted)
+        or any(n not in (1, m) and m is not None for n, m in zip(value.shape, wanted, strict=True))
+    ):
         raise WrongArguments(
-            f"operand {array.name} is {described(value)}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted},"
-            f" each or 1, on {query.device}"
+            f"operand {array.name} is {described(value)}; it must be torch.{array.dtype} [{', '.join(array.axes)}] = {wanted}, each or 1,"
+            f" on {device}"
         )
     return [stride if n > 1 else 0 for stride, n in zip(value.stride(), value.shape, strict=True)]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-PLACES = {"batch": "batch", "heads": "head", "q_len": "position", "kv_len": "key"}
+PLACES = {"batch": "batch", "heads": "head", "kv_heads": "kv_head", "q_len": "position", "kv_len": "key"}
 """What each axis of an array is indexed with: where a pair of a query and a key is."""
+
+NOTHING: Mapping[str, Any] = {}
 
 STATE = "state"
 """As the dtype of an array: the floats that states are of, whatever the element."""
@@ -36,10 +38,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor of torch's ``dtype``, or STATE. Of its ``axes`` (batch, heads, q_len, kv_len) each may be 1: then all share what it holds.
+    """A tensor of torch's ``dtype``, or STATE. Of its ``axes`` (those of PLACES) each may be 1: then all share what it holds.
 
-    ``typical`` makes what a race is run with from the sizes of those axes, the same whenever it is asked; ``hostile`` what else
-    kernels are checked with. Both return nested lists or tensors.
+    ``per`` names, for axes along which it holds one thing for so many positions or keys, the whole number that says how many: there are
+    as many as cover them. An array of an axis that is none of PLACES, of any length, is given to parts whole. ``typical`` makes what a
+    race is run with from those sizes, and its part's whole numbers, the same whenever it is asked; ``hostile`` what else kernels are
+    checked with. Both return nested lists or tensors.
     """
 
     name: str
@@ -47,21 +51,42 @@ class Array:
     axes: tuple[str, ...]
     typical: Callable[[Mapping[str, int]], Any]
     hostile: tuple[Callable[[Mapping[str, int]], Any], ...] = ()
+    per: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def over_keys(self) -> bool:
         """Whether it holds something for each key."""
-        return "kv_len" in self.axes
+        return "kv_len" in self.axes and "kv_len" not in self.per
+
+    @property
+    def over_blocks(self) -> bool:
+        """Whether it holds something for each block of keys."""
+        return "kv_len" in self.per
+
+    @property
+    def placed(self) -> bool:
+        """Whether it holds something for each pair of a query and a key; otherwise it is given whole."""
+        return set(self.axes) <= set(PLACES)
+
+    def lengths(self, sizes: Mapping[str, int]) -> list[int | None]:
+        """Along each axis, of the sizes of all and the numbers that ``per`` names; None where any will do."""
+        return [-(-sizes[axis] // sizes[self.per[axis]]) if axis in self.per else sizes.get(axis) for axis in self.axes]
 
     @property
     def is_float(self) -> bool:
         """Whether it holds floats, and no integers or truths."""
         return self.dtype == STATE or self.dtype.startswith("float")
 
-    def at(self, whole: Any, place: Mapping[str, Any]) -> Any:
-        """What ``whole``, of its axes or 1, holds at places (of PLACES): indices, or tensors of them that broadcast."""
+    def at(self, whole: Any, place: Mapping[str, Any], own: Mapping[str, Any] = NOTHING) -> Any:
+        """What ``whole``, of its axes or 1, holds at places (of PLACES): indices, or tensors of them that broadcast; ``own`` holds
+        the numbers that ``per`` names."""
+        if not self.placed:
+            return whole
+        index: list[Any] = [
+            0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True)
+        ]
         return whole[
-            tuple(0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True))
+            tuple(i // own[self.per[axis]] if axis in self.per else i for axis, i in zip(self.axes, index, strict=True))
         ]
 
     @property
@@ -87,7 +112,9 @@ Operands = tuple[Any, ...]
 
 def values_at(operands: Iterable[Operand], own: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
     """What parts are given of their operands for pairs at places: numbers, and of arrays what they hold there."""
-    return {one.name: one.at(own[one.name], place) if isinstance(one, Array) else own[one.name] for one in operands}
+    return {
+        one.name: one.at(own[one.name], place, own) if isinstance(one, Array) else own[one.name] for one in operands
+    }
 
 
 def arguments(declared: tuple[Operand, ...]) -> tuple[Argument, ...]:

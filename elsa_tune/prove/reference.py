@@ -116,13 +116,13 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     own = given.named(problem, inputs.operands)
     limits = given.limits_at(problem, own, batch=batch, position=position)
-    behind = {"behind": problem.kv_len - problem.q_len}
+    beside = {"behind": problem.kv_len - problem.q_len, "kv_head": kv_head}
 
     def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, problem.kv_len, KEYS_AT_ONCE):
             key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
             index = torch.arange(first, first + len(key), device=query.device)
-            place = {"batch": batch, "head": heads, "position": position, "key": index, **behind}
+            place = {"batch": batch, "head": heads, "position": position, "key": index, **beside}
             logits = chain.of(query @ key.T, own, **place)
             if problem.mask != NONE:
                 logits = logits.masked_fill(hidden(problem, position, index, limits), -math.inf)

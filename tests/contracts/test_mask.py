@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem
 from elsa_tune.generate import backends
+from elsa_tune.generate import operands as given
+from elsa_tune.generate.posed import Posed
+from elsa_tune.masks import AttnMask
 from elsa_tune.parts import mask
 from elsa_tune.parts.bound import Bound
 from elsa_tune.parts.mask import Mask
@@ -123,6 +126,99 @@ def test_the_picture_drawn_by_hand(name: str) -> None:
     drawn = [[cell == "x" for cell in row] for row in one.picture.split()]
     own = by_rows(examples(one, len(drawn), len(drawn[0]))[0])
     assert one.dense(len(drawn), len(drawn[0]), **own).tolist() == drawn
+
+
+Own = dict[str, Any]
+
+
+def _whole(x: torch.Tensor, *sizes: int) -> list[Any]:
+    nested: list[Any] = x.expand(sizes).tolist()
+    return nested
+
+
+def _dense(own: Own, b: int, h: int, i: int, j: int) -> bool:
+    return bool(_whole(own["dense"], *SIZES)[b][h][i][j])
+
+
+def _blocks(own: Own, b: int, h: int, i: int, j: int) -> bool:
+    rows, columns = -(-Q_LEN // own["blockq"]), -(-KV_LEN // own["blockk"])
+    return bool(_whole(own["blocks"], BATCH, HEADS, rows, columns)[b][h][i // own["blockq"]][j // own["blockk"]])
+
+
+def _blocks_partial(own: Own, b: int, h: int, i: int, j: int) -> bool:
+    q, k = own["partialq"], own["partialk"]
+    kind = _whole(own["partial"], BATCH, HEADS, -(-Q_LEN // q), -(-KV_LEN // k))[b][h][i // q][j // k]
+    if kind < 2:
+        return bool(kind)
+    words = -(-k // 32)
+    word = own["bits"].tolist()[((kind - 2) * q + i % q) * words + j % k // 32]
+    return bool(word % 2**32 // 2 ** (j % k % 32) % 2)
+
+
+def _columns(first: str, end: str) -> Callable[..., bool]:
+    def sees(own: Own, b: int, h: int, i: int, j: int) -> bool:
+        low, high = (_whole(own[x], BATCH, KV_HEADS, KV_LEN)[b][h * KV_HEADS // HEADS][j] for x in (first, end))
+        return i not in range(low, high)
+
+    return sees
+
+
+IN_PYTHON: dict[str, Callable[..., bool]] = {
+    "dense": _dense,
+    "blocks": _blocks,
+    "blocks_partial": _blocks_partial,
+    "columns": _columns("hidefrom", "hideto"),
+    "columns_upper": _columns("upperfrom", "upperto"),
+}
+"""Each test of pairs in Python's own words, of its operands and of where a pair is."""
+
+SIZES = BATCH, HEADS, Q_LEN, KV_LEN = 2, 4, 9, 50
+KV_HEADS = 2
+
+
+@pytest.mark.parametrize("name", [n for n in mask.names() if mask.of_one_file(n).tested])
+class TestOfPairs:
+    def test_each_pair_by_definition(self, name: str) -> None:
+        shape = {"batch": BATCH, "heads": HEADS, "kv_heads": KV_HEADS, "q_len": Q_LEN, "kv_len": KV_LEN}
+        family = Problem(head_dim=1, mask=name, **shape)
+        for turn in range(given.turns(family)):
+            problem = given.with_example(family, turn)
+            for operands in (given.typical(problem), given.example(problem, turn)):
+                own = given.named(problem, operands)
+                found = _whole(Posed(problem, own, torch.device("cpu")).dense(), *SIZES)
+                for b, h, i, j in itertools.product(range(BATCH), (0, HEADS - 1), range(Q_LEN), range(KV_LEN)):
+                    assert found[b][h][i][j] is IN_PYTHON[name](own, b, h, i, j), (turn, b, h, i, j)
+
+    def test_what_a_race_is_run_with_cuts_and_is_the_same_again(self, name: str) -> None:
+        sizes = {"batch": 2, "heads": 2, "q_len": 512, "kv_len": 512}
+        problem = given.with_example(Problem(head_dim=1, mask=name, **sizes))
+        once, again = (given.typical(problem) for _ in range(2))
+        assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(once, again, strict=True))
+        share = float(Posed(problem, given.named(problem, once), torch.device("cpu")).dense().float().mean())
+        assert 0.1 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "drawn"),
+    [
+        ("blocks", {"blockq": 2, "blockk": 3, "blocks": [[True, False], [False, True], [True, True]]}, "xxx. xxx. ...x ...x xxxx"),
+        ("blocks_partial", {"partialq": 2, "partialk": 3, "partial": [[2, 0], [1, 3]], "bits": [1, 5, -2, 6]}, "x... x.x. xxx. xxx."),
+        ("columns", {"hidefrom": [2, 0, 1, 9], "hideto": [9, 1, 3, 9]}, "x.xx xx.x .x.x .xxx"),
+        ("columns_upper", {"upperfrom": [0, 0, 0, 0], "upperto": [0, 1, 2, 3]}, "x... xx.. xxx. xxxx"),
+        ("causal+columns", {"hidefrom": [2, 2, 4, 4], "hideto": [2**31 - 1]}, "x... xx.. ..x. ..xx"),
+    ],
+)  # fmt: skip
+def test_pairs_drawn_by_hand(text: str, own: dict[str, Any], drawn: str) -> None:
+    """A line a position: x where a key is seen."""
+    rows = [[cell == "x" for cell in row] for row in drawn.split()]
+    found = AttnMask(text, operands=own).dense(1, 1, len(rows), len(rows[0]))
+    assert found.reshape(len(rows), -1).tolist() == rows
+
+
+@pytest.mark.parametrize("text", ["blocks@b1.h1.q4.k4.blockq0.blockk4", "blocks@b1.h1.q4.k4.blockq4.blockk1048577"])
+def test_blocks_of_no_size_are_refused(text: str) -> None:
+    with pytest.raises(BadProblem, match="blockq from 1 to 1048576"):
+        Problem.parse(f"fp32.d16.{text}")
 
 
 @pytest.mark.parametrize("name", [n for n in mask.names() if mask.of_one_file(n).torchs])

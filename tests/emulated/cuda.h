@@ -147,6 +147,16 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return y;
 }
 inline float __shfl_xor(float x, int mask) { return __shfl_xor_sync(0, x, mask); }
+inline int __any_sync(unsigned, int x) {
+  const int me = emulated::running, first = me / emulated::WARP * emulated::WARP;
+  emulated::slots[me] = x != 0;
+  __syncwarp();
+  bool some = false;
+  for (size_t i = first; i < emulated::slots.size() && i < size_t(first + emulated::WARP); ++i) some |= emulated::slots[i] != 0;
+  __syncwarp();
+  return some;
+}
+inline int __any(int x) { return __any_sync(0, x); }
 extern "C" inline float __ocml_native_exp2_f32(float x) { return exp2f(x); }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }

@@ -24,7 +24,9 @@ def block_mask(posed: Posed) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     problem, device = posed.problem, posed.device
-    q_len, kv_len, tested = problem.q_len, problem.kv_len, bool(masks.get(problem.mask).tested)
+    if masks.get(problem.mask).tested:
+        return _asked(posed)
+    q_len, kv_len = problem.q_len, problem.kv_len
     rows, columns = -(-q_len // BLOCK), -(-kv_len // BLOCK)
     row = torch.arange(rows, dtype=torch.int32, device=device)
     first = row * BLOCK
@@ -32,7 +34,7 @@ def block_mask(posed: Posed) -> Any:
     begin = low // BLOCK
     end = torch.where(low < high, -(-high // BLOCK), begin)
     full_begin, full_end = -(-common_low // BLOCK), common_high // BLOCK
-    is_whole = (row < q_len // BLOCK) & (not tested)  # what lies beyond the end counts as masked
+    is_whole = row < q_len // BLOCK  # what lies beyond the end counts as masked
     full = torch.where(is_whole, (full_end - full_begin).clip(min=0), 0)
     before = torch.where(full > 0, full_begin - begin, (end - begin).clip(min=0))  # partial ones, and then those behind
     behind = torch.where(full > 0, end - full_end, 0)
@@ -49,6 +51,34 @@ def block_mask(posed: Posed) -> Any:
         mask_mod=_function(posed),
         seq_lengths=(q_len, kv_len),
     )
+
+
+def _asked(posed: Posed) -> Any:
+    """The BlockMask of a mask that tests pairs: every one of them is asked, a row of blocks at a time."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    function, (q_len, kv_len) = _function(posed), (posed.problem.q_len, posed.problem.kv_len)
+    batch, head, position, key = (
+        torch.arange(n, device=posed.device)[(...,) + (None,) * later]
+        for n, later in ((posed.problem.batch, 3), (posed.problem.heads, 2), (q_len, 1), (kv_len, 0))
+    )
+    some_of_rows, all_of_rows = [], []
+    for positions in torch.split(position, BLOCK):
+        seen = function(batch, head, positions, key)
+        seen = seen[(None,) * (4 - seen.dim())].expand(-1, -1, len(positions), kv_len)
+        beyond = (0, -kv_len % BLOCK, 0, BLOCK - len(positions))  # counts as masked
+        each = torch.unflatten(torch.nn.functional.pad(seen, beyond), -1, (-1, BLOCK))
+        some_of_rows.append(each.any(-1).any(-2))
+        all_of_rows.append(each.all(-1).all(-2))
+    some, every = torch.stack(some_of_rows, -2), torch.stack(all_of_rows, -2)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=function, seq_lengths=(q_len, kv_len)
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are true, and which: those first."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def bounds_at(posed: Posed, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +103,14 @@ def _function(posed: Posed) -> Any:
         if mask.cuts_back:
             seen.append(key < mask.high.value(position=position, **names, **limits))
         if mask.tested:
-            seen.append(mask.passes(own, batch=batch, head=head, position=position, key=key))
+            place = {
+                "batch": batch,
+                "head": head,
+                "kv_head": head // posed.problem.group,
+                "position": position,
+                "key": key,
+            }
+            seen.append(mask.passes(own, **place))
         both: Tensor = seen[0]
         for more in seen[1:]:
             both = both & more

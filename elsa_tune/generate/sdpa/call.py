@@ -108,10 +108,11 @@ def _dense(posed: Posed) -> Tensor:
 
 def _score_mod(posed: Posed) -> Callable[..., Any]:
     """FlexAttention's function of a score."""
-    chain, own, behind = scores.get(posed.problem.score), posed.own, posed.problem.kv_len - posed.problem.q_len
+    chain, own, problem = scores.get(posed.problem.score), posed.own, posed.problem
 
     def scored(score: Tensor, batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Any:
-        return chain.of(score, own, batch=batch, head=head, position=position, key=key, behind=behind)
+        place = {"batch": batch, "head": head, "kv_head": head // problem.group, "position": position, "key": key}
+        return chain.of(score, own, **place, behind=problem.kv_len - problem.q_len)
 
     return scored
 

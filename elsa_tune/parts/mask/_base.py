@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.parts.bound import EVERY_KEY, POSITION, ZERO, Bound, least_of, most_of
@@ -29,9 +29,11 @@ class Mask:
     ``integers`` are its own, part of a problem's shape; ``arrays`` come with the tensors, and what bounds read by position must grow
     with it too. ``examples`` are values that cut inside small shapes, of its integers and, for one sequence, of arrays with one
     integer for each. ``picture`` is the first example written out by hand, a line a position: x where a key is seen.
+    ``ranges`` are the least and the most that integers may be, where that is not 0 and any number.
     ``torchs`` names torch's own form, where it has one: is_causal or causal_lower_right.
-    ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own)`` says whether pairs are seen, of what
-    its arrays hold there; ``placed``: it asks where that is too, batch=, head=, position=, key=. Each language has a text of it.
+    ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own)`` says whether pairs are seen, of its
+    integers and what its arrays hold there; ``placed``: it asks where that is too, batch=, head=, position=, key= ... Each
+    language has a text of it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Mask:
     integers: tuple[str, ...] = ()
     arrays: tuple[Array, ...] = ()
     examples: tuple[Mapping[str, int], ...] = ({},)
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     picture: str = ""
     torchs: str = ""
     test: Callable[..., Any] | None = None
@@ -74,7 +77,12 @@ class Mask:
         """What its bounds are of in kernels, beside position and lengths: integers, limits, or of those by position the pointer to a
         sequence's own and the stride."""
         by_position = {limit.name: (limit.data, limit.strides[1]) for limit in self.by_position}
-        return (*self.integers, *(name for one in self.limits for name in by_position.get(one.name, (one.name,))))
+        return (*self.bounded, *(name for one in self.limits for name in by_position.get(one.name, (one.name,))))
+
+    @property
+    def bounded(self) -> tuple[str, ...]:
+        """Its integers that its bounds are of."""
+        return tuple(name for name in self.integers if name in self.low.names | self.high.names)
 
     @property
     def tested(self) -> tuple[Mask, ...]:
@@ -166,6 +174,7 @@ def intersection(masks: Sequence[Mask]) -> Mask:
         integers=tuple(name for mask in masks for name in mask.integers),
         arrays=tuple(array for mask in masks for array in mask.arrays),
         examples=tuple(examples),
+        ranges={name: limits for mask in masks for name, limits in mask.ranges.items()},
         of=tuple(masks),
     )
 
