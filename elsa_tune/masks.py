@@ -214,7 +214,7 @@ def columns(bounds: Tensor, causal: bool) -> AttnMask:
         )
     n, each = bounds.shape[3], bounds.movedim(3, 0).contiguous()
     first, endless = (bounds.new_full((1, 1, 1), x) for x in (0, ENDLESS))
-    until = each[1] if causal and n == 2 or n == 4 else endless
+    until = each[1] if (causal and n == 2) or n == 4 else endless
     below = AttnMask("columns", operands={"hidefrom": each[0], "hideto": until})
     if causal:
         return CAUSAL & below

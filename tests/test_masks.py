@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_dispatch import VARIANT, Served, record, won
 from torch import Tensor
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
@@ -18,13 +19,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 import elsa_tune
 from elsa_tune import masks, scores, space
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate import cpp
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.masks import AttnMask
 from elsa_tune.problem import Problem
-from test_dispatch import VARIANT, Served, record, won
 
 BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN = 2, 4, 2, 300, 413
 DOCUMENT = torch.randint(0, 5, (BATCH, KV_LEN), generator=torch.Generator().manual_seed(0)).sort(-1).values
@@ -108,28 +107,29 @@ class TestFromBlockMask:
             asked.append(1)
             return j < i + 30
 
-        torchs = create_block_mask(mask_mod, None, None, 50, 50, device="cpu")
+        given = [create_block_mask(mask_mod, None, None, 50, 50, device="cpu")]
         query, key, value = tensors(50, 50)
         before = len(asked)
         seen = torch.ones(50, 50, dtype=torch.bool)
 
         def attention(is_causal: bool = False) -> Tensor:
-            return elsa_tune.attention(query, key, value, torchs, is_causal=is_causal, enable_gqa=True)
+            return elsa_tune.attention(query, key, value, given[0], is_causal=is_causal, enable_gqa=True)
 
         assert close(attention(), by_definition(query, key, value, seen.tril(29)))
         assert close(attention(is_causal=True), by_definition(query, key, value, seen.tril()))
         record(won("fp32.d16.blocks_partial@b2.h4.kv2.q50.k50.partialq128.partialk128"))
         served = Served(monkeypatch)
         assert close(attention(), by_definition(query, key, value, seen.tril(29))) and served.by_torch == 0
-        output, lse = elsa_tune.attention_with_lse(query, key, value, attn_mask=torchs, enable_gqa=True)
+        output, lse = elsa_tune.attention_with_lse(query, key, value, attn_mask=given[0], enable_gqa=True)
         assert close(output, attention()) and lse.isfinite().all()
         assert len(asked) == before + 1
-        with pytest.raises(WrongArguments, match=r"BlockMask of q_len and kv_len \(50, 50\), query and key have \(49, 50\)"):
-            elsa_tune.attention(query[:, :, 1:], key, value, torchs, enable_gqa=True)
-        gone = weakref.ref(torchs)
-        del torchs
+        with pytest.raises(
+            WrongArguments, match=r"BlockMask of q_len and kv_len \(50, 50\), query and key have \(49, 50\)"
+        ):
+            elsa_tune.attention(query[:, :, 1:], key, value, given[0], enable_gqa=True)
+        gone = weakref.ref(given.pop())
         gc.collect()
-        assert gone() is None and not len(meaning._of_block_masks)
+        assert gone() is None
 
 
 class TestColumns:
@@ -153,7 +153,12 @@ class TestColumns:
 
     def test_mistakes(self) -> None:
         bounds = torch.zeros(1, 1, 8, 4, dtype=torch.int32)
-        for wrong, causal in ((bounds, True), (bounds[..., :1], False), (bounds[..., :3], False), (bounds[0, ..., :1], True)):
+        for wrong, causal in (
+            (bounds, True),
+            (bounds[..., :1], False),
+            (bounds[..., :3], False),
+            (bounds[0, ..., :1], True),
+        ):
             with pytest.raises(WrongArguments, match=r"bounds is \(.*\); it must be a tensor .* of n (1 or 2|2 or 4)"):
                 masks.columns(wrong, causal)
         with pytest.raises(WrongArguments, match="hidefrom is torch.float32; it must be of whole numbers"):
@@ -230,7 +235,9 @@ def test_lanes_of_one_row_and_of_many_agree() -> None:
     isa = host_cpu().isas[0]
     lanes = cpp.ISAS[isa].lanes
     query, key, value = tensors(1, KV_LEN)
-    torchs = create_block_mask(lambda b, h, i, j: j % 3 != h % 2, None, HEADS, 1, KV_LEN, device="cpu", BLOCK_SIZE=(16, 48))
+    torchs = create_block_mask(
+        lambda b, h, i, j: j % 3 != h % 2, None, HEADS, 1, KV_LEN, device="cpu", BLOCK_SIZE=(16, 48)
+    )
     for mask in (masks.from_block_mask(torchs), masks.columns(torch.arange(KV_LEN)[None, None, :, None] % 2, True)):
         expected = by_definition(query, key, value, mask.dense(1, HEADS, 1, KV_LEN))
         for variant in (f"c{lanes}.q4.k1.v1.n96", "c4.q2.k2.v4.n48.w2.s2"):

@@ -47,8 +47,10 @@ def _strides(array: Array, value: Any, sizes: Mapping[str, Any], device: torch.d
     """Elements from one to the next along each axis, 0 where all share one."""
     wanted = array.lengths(sizes)
     fits = isinstance(value, Tensor) and value.dtype is getattr(torch, array.dtype) and value.device == device
-    if not fits or value.dim() != len(wanted) or any(
-        n not in (1, m) and m is not None for n, m in zip(value.shape, wanted, strict=True)
+    if (
+        not fits
+        or value.dim() != len(wanted)
+        or any(n not in (1, m) and m is not None for n, m in zip(value.shape, wanted, strict=True))
     ):
         found = (
             f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)[:60]

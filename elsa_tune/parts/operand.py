@@ -41,8 +41,10 @@ class Array:
     """A tensor of torch's ``dtype``, or STATE. Of its ``axes`` (those of PLACES) each may be 1: then all share what it holds.
 
     ``per`` names, for axes along which it holds one thing for so many positions or keys, the whole number that says how many: there are
-    as many as cover them. An array of an axis that is none of PLACES, of any length, is given to parts whole. ``typical`` makes what a race is run with from those sizes, and its part's whole numbers, the same whenever it is asked; ``hostile`` what else
-    kernels are checked with. Both return nested lists or tensors.
+    as many as cover them. An array of an axis that is none of PLACES, of any length, is given to parts whole.
+
+    ``typical`` makes what a race is run with from the sizes of PLACES and its part's whole numbers, the same whenever it is asked;
+    ``hostile`` what else kernels are checked with. Both return nested lists or tensors.
     """
 
     name: str
@@ -81,8 +83,12 @@ class Array:
         the numbers that ``per`` names."""
         if not self.placed:
             return whole
-        index: list[Any] = [0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True)]
-        return whole[tuple(i // own[self.per[axis]] if axis in self.per else i for axis, i in zip(self.axes, index, strict=True))]
+        index: list[Any] = [
+            0 if n == 1 else place[PLACES[axis]] for axis, n in zip(self.axes, whole.shape, strict=True)
+        ]
+        return whole[
+            tuple(i // own[self.per[axis]] if axis in self.per else i for axis, i in zip(self.axes, index, strict=True))
+        ]
 
     @property
     def data(self) -> str:
@@ -107,7 +113,9 @@ Operands = tuple[Any, ...]
 
 def values_at(operands: Iterable[Operand], own: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
     """What parts are given of their operands for pairs at places: numbers, and of arrays what they hold there."""
-    return {one.name: one.at(own[one.name], place, own) if isinstance(one, Array) else own[one.name] for one in operands}
+    return {
+        one.name: one.at(own[one.name], place, own) if isinstance(one, Array) else own[one.name] for one in operands
+    }
 
 
 def arguments(declared: tuple[Operand, ...]) -> tuple[Argument, ...]:

@@ -102,7 +102,13 @@ def _function(posed: Posed) -> Any:
         if mask.cuts_back:
             seen.append(key < mask.high.value(position=position, **names, **of_batch))
         if mask.tested:
-            place = {"batch": batch, "head": head, "kv_head": head // posed.problem.group, "position": position, "key": key}
+            place = {
+                "batch": batch,
+                "head": head,
+                "kv_head": head // posed.problem.group,
+                "position": position,
+                "key": key,
+            }
             seen.append(mask.passes(own, **place))
         both: Tensor = seen[0]
         for more in seen[1:]:

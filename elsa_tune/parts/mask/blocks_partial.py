@@ -1,5 +1,4 @@
-"""A layout of blocks of which some are seen in part, their pairs kept as bits, as FlexAttention's block masks are once its function was
-asked (Dong et al. 2024)."""
+"""A layout of blocks of which some are seen in part, by bits for their pairs: FlexAttention's, once asked (Dong et al. 2024)."""
 
 from __future__ import annotations
 
@@ -51,9 +50,7 @@ def _seen(partialq: int, partialk: int, partial: Any, bits: Any, position: Any, 
     return (partial == EVERYBODY) | (partial >= FIRST) & ((word >> within % WORD & 1) == 1)
 
 
-PARTIAL = Array(
-    "partial", "int32", AXES, _typical, (_every_kind, _all), {"q_len": "partialq", "kv_len": "partialk"}
-)
+PARTIAL = Array("partial", "int32", AXES, _typical, (_every_kind, _all), {"q_len": "partialq", "kv_len": "partialk"})
 
 MASK = Mask(
     "blocks_partial",
