@@ -41,9 +41,10 @@ class Array:
     """A tensor of torch's ``dtype``, or STATE. Of its ``axes`` (those of PLACES) each may be 1: then all share what it holds.
 
     ``per`` names, for axes along which it holds one thing for so many positions or keys, the whole number that says how many: there are
-    as many as cover them. An array of an axis that is none of PLACES, of any length, is given to parts whole. ``typical`` makes what a
-    race is run with from those sizes, and its part's whole numbers, the same whenever it is asked; ``hostile`` what else kernels are
-    checked with. Both return nested lists or tensors.
+    as many as cover them. An array of an axis that is none of PLACES, of any length, is given to parts whole.
+
+    ``typical`` makes what a race is run with from the sizes of PLACES and its part's whole numbers, the same whenever it is asked;
+    ``hostile`` what else kernels are checked with. Both return nested lists or tensors.
     """
 
     name: str

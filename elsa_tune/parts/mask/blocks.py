@@ -17,7 +17,7 @@ def drawn(array: Array, sizes: Mapping[str, int], seed: int) -> Any:
     import torch
 
     _, *lengths = array.lengths(sizes)
-    return torch.rand([1, *lengths], generator=torch.Generator().manual_seed(seed))
+    return torch.rand([1, *(n or 1 for n in lengths)], generator=torch.Generator().manual_seed(seed))
 
 
 def _a_quarter(sizes: Mapping[str, int]) -> Any:
@@ -29,7 +29,7 @@ def _holes(sizes: Mapping[str, int]) -> Any:
     """Rows of blocks that see nothing and that see everything, and nothing shared."""
     import torch
 
-    lengths = BLOCKS.lengths(sizes)
+    lengths = [n or 1 for n in BLOCKS.lengths(sizes)]
     seen = torch.rand(lengths, generator=torch.Generator().manual_seed(1)) < 0.5
     seen[:, :, ::3] = False
     seen[:, :, 1::3, ::2] = True

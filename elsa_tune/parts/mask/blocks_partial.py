@@ -1,5 +1,4 @@
-"""A layout of blocks of which some are seen in part, their pairs kept as bits, as FlexAttention's block masks are once its function was
-asked (Dong et al. 2024)."""
+"""A layout of blocks of which some are seen in part, by bits for their pairs: FlexAttention's, once asked (Dong et al. 2024)."""
 
 from __future__ import annotations
 
