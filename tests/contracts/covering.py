@@ -23,7 +23,7 @@ from elsa_tune.errors import BadProblem
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Law
 from elsa_tune.order import ORDERS
-from elsa_tune.parts import element, mask
+from elsa_tune.parts import element, mask, state
 from elsa_tune.problem import Problem
 from elsa_tune.space import Axis, Space
 from elsa_tune.variant import Value, Variant
@@ -214,6 +214,15 @@ def offered(language: str, kind: str) -> tuple[Value, ...]:
     """The parts of a kind among which the language's variants choose; none where they have no such choice."""
     axis = _axis(language, kind)
     return axis.values if axis else ()
+
+
+def summing(language: str) -> dict[str, Value]:
+    """The choice of a state whose columns are sums, where a language chooses: equal weights and whole values leave nothing to round."""
+    return (
+        {"state": next(one for one in names if not state.get(str(one)).normalised)}
+        if (names := offered(language, "state"))
+        else {}
+    )
 
 
 def variant_with(language: str, family: str, **axes: Value) -> Variant | None:

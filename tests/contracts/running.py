@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import emulated
 import pytest
+import torch
+from torch import Tensor
 
 from elsa_tune import device as devices
 from elsa_tune.generate import cpp, cuda, triton
@@ -49,7 +51,7 @@ def cases(found: Iterable[tuple[str, ...]]) -> list[Any]:
     return [pytest.param(*case, id="-".join(map(str, case)), marks=marks(case[0])) for case in found]
 
 
-def seeds(kernel: Kernel) -> Iterable[int]:
+def seeds(kernel: Kernel) -> Iterator[int]:
     """Orders of threads and blocks to call a kernel in, one after the other; as they come where nothing emulates them."""
     runtime = getattr(kernel, "_runtime", None)
     if not isinstance(runtime, emulated.EmulatedRuntime):
@@ -59,6 +61,28 @@ def seeds(kernel: Kernel) -> Iterable[int]:
         yield runtime.seed
 
 
-def module(kernel: Kernel) -> Any:
-    """The generated module of a Triton kernel."""
-    return sys.modules[kernel._launch.__module__]  # type: ignore[attr-defined]
+def starts(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where what calls of a kernel start on a GPU is noted from now on, by name."""
+    noted: list[str] = []
+    if runtime := getattr(kernel, "_runtime", None):
+        run = runtime.run
+        monkeypatch.setattr(runtime, "run", lambda some: (noted.extend(one.name for one in some), run(some)))
+    else:
+        module = sys.modules[kernel._launch.__module__]  # type: ignore[attr-defined]
+        launches = module.launches
+
+        def noting(*arguments: Any) -> Iterator[Any]:
+            for launch in launches(*arguments):
+                noted.append(launch[0].__name__)
+                yield launch
+
+        monkeypatch.setattr(module, "launches", noting)
+    return noted
+
+
+def counters(kernel: Kernel) -> list[Tensor]:
+    """Those of arriving blocks that calls of a kernel left behind."""
+    if runtime := getattr(kernel, "_runtime", None):
+        kept = runtime._counters if isinstance(runtime, emulated.EmulatedRuntime) else torch.zeros(0)
+        return [kept] if len(kept) else []
+    return [*getattr(sys.modules[kernel._launch.__module__], "_arrivals", {}).values()]  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contracts import covering, running
 from elsa_tune.generate.backends import Kernel
-from elsa_tune.parts import element, state
+from elsa_tune.parts import element
 from elsa_tune.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter meets NaN
@@ -77,8 +77,7 @@ of_every_kernel = pytest.mark.parametrize(
 def kernel(language: str, name: str, tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     """Of one state that sums: a normalised one moves its columns by differences, and infinity less infinity is NaN."""
     family = f"{name}.d16.v{COLUMNS}"
-    sums = [one for one in covering.offered(language, "state") if not state.get(str(one)).normalised]
-    variant = covering.variant_with(language, family, workers=1, splits=1, **({"state": sums[0]} if sums else {}))
+    variant = covering.variant_with(language, family, workers=1, splits=1, **covering.summing(language))
     assert variant is not None
     return running.kernel(language, variant, Problem.parse(family), tmp_path_factory.mktemp("kernel"))
 
