@@ -218,11 +218,8 @@ def offered(language: str, kind: str) -> tuple[Value, ...]:
 
 def summing(language: str) -> dict[str, Value]:
     """The choice of a state whose columns are sums, where a language chooses: equal weights and whole values leave nothing to round."""
-    return (
-        {"state": next(one for one in names if not state.get(str(one)).normalised)}
-        if (names := offered(language, "state"))
-        else {}
-    )
+    names = [one for one in offered(language, "state") if not state.get(str(one)).normalised]
+    return {"state": names[0]} if names else {}
 
 
 def variant_with(language: str, family: str, **axes: Value) -> Variant | None:

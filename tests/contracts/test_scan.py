@@ -74,7 +74,7 @@ class TestContract:
         assert shown.stdout.startswith(f"{name}: ")
 
 
-FAMILY = "fp32.d16.v8.causal+lengths"
+FAMILY = "fp32.d16.v8.causal_lower_right+lengths"
 MERGING = [name for name in scan.names() if name != "serial"]
 
 
