@@ -19,7 +19,6 @@ from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
-from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.exp import polynomial
@@ -91,27 +90,6 @@ def test_contract(variant: str, problem: str) -> None:
     wanted = Problem.parse(problem)
     wanted = wanted if "@" in problem else wanted.reshaped(heads=4, kv_heads=2, q_len=64, kv_len=64)
     kernels.obeys(kernel_of(here(variant), wanted), wanted, peers(wanted))
-
-
-def _every_pattern(dtype: torch.dtype) -> torch.Tensor:
-    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).reshape(1, 1024, 1, 64)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_pattern_of_a_narrow_element_is_widened_and_narrowed(dtype: str) -> None:
-    """One key is its own mean: each value comes back as it was; two are rounded as torch rounds their mean."""
-    problem = Problem.parse(f"{dtype}.d64@b1.h1024.q1.k1")
-    kernel, values = (
-        kernel_of(here("cpp.serial.{isa}.q1.k4.v4.n16.packed"), problem),
-        _every_pattern(elements.get(problem.dtype).dtype),
-    )
-    query = torch.zeros_like(values)
-    assert torch.equal(kernel(query, query, values).nan_to_num(7.0), values.nan_to_num(7.0))
-    others = values[:, torch.randperm(1024, generator=torch.Generator().manual_seed(0))]
-    two = torch.cat([values, others], 2)
-    mean = ((values.float() + others.float()) / 2).to(values.dtype)
-    keys = torch.zeros_like(two)
-    assert torch.equal(kernel(query, keys, two).nan_to_num(7.0, 8.0, 9.0), mean.nan_to_num(7.0, 8.0, 9.0))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -194,23 +172,6 @@ def test_heads_too_large_to_be_packed_are_read_where_they_are() -> None:
     for heads in (1, 2, 7):
         x = reference.random_inputs(problem.reshaped(heads=heads, kv_heads=heads), torch.Generator().manual_seed(1))
         assert torch.equal(unpacked(*x.tensors), packed(*x.tensors))
-
-
-@pytest.mark.parametrize("degree", sorted(polynomial.COEFFICIENTS))
-def test_exp2_polynomials_are_minimax(degree: int) -> None:
-    derived = polynomial.remez(degree)
-    stored = [float(c) for c in polynomial.COEFFICIENTS[degree]]
-    assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < 2e-7
-    assert stored[0] == derived[0] == 1
-    assert polynomial.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
-
-
-def test_a_polynomial_that_is_not_1_at_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    variant, problem = space.parse(here(SAMPLED[0][0])), Problem.parse(SAMPLED[0][1])
-    assert lawful.refusal(variant, problem, HERE) is None
-    almost = ("1.00000012", *polynomial.COEFFICIENTS[5][1:])
-    monkeypatch.setitem(polynomial.COEFFICIENTS, 5, almost)
-    assert "2^0" in str(lawful.refusal(variant, problem, HERE))
 
 
 def test_a_kernel_refuses_tensors_of_another_family() -> None:

@@ -25,6 +25,7 @@ PROGRAMS = {
     "pytest": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
     "python": [sys.executable],
     "elsa-tune": [sys.executable, "-m", "elsa_tune.shell.cli"],
+    "sed": ["sed"],
 }
 LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", ".wheels", "results", "images")
 
@@ -76,6 +77,7 @@ def done_in(copy: Path, page: str) -> list[str]:
     [
         ("add-a-mask.md", ["elsa_tune/parts/mask/pairs.py"]),
         ("add-a-scan.md", ["elsa_tune/parts/scan/sklansky.py"]),
+        ("add-a-state.md", ["elsa_tune/parts/state/lazy.py", "templates/cpp/state/lazy.j2"]),
         (
             "add-a-backend.md",
             ["elsa_tune/generate/plain.py", "search_spaces/plain.toml", "tests/test_plain.py"],
@@ -83,5 +85,6 @@ def done_in(copy: Path, page: str) -> list[str]:
     ],
 )
 def test_a_copy_in_which_it_was_done_passes(page: str, touched: list[str], tmp_path: Path) -> None:
-    """Beside the line in docs/reference.md that each page asks for; a scan and a mask in closed form are one file."""
+    """Beside the line in docs/reference.md that each page asks for; a scan and a mask in closed form are one file, a state has
+    a text beside it."""
     assert done_in(tmp_path / "copy", page) == touched

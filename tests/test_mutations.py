@@ -23,6 +23,8 @@ from elsa_tune.space import Space
 
 slow = pytest.mark.slow
 OF_CPUS, OF_GPUS = "fp32.d16.v8.causal@b1.h4.kv2.q64.k64", "fp32.d8.v4.causal@b1.h4.kv2.q64.k64"
+BOUNDED = ".lengths+window.softcap"
+"""What families have whose bounds, operands and scores are mutated: closed-form masks with integers and an array, and a score."""
 
 
 class Mutation(NamedTuple):
@@ -32,6 +34,11 @@ class Mutation(NamedTuple):
     old: str
     new: str
     harmless: str = ""
+
+
+def posed(family: str) -> Problem:
+    """A problem of the family, with groups."""
+    return Problem.parse(family) if "@" in family else Problem.parse(family).reshaped(heads=4, kv_heads=2)
 
 
 def judged(mutation: Mutation, text: str, kernel_of: object, problem: Problem, longest: int) -> None:
@@ -106,10 +113,50 @@ OF_PACKED_CPP = [
 ]
 
 
+OF_BOUNDS = [
+    Mutation("the first key that is seen is not", "(position - left)", "(position - left + 1)"),
+    Mutation("the key before the first is seen", "(position - left)", "(position - left - 1)"),
+    Mutation("the window looks forwards", "(position - left)", "(position + left)"),
+    Mutation("the last key that is seen is not", "((position + right) + 1)", "(position + right)"),
+    Mutation("the key after the last is seen", "((position + right) + 1)", "((position + right) + 2)"),
+    Mutation("the window's sides are swapped", "(position - left)", "(position - right)"),
+    Mutation("both sides are as wide as the left one", "((position + right) + 1)", "((position + left) + 1)"),
+]
+"""Of the window's bounds, which every language prints alike."""
+
+
+OF_BOUNDED_CPP = [
+    *OF_BOUNDS,
+    Mutation("the window has no end", "least(lengths, ((position + right) + 1))", "lengths"),
+    Mutation("every sequence is as long as the first", "c.lengths_data[b * c.lengths_batch]", "c.lengths_data[0]"),
+    Mutation("lengths are not looked at", "least(lengths, ((position + right) + 1))", "((position + right) + 1)"),
+    Mutation("sequences have one key more", "const int64_t lengths = c.", "const int64_t lengths = 1 + c."),
+    Mutation("a row that sees no key divides by 0", "state.s[i] == 0.0f ? vec{} : 1.0f", "1.0f"),
+    Mutation("a maximum over no keys meets itself", "return m == -INF ? vec{} : m;", "return m;"),
+    Mutation("the front of a tile is not masked", "first < after || first + n > unmasked", "first + n > unmasked"),
+    Mutation("the front is masked too short", "first < after ||", "first + BLOCK_N < after ||"),
+    Mutation("the first key of a row is hidden", "(low[i] <= key)", "(low[i] < key)"),
+    Mutation("keys before a row's first are seen", "(low[i] <= key) & (high[i] > key)", "(high[i] > key)"),
+    Mutation("a tile begins one leaf late", "before = by_first.low / BLOCK_N", "before = by_first.low / BLOCK_N + 1"),
+    Mutation("a tile begins where its last row does", "before = by_first.low", "before = by_last.low"),
+    Mutation("splits begin at the first leaf", "before + leaves * split / splits, before + ", "leaves * split / splits, "),
+    Mutation("scores are not made small again", "score * (1.0f / softcap)", "score"),
+    Mutation("scores stay below 1", "return y * over / under * softcap;", "return y * over / under;"),
+    Mutation("the cap is reached too soon", "splat(9.0f)", "splat(2.0f)"),
+    Mutation("there is no cap below", "y = y < -limit ? -limit : y;", ""),
+    Mutation("a coefficient of the quotient is wrong in its 3rd digit", "0.467143148f", "0.468143148f"),
+    Mutation("logarithms of 2 are capped", "softcap_score(x, ", "softcap_score(x * LOG2_E, "),
+    Mutation("a capped leaf has no maximum", "      top[i] = max(top[i], x);\n", ""),
+    Mutation("the cap is another operand", "static_cast<float>(c.softcap)", "static_cast<float>(c.right)"),
+]
+
+
 OF_PACKED = "fp32.d32.v8.causal@b1.h4.kv2.q64.k64"
 PACKED_CPP = f"cpp.serial.{NATIVE}.l{cpp.ISAS[NATIVE].lanes}.q1.k4.v4.n16.d2.head"
+BOUNDED_CPU, BOUNDED_GPU = (family.replace(".causal", BOUNDED).partition("@")[0] for family in (OF_CPUS, OF_GPUS))
 CPP_CASES = [
     *(pytest.param(CPP, OF_CPUS, m, id=m.fault) for m in OF_CPP),
+    *(pytest.param(CPP, BOUNDED_CPU, m, id=f"bounded: {m.fault}") for m in OF_BOUNDED_CPP),
     *(pytest.param(PACKED_CPP, OF_PACKED, m, id=f"packed: {m.fault}") for m in OF_PACKED_CPP),
 ]
 
@@ -117,7 +164,7 @@ CPP_CASES = [
 @slow
 @pytest.mark.parametrize(("spelling", "family", "mutation"), CPP_CASES)
 def test_faults_in_cpp(spelling: str, family: str, mutation: Mutation, home: object) -> None:
-    problem, variant = Problem.parse(family), space.parse(spelling)
+    problem, variant = posed(family), space.parse(spelling)
 
     def kernel(text: str) -> Kernel:
         return cpp.load(cpp.build_text(text, "mutant", variant), variant, problem)
@@ -178,6 +225,30 @@ OF_CUDA = [
     Mutation("threads side by side have the same row", "* ABREAST + t % ABREAST", "* ABREAST"),
     Mutation("counters are not set back", "(int)atomicInc((unsigned*)count, (unsigned)last)", "(int)atomicInc((unsigned*)count, 1u << 30)"),
 ]
+OF_BOUNDED_CUDA = [
+    *OF_BOUNDS,
+    Mutation("every sequence is as long as the first", "lengths_data[batch * lengths_batch]", "lengths_data[0]"),
+    Mutation("lengths are not looked at", "least(lengths, ((position + right) + 1))", "((position + right) + 1)"),
+    Mutation("sequences have one key more", "lengths = lengths_data", "lengths = 1 + lengths_data"),
+    Mutation("a row that sees no key divides by 0", "(s3 == 0.0f ? 1.0f : s3)", "s3"),
+    Mutation("a maximum over no keys meets itself", "return m == no_key() ? 0.0f : m;", "return m;"),
+    Mutation("the front of a tile is not masked", "start < after || start >= whole", "start >= whole"),
+    Mutation("the front is masked too short", "start < after ||", "start + STEP < after ||"),
+    Mutation("the first key of a row is hidden", "key < rows[i].low", "key <= rows[i].low"),
+    Mutation("keys before a row's first are seen", "key < rows[i].low || ", ""),
+    Mutation("a tile begins one key late", "begin = by_first.low,", "begin = by_first.low + 1,"),
+    Mutation("a tile begins where its last row does", "begin = by_first.low,", "begin = by_last.low,"),
+    Mutation("splits begin at the first key", "begin + split * each < seen ? begin + split * each", "split * each < seen ? split * each"),
+    Mutation("what every row sees begins where the first row does", "by_last.low, whole", "by_first.low, whole"),
+    Mutation("scores are not made small again", "score * (1.0f / softcap)", "score"),
+    Mutation("scores stay below 1", "return y * over / under * softcap;", "return y * over / under;"),
+    Mutation("the cap is reached too soon", "9.0f", "2.0f"),
+    Mutation("there is no cap below", "y = y < -9.0f ? -9.0f : y;", ""),
+    Mutation("a coefficient of the quotient is wrong in its 3rd digit", "0.467143148f", "0.468143148f"),
+    Mutation("products are capped without the scale", "score[i][j] * from->factor", "score[i][j]"),
+    Mutation("capped scores are of base e", "1.4426950408889634f", "1.0f"),
+    Mutation("the cap is another operand", "scores.softcap = softcap;", "scores.softcap = (float)right;"),
+]
 HIP = "cuda.hip.hybrid.t64.x4.r2.k4.w2.s4.last_block.native"
 OF_HIP = [
     Mutation("lanes exchange with the wrong ones", "return __shfl_xor(x, mask);", "return __shfl_xor(x, mask / 2);"),
@@ -203,8 +274,8 @@ OF_OPENCL = [
 ]
 
 
-def _emulated(spelling: str, mutation: Mutation, folder: Path) -> None:
-    problem, variant = Problem.parse(OF_GPUS), space.parse(spelling)
+def _emulated(spelling: str, family: str, mutation: Mutation, folder: Path) -> None:
+    problem, variant = posed(family), space.parse(spelling)
 
     def kernel(text: str) -> Kernel:
         return cuda.CudaKernel(emulated.EmulatedRuntime(variant, problem, text, folder), variant, problem)
@@ -212,17 +283,23 @@ def _emulated(spelling: str, mutation: Mutation, folder: Path) -> None:
     judged(mutation, cuda.source(variant, problem).text, kernel, problem, 301)
 
 
+CUDA_CASES = [
+    *(pytest.param(OF_GPUS, m, id=m.fault) for m in OF_CUDA),
+    *(pytest.param(BOUNDED_GPU, m, id=f"bounded: {m.fault}") for m in OF_BOUNDED_CUDA),
+]
+
+
 @slow
-@pytest.mark.parametrize("mutation", OF_CUDA, ids=lambda m: m.fault)
-def test_faults_in_cuda(mutation: Mutation, tmp_path: Path) -> None:
-    _emulated(CUDA, mutation, tmp_path)
+@pytest.mark.parametrize(("family", "mutation"), CUDA_CASES)
+def test_faults_in_cuda(family: str, mutation: Mutation, tmp_path: Path) -> None:
+    _emulated(CUDA, family, mutation, tmp_path)
 
 
 @slow
 @pytest.mark.parametrize("mutation", OF_HIP, ids=lambda m: m.fault)
 def test_faults_in_hip(mutation: Mutation, tmp_path: Path) -> None:
     """Those of its dialect; the text below is CUDA's."""
-    _emulated(HIP, mutation, tmp_path)
+    _emulated(HIP, OF_GPUS, mutation, tmp_path)
 
 
 @slow
@@ -300,11 +377,34 @@ OF_TRITON = [
 ]
 
 
+OF_BOUNDED_TRITON = [
+    *OF_BOUNDS,
+    Mutation("every sequence is as long as the first", "lengths_data + batch * lengths_batch", "lengths_data"),
+    Mutation("lengths are not looked at", "tl.minimum(lengths, ((position + right) + 1))", "((position + right) + 1)"),
+    Mutation("a row that sees no key divides by 0", "divisor = tl.where(x3_s == 0.0, 1.0, x3_s)", "divisor = x3_s"),
+    Mutation("the front is not masked", "(start + keys[None, :] >= row_low[:, None])", "(start + keys[None, :] >= 0)"),
+    Mutation("a tile begins where its last row does", "begin = keys_low(first_position", "begin = keys_low(last_position"),
+    Mutation("what every row sees begins where the first row does", "after = keys_low(last_position", "after = keys_low(first_position"),
+    Mutation("splits begin at the first key", "tl.minimum(begin + split * each, seen)", "tl.minimum(split * each, seen)"),
+    Mutation("the front is left out", "for start in tl.range(low, tl.minimum(front, high), STEP):", "for start in tl.range(low + STEP, tl.minimum(front, high), STEP):"),
+    Mutation("scores are not made small again", "score * (1.0 / softcap)", "score"),
+    Mutation("scores stay below 1", "return y * over / under * softcap", "return y * over / under"),
+    Mutation("there is no cap below", "tl.where(y < -9.0, -9.0, y)", "y"),
+    Mutation("a coefficient of the quotient is wrong in its 3rd digit", "0.467143148", "0.468143148"),
+    Mutation("capped scores are of base e", "LOG2_E = tl.constexpr(1.4426950408889634)", "LOG2_E = tl.constexpr(1.0)"),
+    Mutation("the cap is another operand", "softcap_score(scores, softcap)", "softcap_score(scores, right)"),
+]
+TRITON_CASES = [
+    *(pytest.param(OF_CPUS, m, id=m.fault) for m in OF_TRITON),
+    *(pytest.param(BOUNDED_CPU, m, id=f"bounded: {m.fault}") for m in OF_BOUNDED_TRITON),
+]
+
+
 @slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("mutation", OF_TRITON, ids=lambda m: m.fault)
-def test_faults_in_triton(mutation: Mutation, tmp_path: Path) -> None:
-    problem, variant = Problem.parse(OF_CPUS), space.parse(TRITON)
+@pytest.mark.parametrize(("family", "mutation"), TRITON_CASES)
+def test_faults_in_triton(family: str, mutation: Mutation, tmp_path: Path) -> None:
+    problem, variant = posed(family), space.parse(TRITON)
 
     def kernel(text: str) -> Kernel:
         path = tmp_path / "mutant.py"
@@ -319,11 +419,14 @@ def test_faults_in_triton(mutation: Mutation, tmp_path: Path) -> None:
     ("backend", "spelling", "family", "mutations"),
     [
         (cpp, CPP, OF_CPUS, OF_CPP),
+        (cpp, CPP, BOUNDED_CPU, OF_BOUNDED_CPP),
         (cpp, PACKED_CPP, OF_PACKED, OF_PACKED_CPP),
         (cuda, CUDA, OF_GPUS, OF_CUDA),
+        (cuda, CUDA, BOUNDED_GPU, OF_BOUNDED_CUDA),
         (cuda, HIP, OF_GPUS, OF_HIP),
         (cuda, OPENCL, OF_GPUS, OF_OPENCL),
         (triton, TRITON, OF_CPUS, OF_TRITON),
+        (triton, TRITON, BOUNDED_CPU, OF_BOUNDED_TRITON),
     ],
 )
 def test_every_mutation_still_finds_its_text(backend: object, spelling: str, family: str, mutations: list[Mutation]) -> None:

@@ -23,7 +23,7 @@ from elsa_tune.errors import BadProblem
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Law
 from elsa_tune.order import ORDERS
-from elsa_tune.parts import element, mask
+from elsa_tune.parts import element, mask, state
 from elsa_tune.problem import Problem
 from elsa_tune.space import Axis, Space
 from elsa_tune.variant import Value, Variant
@@ -49,7 +49,10 @@ _BLOCKS = {
     "blocks": (0,), "registers": (0,),
 }  # fmt: skip
 _TILES = {"query_vectors": (1, 2, 3), "key_tile": (2, 4), "value_tile": (2, 4), "block_n": (16, 24), "prefetch": (0, 8)}
-_PROGRAMS = {"block_m": (16, 32), "block_n": (16, 32), "warps": (4,), "stages": (1,), "programs": (0, 1)}
+_PROGRAMS: Mapping[str, tuple[Value, ...]] = {
+    "block_m": (16, 32), "block_n": (16, 32), "warps": (4,), "stages": (1,), "programs": (0, 1),
+    "dot": ("half", "ieee", "fma", "tf32x3", "tf32"),  # which the interpreter knows
+}  # fmt: skip
 _INTERPRETED: Mapping[str, Row] = {"bf16": (("dot", "fma"),)}
 """Triton's interpreter multiplies the bits of bfloat16 tiles as whole numbers."""
 _NVIDIA = Device("cuda", "some", "sm_90", 132), Device("cuda", "some", "sm_62", 2)
@@ -137,7 +140,7 @@ def _narrowed(language: str, chosen: Row) -> Space:
     def left(axis: Axis) -> tuple[Value, ...]:
         values = tuple(v for v in axis.values if v in wanted.get(axis.name, axis.values))
         if axis.name in SEVERAL and axis.name in fixed:
-            return SEVERAL[axis.name][str(fixed[axis.name])]
+            return SEVERAL[axis.name].get(str(fixed[axis.name]), (fixed[axis.name],))
         return tuple(v for v in values if axis.name not in fixed or v == fixed[axis.name])
 
     space = Space.read(LANGUAGES[language].backend)
@@ -205,6 +208,24 @@ def _some(language: str, chosen: Row, family: Problem, seed: int) -> Variant | N
 def variant_of(row: Mapping[str, Value], seed: int = 0) -> Variant | None:
     """A variant for a row, drawn at random from those that are lawful for some shape of its family."""
     return _some(str(row["language"]), _chosen(row), family_of(row), seed)
+
+
+def offered(language: str, kind: str) -> tuple[Value, ...]:
+    """The parts of a kind among which the language's variants choose; none where they have no such choice."""
+    axis = _axis(language, kind)
+    return axis.values if axis else ()
+
+
+def summing(language: str) -> dict[str, Value]:
+    """The choice of a state whose columns are sums, where a language chooses: equal weights and whole values leave nothing to round."""
+    names = [one for one in offered(language, "state") if not state.get(str(one)).normalised]
+    return {"state": names[0]} if names else {}
+
+
+def variant_with(language: str, family: str, **axes: Value) -> Variant | None:
+    """A small variant with those values that is lawful for some shape of a family; None where laws allow none."""
+    problem = Problem.parse(family)
+    return _some(language, (*axes.items(), *LANGUAGES[language].only.get(problem.dtype, ())), problem, 0)
 
 
 def _lawful(fixed: Mapping[str, Value]) -> bool:

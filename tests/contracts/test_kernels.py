@@ -6,50 +6,25 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-import emulated
 import pytest
 import torch
 
-from contracts import covering, kernels
-from elsa_tune import device as devices
-from elsa_tune.generate import cpp, cuda, triton
-from elsa_tune.generate.backends import Kernel
+from contracts import covering, kernels, running
 from elsa_tune.parts import element, mask, scan
-from elsa_tune.problem import Problem
 from elsa_tune.variant import Value, Variant
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter where a row sees no key
-
-
-def on_opencl(variant: Variant, problem: Problem, folder: Path) -> Kernel:
-    pytest.importorskip("pyopencl", reason="needs pyopencl: pip install 'elsa-tune[opencl]'")
-    if not devices.opencl_devices():
-        pytest.skip("needs an OpenCL device: apt-get install pocl-opencl-icd")
-    return cuda.load(cuda.build(variant, problem, devices.opencl_devices()[0]), variant, problem)
-
-
-RUN = {
-    "cpp": lambda variant, problem, folder: cpp.load(cpp.build(variant, problem), variant, problem),
-    "cuda": lambda variant, problem, folder: emulated.kernel(variant, problem, folder)[0],
-    "hip": lambda variant, problem, folder: emulated.kernel(variant, problem, folder)[0],
-    "opencl": on_opencl,
-    "triton": lambda variant, problem, folder: triton.load(triton.build(variant, problem), variant, problem),
-}
-"""How each language runs on this CPU: compiled, emulated, by PoCL, interpreted."""
 
 
 def holds(row: Mapping[str, Value], variant: Variant, folder: Path) -> None:
     """Right in the row's shape and memory order; the same bits again, whatever order an emulator's threads run in; all hostile
     inputs where the language is fast enough here."""
     problem = covering.family_of(row)
-    kernel = RUN[str(row["language"])](variant, problem, folder)
+    kernel = running.kernel(str(row["language"]), variant, problem, folder)
     order = "bhsd" if row["layout"] == "unaligned" else str(row["layout"])
     shape = {"q_len": {"many": 29, "one": 1}[str(row["query"])], "group": {"alone": 1, "grouped": 2}[str(row["heads"])]}
-    runtime = getattr(kernel, "_runtime", None)
     answers = []
-    for seed in (0, 1) if isinstance(runtime, emulated.EmulatedRuntime) else (0,):
-        if seed:
-            runtime.seed = seed
+    for _ in running.seeds(kernel):
         out, lse, error = kernels.compute(kernel, problem, row["layout"] != "unaligned", order, **shape)
         assert error < 1
         answers.append((out, lse))
@@ -61,8 +36,7 @@ def holds(row: Mapping[str, Value], variant: Variant, folder: Path) -> None:
 
 
 def _case(row: Mapping[str, Value], variant: Variant) -> object:
-    marks = [pytest.mark.opencl] if row["language"] == "opencl" else []
-    return pytest.param(row, variant, id="-".join(map(str, row.values())), marks=marks)
+    return pytest.param(row, variant, id="-".join(map(str, row.values())), marks=running.marks(str(row["language"])))
 
 
 @pytest.mark.parametrize(("row", "variant"), [_case(*kernel) for kernel in covering.kernels()])

@@ -15,14 +15,18 @@ import pytest
 import torch
 
 import elsa_tune
-from elsa_tune import parts
-from elsa_tune.device import Device, named
+from elsa_tune import parts, places, space
+from elsa_tune.device import Device, host_cpu, named
+from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadProblem, BadVariant, ElsaTuneError, KernelMissing
 from elsa_tune.generate import backends, lawful, laws
 from elsa_tune.generate.cuda import laws as cuda_laws
+from elsa_tune.measurement import Measurement
 from elsa_tune.parts.bound import Bound
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
+from elsa_tune.remember import foreign
+from elsa_tune.remember.database import Database
 from elsa_tune.ship import export, kit
 from elsa_tune.space import Space
 from elsa_tune.variant import Variant
@@ -231,17 +235,114 @@ def first(backend: str, problem: Problem, device: Device) -> Variant:
 @pytest.mark.parametrize(("kind", "backend"), [pair for pair in OF_AXES if pair[0] not in CLOSED])
 def test_an_axis_value_without_a_text_is_refused(kind: str, backend: str, plant: Plant) -> None:
     problem = Problem.parse("fp32.d64@b1.h8.q512.k512")
-    device, space = named(DEVICES[backend]), Space.read(backend)
+    device = named(DEVICES[backend])
     variant = first(backend, problem, device)
     plant(kind, str(variant.axes[kind]))
-    axes = [replace(a, values=(*a.values, PLANTED)) if a.name == kind else a for a in space.axes]
-    wider = replace(space, axes=tuple(axes))
+    wider = wider_space(kind, backend)
     assert lawful.refusal(wider.variant(variant.axes), problem, device) is None
     other = wider.variant({**variant.axes, kind: PLANTED})
     reason = str(lawful.refusal(other, problem, device))
     assert reason.startswith(f"{kind}_has_text: ") and PLANTED in reason
     with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
         backends.get(backend).source(other, problem)
+
+
+Offer = Callable[[str, str], None]
+
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    """Names what is planted in a backend's search space, too."""
+
+    def also(kind: str, backend: str) -> None:
+        read, wider = space._read, wider_space(kind, backend)
+        monkeypatch.setattr(space, "_read", lambda name: wider if name == backend else read(name))
+        space.parse.cache_clear()
+
+    yield also
+    space.parse.cache_clear()
+
+
+def wider_space(kind: str, backend: str) -> Space:
+    known = Space.read(backend)
+    axes = [replace(a, values=(*a.values, PLANTED)) if a.name == kind else a for a in known.axes]
+    return replace(known, axes=tuple(axes))
+
+
+def won(variant: Variant, problem: Problem, device: Device, digest: str = "") -> Measurement:
+    """A final that nothing speaks against."""
+    return Measurement(
+        device=str(device), problem=str(problem), variant=str(variant), status="ok", stage="final", error=1e-7,
+        digest=digest, seconds=1e-3, ratio=3.0, ratio_low=2.9, ratio_high=3.1, incumbent="sdpa.flash", created=1.0,
+    )  # fmt: skip
+
+
+def record(*rows: Measurement) -> None:
+    with Database.for_writing() as database:
+        for row in rows:
+            database.record(row)
+    dispatch.refresh()
+
+
+POSED = Problem.parse("fp32.d64@b1.h8.q512.k512")
+OWN = {"cpp": host_cpu(), "cuda": named("opencl"), "triton": named("sm_90")}
+"""Devices whose winners are recorded; headers are compiled for none of them."""
+
+
+@pytest.mark.parametrize("offered", [False, True], ids=["in no space", "in its space"])
+@pytest.mark.parametrize(("kind", "backend"), [pair for pair in OF_AXES if pair[0] not in CLOSED])
+class TestPlantedInAWinner:
+    def recorded(self, kind: str, backend: str, offered: bool, plant: Plant, offer: Offer) -> tuple[Variant, Variant]:
+        """A winner of what is planted, and one for a shape nearby of what its part was copied from."""
+        device = OWN[backend]
+        sound = first(backend, POSED, device)
+        plant(kind, str(sound.axes[kind]))
+        strange = wider_space(kind, backend).variant({**sound.axes, kind: PLANTED})
+        assert PLANTED in str(strange)
+        if offered:
+            offer(kind, backend)
+        digest = backends.get(backend).build(sound, POSED).digest if backend == "cpp" else ""
+        record(won(strange, POSED, device, digest), won(sound, POSED.reshaped(q_len=600, kv_len=600), device))
+        return strange, sound
+
+    def test_dispatch_falls_to_the_next_rung(
+        self, kind: str, backend: str, offered: bool, plant: Plant, offer: Offer, home: Path
+    ) -> None:
+        strange, sound = self.recorded(kind, backend, offered, plant, offer)
+        chosen = dispatch.explain(POSED, OWN[backend])
+        assert (chosen.variant, chosen.rung) == (sound, "neighbour"), chosen.steps
+        refused = f"exact: {strange}, won {POSED}: {kind}_has_text: no text for the {kind} {PLANTED}"
+        assert chosen.steps[0].startswith(refused) == offered and PLANTED not in chosen.steps[-1]
+        if backend == "cpp":  # though the digest it names is that of a kernel which is there
+            assert elsa_tune.load(POSED).variant == sound
+            places.database().unlink()
+            record(won(strange, POSED, OWN[backend], backends.get(backend).build(sound, POSED).digest))
+            assert elsa_tune.load(POSED).variant.backend in backends.rivals()
+
+    def test_what_ships_leaves_it_out(
+        self, kind: str, backend: str, offered: bool, plant: Plant, offer: Offer, home: Path, tmp_path: Path
+    ) -> None:
+        strange, sound = self.recorded(kind, backend, offered, plant, offer)
+        device, speaks = OWN[backend], backends.get(backend).no_header(POSED) is None
+        found = export.best(POSED, device)
+        assert strange not in found and (not speaks or found[0] == sound)
+        if speaks:
+            made = [export.export(POSED, str(device)), *kit.make(str(device), tmp_path / "kit", [POSED])]
+            assert made[0].variant == made[1].variant == sound and strange not in {one.variant for one in made}
+            assert not any(PLANTED in path.read_text() for path in (tmp_path / "kit").rglob("*") if path.is_file())
+            with pytest.raises(jinja2.TemplateNotFound, match=PLANTED):
+                export.header(strange, POSED)
+
+    def test_nobody_else_may_name_it_but_where_it_is_offered(
+        self, kind: str, backend: str, offered: bool, plant: Plant, offer: Offer, home: Path
+    ) -> None:
+        strange, _ = self.recorded(kind, backend, offered, plant, offer)
+        line = won(strange, POSED, OWN[backend]).line
+        if offered:  # then laws refuse it, as above
+            assert foreign.sound(line).variant == str(strange)
+            return
+        with pytest.raises(ValueError, match=f"variant: .*'{PLANTED}' is not understood"):
+            foreign.sound(line)
 
 
 @pytest.mark.parametrize(("kind", "backend"), OF_AXES)

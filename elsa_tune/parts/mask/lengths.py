@@ -20,6 +20,6 @@ MASK = Mask(
     "the first `lengths` keys of its own sequence",
     high=Bound("lengths"),
     arrays=(Array("lengths", "int64", ("batch",), _half_to_all),),
-    examples=({"lengths": 3}, {"lengths": 0}, {"lengths": 1000}, {"lengths": 50}, {"lengths": -7}),
+    examples=({"lengths": 3}, {"lengths": 0}, {"lengths": 50}, {"lengths": 1000}, {"lengths": -7}),
     picture="xxx.. xxx.. xxx..",
 )

@@ -1,15 +1,20 @@
-"""Every scan strategy is right for every associative merge, and its rounds say the truth about themselves."""
+"""What every scan promises: right for every associative merge, rounds that say the truth about themselves, and in every language
+the answer of a fold."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from contracts import covering, kernels, running
 from elsa_tune.errors import BadVariant
 from elsa_tune.parts import scan
 from elsa_tune.parts.scan import Round
+from elsa_tune.problem import Problem
 
 
 def letters(n: int) -> list[str]:
@@ -67,6 +72,25 @@ class TestContract:
             [sys.executable, "-m", f"elsa_tune.parts.scan.{name}"], capture_output=True, text=True, check=True
         )
         assert shown.stdout.startswith(f"{name}: ")
+
+
+FAMILY = "fp32.d16.v8.causal_lower_right+lengths"
+MERGING = [name for name in scan.names() if name != "serial"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("language", running.cases((language,) for language in covering.LANGUAGES))
+def test_a_kernel_answers_as_a_fold_does(language: str, tmp_path: Path) -> None:
+    """Over the states of workers and of splits at once; some see no key."""
+    problem, answers = Problem.parse(FAMILY), {}
+    for name in ("serial", *MERGING):
+        states = {"workers": 1, "splits": 1} if name == "serial" else {"workers": 4, "splits": 4}
+        variant = covering.variant_with(language, FAMILY, scan=name, **states, **covering.summing(language))
+        assert variant is not None
+        kernel = running.kernel(language, variant, problem, tmp_path / name)
+        answers[name] = kernels.of_exact_sums(kernel, problem, kv_len=130)
+        assert kernels.compute(kernel, problem)[2] < 1, variant
+        assert all(map(torch.equal, answers[name], answers["serial"])), variant
 
 
 @pytest.mark.parametrize("k", range(1, 9))
