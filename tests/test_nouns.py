@@ -93,7 +93,7 @@ def test_problem_counts_what_the_mask_lets_through() -> None:
 
 
 def test_a_masks_integers_are_its_own() -> None:
-    with pytest.raises(BadProblem, match="left, right"):
+    with pytest.raises(BadProblem, match="left from 0 to"):
         Problem(head_dim=4, mask="window", integers=(2,))
     with pytest.raises(BadProblem, match="integers"):
         Problem(head_dim=4, mask="causal", integers=(2,))
@@ -250,6 +250,7 @@ def test_cuda_axes_and_templates_agree_both_ways() -> None:
         "exp_degree",
         "state",
         "exp_of",
+        "sight",
         "scheduled",
         "carried",
         "test",
