@@ -1,0 +1,50 @@
+"""Builds C++ kernels with a compiler that adds sanitizers, or runs them on small hostile inputs in a process that loaded those first."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import torch
+
+from elsa_tune import space
+from elsa_tune.generate import cpp
+from elsa_tune.generate import operands as given
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.variant import Variant
+
+for place in (cpp, import_module("elsa_tune.generate.cpp.build")):  # optimised with checks, they compile for minutes
+    place.FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in place.FLAGS)  # type: ignore[attr-defined]
+
+
+def run(variant: Variant, problem: Problem) -> None:
+    """Each tensor has memory of its own size, so that what lies beyond is known to be nobody's."""
+    kernel = cpp.load(cpp.build(variant, problem), variant, problem)
+    generator = torch.Generator().manual_seed(0)
+    posed = given.with_example(problem)
+    for q_len, kv_len in ((37, 131), (1, 70), (50, 3)):
+        shaped = posed.reshaped(batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len)
+        x = reference.random_inputs(shaped, generator)
+        for operands in [x.operands, *(given.example(shaped, turn) for turn in range(given.turns(shaped)))]:
+            own = tuple(o.clone() if isinstance(o, torch.Tensor) else o for o in operands)
+            kernel(x.query, x.key, x.value, None, None, torch.empty(x.query.shape[:3]), own)
+
+
+def past(variant: Variant, problem: Problem) -> None:
+    """A call that reads one key more than there are."""
+    kernel = cpp.load(cpp.build(variant, problem), variant, problem)
+    tensors = [torch.randn(1, 1, n, problem.head_dim) for n in (5, 64, 64)]
+    longer = [torch.empty(1, 1, n, problem.head_dim) for n in (5, 65, 65)]
+    kernel.bind(*longer)(*tensors)
+
+
+def main(how: str, texts: list[str]) -> None:
+    for text in texts:
+        spelled, family = text.split("@")
+        {"build": cpp.build, "run": run, "past": past}[how](space.parse(spelled), Problem.parse(family))
+        print(text, "is done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
