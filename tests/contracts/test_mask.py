@@ -23,7 +23,8 @@ from elsa_tune.parts.mask import Mask
 from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 
-PAIRS = ["+".join(two) for two in itertools.combinations([n for n in mask.names() if n != mask.NONE], 2)]
+BOUNDED = [name for name in mask.names() if mask.of_one_file(name).cuts_front or mask.of_one_file(name).cuts_back]
+PAIRS = ["+".join(two) for two in itertools.combinations(BOUNDED, 2)]
 LENGTHS = [(1, 1), (1, 9), (9, 1), (7, 7), (5, 12), (12, 5), (33, 50)]
 
 
@@ -49,11 +50,12 @@ def by_rows(own: dict[str, Any]) -> dict[str, Any]:
 def by_definition(one: Mask, q_len: int, kv_len: int, own: dict[str, Any]) -> list[list[bool]]:
     """Each key asked of each position, in Python's integers."""
 
-    def sees(position: int, key: int) -> bool:
+    def sees(position: int) -> list[bool]:
         names = {"position": position, "q_len": q_len, "kv_len": kv_len, **at(own, position)}
-        return one.low.value(**names) <= key < one.high.value(**names)
+        low, high = one.low.value(**names), one.high.value(**names)
+        return [low <= key < high for key in range(kv_len)]
 
-    return [[sees(i, j) for j in range(kv_len)] for i in range(q_len)]
+    return [sees(position) for position in range(q_len)]
 
 
 def cases(one: Mask) -> Iterator[tuple[int, int, dict[str, Any]]]:
