@@ -18,6 +18,7 @@ from cpu import onnxruntime_peer
 from elsa_tune import space
 from elsa_tune.device import host_cpu
 from elsa_tune.generate import backends, cpp, sdpa
+from elsa_tune.parts.element import UNIT
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 
@@ -64,7 +65,7 @@ def measure(problem: Problem) -> dict[str, dict[int, float]]:
         for name, call in contenders(posed, inputs).items():
             error = reference.measure_error(posed, inputs, rows, call(), truth)
             errors.setdefault(name, {})[length] = error.relative
-        bound = reference.LARGEST_CONSTANT * reference.UNIT * (1 + math.log2(length))
+        bound = reference.LARGEST_CONSTANT * UNIT * (1 + math.log2(length))
         errors.setdefault("bound, logits as given", {})[length] = bound
     return errors
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import WrongArguments, shown
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as parts
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask.blocks import LARGEST_BLOCK
@@ -67,7 +68,7 @@ class AttnMask:
         the keys on a CPU, where asking costs nothing."""
         return tuple(
             self._converted(one, query, key) if isinstance(one, Array) else self.operands[one.name]
-            for one in declared(self.mask, self.score, "float64" if str(query.dtype) == "torch.float64" else "float32")
+            for one in declared(self.mask, self.score, _state(query))
         )
 
     def _converted(self, array: Array, query: Tensor, key: Tensor) -> Tensor:
@@ -118,6 +119,12 @@ class AttnMask:
 
     def __repr__(self) -> str:
         return f"AttnMask({self})"
+
+
+def _state(query: Tensor) -> str:
+    """Of which dtype the floats of states are, for such a query."""
+    element = elements.of_dtype(query.dtype)
+    return element.state if element else "float32"
 
 
 def _aligned(array: Array, given: Any) -> Tensor:

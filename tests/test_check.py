@@ -11,6 +11,7 @@ from elsa_tune import space
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import cpp, sdpa
 from elsa_tune.generate.backends import Kernel
+from elsa_tune.parts.element import UNIT
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -68,7 +69,7 @@ def test_the_floor_of_the_rule_about_torch_is_the_rounding_of_the_result() -> No
     out = truth.float().view(1, 4, 64, 64)
     error = reference.measure_error(problem, inputs, rows, out, truth)
     assert 0.4 * error.rounding < error.relative <= error.rounding
-    assert error.rounding == reference.UNIT * float(truth.abs().max()) / float(inputs.value.abs().max())
+    assert error.rounding == UNIT * float(truth.abs().max()) / float(inputs.value.abs().max())
 
     def reason(times: float, peer: float) -> str:
         return check.judge(

@@ -21,6 +21,7 @@ from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
+from elsa_tune.parts.element import UNIT
 from elsa_tune.parts.exp import polynomial
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -69,6 +70,13 @@ SAMPLED = [
     ("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.causal@b1.h4.kv2.q64.k64"),
     ("cpp.serial.{isa}.q1.k6.v6.n24.head", "fp16.d48.v72@b1.h2.q64.k64"),
     ("cpp.hybrid.{isa}.c4.q4.k2.v4.n32.w2.s2.packed.p8", "fp16.d80.causal+window@b1.h3.kv1.q2.k64.left9.right0"),
+    ("cpp.serial.{isa}.q1.k6.v6.n24.e11", "fp64.d64@b1.h2.q64.k64"),
+    ("cpp.serial.{isa}.q2.k5.v5.n120.e10.head", "fp64.d33.v17.causal@b1.h4.kv2.q64.k64"),
+    ("cpp.serial.{isa}.c2.q4.k2.v4.n32.d2.e10.p8", "fp64.d80@b1.h4.kv2.q1.k64"),
+    (
+        "cpp.hybrid.{isa}.q2.k4.v4.n16.w4.s4.pair.e11.packed",
+        "fp64.d40.v24.causal+window@b1.h4.kv1.q64.k64.left40.right0",
+    ),
 ]
 
 # Every mask and every two: sequential, and split over workers and memory.
@@ -82,6 +90,8 @@ MASKED = [*ALONE, *("+".join(pair) for pair in itertools.combinations(ALONE, 2))
 SCORED = [*(name for name in scores.names() if name != scores.NONE), "causal.softcap", "lengths+window.softcap"]
 SAMPLED += [(HOW[(i + 1) % 3], f"fp32.d64.{name}") for i, name in enumerate(SCORED)]
 SAMPLED += [("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.lengths.softcap")]
+DOUBLES = ["softcap", "dense.bias", "causal.softcap+bias", "lengths+starts.alibi", "window_lower_right.sinks"]
+SAMPLED += [(f"{HOW[i % 2]}{'.pair' * (i % 2)}.e{10 + i % 2}", f"fp64.d64.{name}") for i, name in enumerate(DOUBLES)]
 EVERY_MASK = [pytest.param(how, f"fp32.d40.v24.{name}", marks=pytest.mark.slow) for how in HOW for name in MASKED]
 
 
@@ -127,11 +137,11 @@ def test_error_of_tree_and_fold_within_the_bound(variant: str, kv_len: int) -> N
     out = kernel_of(here(variant), problem)(inputs.query, inputs.key, inputs.value, inputs.scale)
     error = float((out[rows.batch, rows.head, rows.position].double() - truth).abs().max())
     levels = kv_len / block_n / states + math.log2(states)
-    exp_units = polynomial.relative_error(int(axes["exp_degree"])) / reference.UNIT
-    bound = reference.UNIT * (2 * (exp_units + 2) * levels + block_n + 1) * float(inputs.value.mean(2).max())
+    exp_units = polynomial.relative_error(int(axes["exp_degree"])) / UNIT
+    bound = UNIT * (2 * (exp_units + 2) * levels + block_n + 1) * float(inputs.value.mean(2).max())
     assert error <= bound
     if states > 1:  # a tree stays near the bound's unit where the fold's grows with its length
-        assert error <= 8 * reference.UNIT * (1 + math.log2(kv_len))
+        assert error <= 8 * UNIT * (1 + math.log2(kv_len))
 
 
 def test_scores_of_any_size_lose_nothing() -> None:
@@ -142,7 +152,7 @@ def test_scores_of_any_size_lose_nothing() -> None:
     shifted = reference.Inputs("", base.query, base.key + torch.tensor([2.0**16, *[0.0] * 7]), base.value, base.scale)
     kernel = kernel_of(here("cpp.serial.{isa}.q2.k4.v4.n16"), problem)
     near, far = (kernel(x.query, x.key, x.value, x.scale) for x in (base, shifted))
-    assert float((near - far).abs().max()) <= 4 * reference.UNIT * float(base.value.abs().max())
+    assert float((near - far).abs().max()) <= 4 * UNIT * float(base.value.abs().max())
 
 
 def test_splits_are_bounded_by_bytes() -> None:

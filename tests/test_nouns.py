@@ -60,7 +60,7 @@ def test_problem_reads_what_it_spells(problem: Problem) -> None:
         "",
         "fp32",
         "fp32.d64@b1",
-        "fp64.d64",
+        "fp128.d64",
         "fp32.d0",
         "fp32.d64@b1.h3.kv2.q1.k1",
         "d64.fp32",
@@ -167,7 +167,14 @@ def test_bad_variant(text: str) -> None:
 
 @pytest.mark.parametrize("device", [AVX512, NEON])
 @pytest.mark.parametrize(
-    "name", ["fp32.d64@b1.h8.q1024.k1024", "fp32.d128@b1.h32.kv8.q1.k4096", "fp32.d33.v40.causal@b1.h1.q7.k7"]
+    "name",
+    [
+        "fp32.d64@b1.h8.q1024.k1024",
+        "fp32.d128@b1.h32.kv8.q1.k4096",
+        "fp32.d33.v40.causal@b1.h1.q7.k7",
+        "fp64.d64@b1.h8.q1024.k1024",
+        "fp64.d128@b1.h8.kv8.q1.k4096",
+    ],
 )
 def test_every_enumerated_variant_obeys_every_law(device: Device, name: str) -> None:
     search_space, problem = Space.read("cpp"), Problem.parse(name)
@@ -202,6 +209,9 @@ def test_nearest_variants_come_first() -> None:
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.d4", "fp32.d48@b1.h8.q99.k99", "head_parts_are_long"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96", "bf16.d64@b1.h8.q99.k99", "narrow_elements_are_packed"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.e4", "fp32.d64@b1.h8.q99.k99", "exp_is_exact"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.e6", "fp64.d64@b1.h8.q99.k99", "exp_is_exact"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.e10", "fp32.d64@b1.h8.q99.k99", "exp_is_noticed"),
+        ("cpp.serial.avx512.l16.c16.q4.k1.v4.n32.e10", "fp64.d64@b1.h8.q1.k99", "chunk_divides"),
     ],
 )
 def test_laws_refuse_with_their_reason(spelling: str, problem: str, law: str) -> None:
@@ -221,7 +231,7 @@ PARTS = {"scores", "score", "scored", "placed", "reads", "arguments", "elements"
 
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cpp").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "operator", *PARTS}
+    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "real", "operator", *PARTS}
     imported = {"storage", "carried", "operator_of", "test"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
     used = undeclared(cpp.TEMPLATE)

@@ -238,9 +238,6 @@ def _ready_kernel(problem: Problem | None, query: Tensor, ready: Ready) -> Kerne
         return None
 
 
-_DTYPES = {getattr(torch, elements.get(name).torch): name for name in elements.names()}
-
-
 def problem_of(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask = NONE, enable_gqa: bool = False
 ) -> Problem | None:
@@ -250,7 +247,8 @@ def problem_of(
     """
     if not (query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() == 4):
         return None
-    if not (query.device == key.device == value.device and query.dtype in _DTYPES):
+    element = elements.of_dtype(query.dtype)
+    if element is None or not query.device == key.device == value.device:
         return None
     batch, heads, q_len, head_dim = query.shape
     _, kv_heads, kv_len, value_dim = value.shape
@@ -261,7 +259,7 @@ def problem_of(
     rough = query.is_cuda and query.dtype == torch.float32 and tf32_allowed()
     captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
     problem = Problem(
-        dtype=_DTYPES[query.dtype], precision="tf32" if rough else "", launch="graph" if captured else "eager",
+        dtype=element.name, precision="tf32" if rough else "", launch="graph" if captured else "eager",
         head_dim=head_dim, value_dim=value_dim,
         batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
         order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elsa_tune.generate.backends import Call, Gradients, Operands
+from elsa_tune.generate.tensors import lse_dtype
 
 
 class _Attention(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _Attention(torch.autograd.Function):
         gradients: Gradients,
         operands: Operands,
     ) -> Tensor:
-        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
         output = serve(query, key, value, scale, None, lse, operands)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.scale, ctx.gradients, ctx.operands = scale, gradients, operands

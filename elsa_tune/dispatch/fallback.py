@@ -75,12 +75,13 @@ def _of_object(
         raise WrongArguments(
             f"query has {heads} heads, key and value {kv_heads}; they must be as many, or with enable_gqa divide"
         )
-    known = {elements.get(name).dtype: name for name in elements.names()}
-    if query.dtype not in known:
-        raise WrongArguments(f"query is {query.dtype}; it must be {', '.join(map(str, known))}")
+    element = elements.of_dtype(query.dtype)
+    if element is None:
+        known = ", ".join(f"torch.{elements.get(name).torch}" for name in elements.names())
+        raise WrongArguments(f"query is {query.dtype}; it must be one of {known}")
     problem = wanted.of(
         Problem(
-            dtype=known[query.dtype], head_dim=head_dim, value_dim=value_dim, batch=batch, heads=heads, kv_heads=kv_heads,
+            dtype=element.name, head_dim=head_dim, value_dim=value_dim, batch=batch, heads=heads, kv_heads=kv_heads,
             q_len=q_len, kv_len=kv_len,
         )
     )  # fmt: skip

@@ -13,7 +13,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Kernel, Operands
 from elsa_tune.generate.render import Source
-from elsa_tune.generate.tensors import described, number
+from elsa_tune.generate.tensors import described, lse_dtype, number
 from elsa_tune.masks import NONE, AttnMask, of_tensor, told_by
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -46,9 +46,9 @@ class LoadedKernel:
         lse: Tensor | None = None,
         attn_mask: Tensor | AttnMask | None = None,
     ) -> Tensor:
-        """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 and contiguous, receives
-        the log-sum-exp. ``attn_mask`` is the problem's mask and scores with the operands of this call, of which what takes numbers
-        alone may be left out: they are the problem's own. Raises WrongArguments for other tensors."""
+        """Attention for any shape of the problem's family; ``lse`` [batch, heads, q_len], float32 (for float64 float64) and contiguous,
+        receives the log-sum-exp. ``attn_mask`` is the problem's mask and scores with the operands of this call, of which what takes
+        numbers alone may be left out: they are the problem's own. Raises WrongArguments for other tensors."""
         self._check(query, key, value, lse)
         if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
             raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
@@ -95,13 +95,13 @@ class LoadedKernel:
                 f"query, key, value are {shapes}; {family} takes [batch, heads, q_len, {d}], [batch, kv_heads, kv_len, {d}], "
                 f"[batch, kv_heads, kv_len, {v}], of one device, none of them empty"
             )
-        wanted = query.shape[:3]
+        wanted, of_lse = query.shape[:3], lse_dtype(query)
         if lse is not None and not (
             isinstance(lse, Tensor)
-            and (lse.dtype, lse.shape, lse.device) == (torch.float32, wanted, query.device)
+            and (lse.dtype, lse.shape, lse.device) == (of_lse, wanted, query.device)
             and lse.is_contiguous()
         ):
-            expected = f"torch.float32 {list(wanted)}, contiguous, on {query.device}"
+            expected = f"{of_lse} {list(wanted)}, contiguous, on {query.device}"
             raise WrongArguments(f"lse is {described(lse)}; it must be {expected}")
 
     @property

@@ -11,7 +11,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import fallback, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.tensors import described, number
+from elsa_tune.generate.tensors import described, lse_dtype, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.problem import Problem
 
@@ -25,7 +25,7 @@ def attention_with_lse(
     enable_gqa: bool = False,
     attn_mask: Tensor | AttnMask | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """attention() and the logarithm of each row's sum of exponentials, [batch, heads, q_len], float32.
+    """attention() and the logarithm of each row's sum of exponentials, [batch, heads, q_len], float32 (of a float64 query float64).
 
     Shapes and ``attn_mask`` are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
     is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
@@ -43,7 +43,7 @@ def attention_with_lse(
                 " elsa_tune.masks, or torch.bool, torch.float32 or of query's dtype and broadcast to them, without is_causal"
             )
         wanted = found
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
     served = dispatch.served(query, key, value, wanted, scale, enable_gqa, lse)
     if served is not None:
         return served, lse
@@ -56,7 +56,7 @@ def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The state over all keys from states over disjoint sets of them: ring attention, prefix caches, split caches.
 
     Each state is (output [..., q_len, value_dim], log-sum-exp [..., q_len]) of the same queries, as attention_with_lse
-    returns; the order does not matter. Computed in float32; the output keeps its dtype. Differentiable.
+    returns; the order does not matter. Computed in float32, or in float64 where outputs are; the output keeps its dtype. Differentiable.
     Raises WrongArguments.
     """
     parts = list(states)
@@ -66,10 +66,11 @@ def merge(states: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if output.shape != parts[0][0].shape or lse.shape != output.shape[:-1]:
             shapes = f"output {tuple(output.shape)} with log-sum-exp {tuple(lse.shape)}"
             raise WrongArguments(f"states hold {shapes}; all must be [..., q_len, value_dim] with [..., q_len], alike")
-    sums = torch.stack([lse.float() for _, lse in parts])
+    wide = lse_dtype(parts[0][0])
+    sums = torch.stack([lse.to(wide) for _, lse in parts])
     total = torch.logsumexp(sums, 0)
     weights = torch.exp(sums - torch.where(total == float("-inf"), 0.0, total))
-    merged = torch.zeros_like(parts[0][0], dtype=torch.float32)
+    merged = torch.zeros_like(parts[0][0], dtype=wide)
     for weight, (output, _) in zip(weights, parts, strict=True):
-        merged = merged + weight[..., None] * output.float()
+        merged = merged + weight[..., None] * output.to(wide)
     return merged.to(parts[0][0].dtype), total

@@ -37,8 +37,8 @@ Law = Callable[..., str | None]
 class Call(Protocol):
     """Computes attention of [batch, heads, length, dim] tensors into a new output, or into ``out`` where it can.
 
-    ``lse`` [batch, heads, q_len], float32 and contiguous, receives the logarithm of each row's sum of exponentials. ``operands`` are
-    what the family declares beside its tensors, in its order. Raises WrongArguments for others.
+    ``lse`` [batch, heads, q_len], float32 (for float64 float64) and contiguous, receives the logarithm of each row's sum of exponentials.
+    ``operands`` are what the family declares beside its tensors, in its order. Raises WrongArguments for others.
     """
 
     def __call__(

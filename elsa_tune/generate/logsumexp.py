@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate.operands import limits_at, named
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -27,10 +28,11 @@ def hidden(problem: Problem, position: Tensor, key: Tensor, limits: Mapping[str,
 def logsumexp(
     query: Tensor, key: Tensor, family: Problem, operands: Operands, scale: float | None, rows: int = 256
 ) -> Tensor:
-    """log of each row's sum of exponentials, [batch, heads, q_len], float32; scores of ``rows`` rows exist at a time."""
+    """log of each row's sum of exponentials, [batch, heads, q_len], float32 (of a float64 query float64); scores of ``rows`` rows exist at
+    a time."""
     batch, heads, q_len, head_dim = query.shape
     group, kv_len = heads // key.shape[1], key.shape[2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = lse_dtype(query)
     keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
     shape = {"batch": batch, "heads": heads, "kv_heads": key.shape[1], "q_len": q_len, "kv_len": kv_len}
     posed, mask, chain = family.reshaped(**shape), masks.get(family.mask), scores.get(family.score)
@@ -40,7 +42,7 @@ def logsumexp(
     place: dict[str, Any] = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
     place["behind"], place["kv_head"] = kv_len - q_len, place["head"] // group
     heads_of = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
-    found = torch.empty(batch, heads, q_len, dtype=torch.float32, device=query.device)
+    found = torch.empty(batch, heads, q_len, dtype=wide, device=query.device)
     for first in range(0, q_len, rows):
         some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
         logits = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)

@@ -86,6 +86,11 @@ def new_output(query: Tensor, value_dim: int) -> Tensor:
     return query.new_empty((batch, heads, q_len, value_dim))
 
 
+def lse_dtype(query: Tensor) -> torch.dtype:
+    """Of a log-sum-exp: float32, or float64 where the query is."""
+    return torch.promote_types(query.dtype, torch.float32)
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """The tensor itself, or a copy whose rows are contiguous and whose negation bit, if any, is applied."""
     return x if x.stride(3) == 1 and not x.is_neg() else x.resolve_neg().clone(memory_format=torch.contiguous_format)

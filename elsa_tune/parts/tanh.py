@@ -1,7 +1,9 @@
-"""tanh as a quotient of polynomials: y P(y^2) / Q(y^2) up to LIMIT, where it has rounded to 1, lowest powers first.
+"""tanh on multiply-adds and a division, with a small relative error everywhere.
 
-One formula on multiply-adds and a division, with a small relative error everywhere: near 0 too, where 1 - 2 / (1 + e^2y) has none of its
-digits left. Found by weighted least squares, weights raised where the error is (Lawson 1961); run ``python -m elsa_tune.parts.tanh``.
+Near 0 too, where 1 - 2 / (1 + e^2y) has none of its digits left. In float32 a quotient of polynomials, y P(y^2) / Q(y^2) up to LIMIT,
+where it has rounded to 1, lowest powers first; found by weighted least squares, weights raised where the error is (Lawson 1961): run
+``python -m elsa_tune.parts.tanh``. In float64 that would take twice the multiply-adds of tanh |y| = -x / (2 + x) with
+x = e^(-2|y|) - 1 = 2^n f q(f) + (2^n - 1), of which nothing cancels.
 """
 
 from __future__ import annotations
@@ -10,13 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from elsa_tune.parts.exp.polynomial import COEFFICIENTS
+
 LIMIT = 9.0
 NUMERATOR = ("1.0", "0.133809999", "0.00349555607", "2.06085206e-05", "1.33538274e-08")
 DENOMINATOR = ("1.0", "0.467143148", "0.0258768629", "0.00032855809", "7.77622802e-07")
 """float32 coefficients."""
 
+SLOPE = COEFFICIENTS[11][1:]
+"""float64 coefficients of q: (2^f - 1) / f on [-1/2, 1/2]."""
+
 UNITS = 8
-"""The quotient in float32 errs by at most so many units of round-off, relative to tanh."""
+"""Either way errs by at most so many units of round-off, relative to tanh."""
 
 
 def relative_error() -> float:

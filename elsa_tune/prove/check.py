@@ -1,4 +1,4 @@
-"""Whether a kernel's answers may be trusted: float64, hostile inputs, poisoned and guarded outputs.
+"""Whether a kernel's answers may be trusted: the truth, hostile inputs, poisoned and guarded outputs.
 
 Wrong answers never reach the clock.
 """
@@ -17,6 +17,7 @@ from elsa_tune.device import Device
 from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.generate.operands import with_example
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
@@ -74,7 +75,7 @@ def run(kernel: Kernel, inputs: Inputs, lse: Tensor | None = None) -> tuple[Tens
 
 def run_with_lse(kernel: Kernel, inputs: Inputs) -> tuple[Tensor, Tensor, str]:
     """One guarded call: output, log-sum-exp [batch, heads, q_len], and what was wrong about their memory."""
-    room = Guarded(tuple(inputs.query.shape[:3]), torch.float32, inputs.query.device)
+    room = Guarded(tuple(inputs.query.shape[:3]), lse_dtype(inputs.query), inputs.query.device)
     out, stray = run(kernel, inputs, room.tensor)
     count = room.stray_writes()
     return out, room.tensor, stray or (f"{count} values written outside the log-sum-exp" if count else "")
@@ -95,11 +96,11 @@ def judge(problem: Problem, name: str, error: reference.Error, stray: str, peer_
 
 @dataclass(frozen=True, slots=True)
 class _Truth:
-    """What is known of a case, whichever kernel is checked: rows, their float64 output and log-sum-exp, peers' errors."""
+    """What is known of a case, whichever kernel is checked: rows, their true output and log-sum-exp, peers' errors."""
 
     rows: reference.Rows
-    output: Tensor
-    lse: Tensor
+    output: reference.Truth
+    lse: reference.Truth
     peer_errors: dict[Kernel, float] = field(default_factory=dict)
 
 

@@ -1,26 +1,28 @@
-"""Attention in float64: the truth, inputs that provoke mistakes, and the error bound."""
+"""The truth, in float64 or twice its digits; inputs that provoke mistakes; and the error bound."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.logsumexp import hidden, logsumexp
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.order import arranged
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.element import UNIT
 from elsa_tune.parts.mask import NONE
 from elsa_tune.parts.operand import Array, Operands
-from elsa_tune.parts.score import FARTHEST
+from elsa_tune.parts.score import farthest
 from elsa_tune.problem import Problem
+from elsa_tune.prove.double_double import DoubleDouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Inputs:
     """One case: tensors as [batch, heads, length, dim], the scale (None: 1/sqrt(head_dim)), and what it provokes.
 
     ``additions``: so many additions of equal numbers round the same way wherever keys are folded in a row; 0 where chance rules.
-    ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len] in float32, and the output's gradient.
+    ``forward``, for gradients: output, its log-sum-exp [batch, heads, q_len], and the output's gradient.
     ``operands``: what a kernel takes beside its tensors, as the problem's family declares them.
     """
 
@@ -84,18 +86,27 @@ def sample_rows(problem: Problem, generator: torch.Generator, most: int = 48, el
     return Rows(index // per_batch, index % per_batch // problem.q_len, index % problem.q_len)
 
 
-def attention_rows(problem: Problem, inputs: Inputs, rows: Rows) -> Tensor:
-    """float64 attention of the chosen rows, [rows, value_dim]. A row that sees no key is 0."""
+Truth = Any
+"""float64 tensors, or DoubleDouble where float64 is what is judged."""
+
+
+def exactly(problem: Problem, x: Tensor) -> Truth:
+    """A tensor in the arithmetic that the problem is judged by."""
+    return DoubleDouble(x) if elements.get(problem.dtype).state == "float64" else x.double()
+
+
+def attention_rows(problem: Problem, inputs: Inputs, rows: Rows) -> Truth:
+    """The true attention of the chosen rows, [rows, value_dim]. A row that sees no key is 0."""
     return attention_rows_with_lse(problem, inputs, rows)[0]
 
 
-def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tuple[Tensor, Tensor]:
-    """float64 attention of the chosen rows, [rows, value_dim], and the log of each row's sum of exponentials, [rows].
+def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tuple[Truth, Truth]:
+    """The true attention of the chosen rows, [rows, value_dim], and the log of each row's sum of exponentials, [rows].
 
     Rows that share K and V are computed together, over KEYS_AT_ONCE keys at a time. A row that sees no key is 0 and -inf.
     """
-    out = torch.zeros(len(rows.batch), problem.value_dim, dtype=torch.float64)
-    total = torch.full((len(rows.batch),), -math.inf, dtype=torch.float64)
+    out = exactly(problem, torch.zeros(len(rows.batch), problem.value_dim))
+    total = exactly(problem, torch.full((len(rows.batch),), -math.inf))
     pairs = rows.batch * problem.kv_heads + rows.head // problem.group
     for pair in sorted(set(pairs.tolist())):
         which = pairs == pair
@@ -106,31 +117,36 @@ def attention_rows_with_lse(problem: Problem, inputs: Inputs, rows: Rows) -> tup
     return out, total
 
 
-KEYS_AT_ONCE = 1 << 16
+KEYS_AT_ONCE = 1 << 14
 
 
-def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv_head: int) -> tuple[Tensor, Tensor]:
+def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv_head: int) -> tuple[Truth, Truth]:
     scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
-    query = inputs.query[rows.batch, rows.head, rows.position].double() * scale
+    query = exactly(problem, inputs.query[rows.batch, rows.head, rows.position]) * scale
     position, heads = (x.to(query.device)[:, None] for x in (rows.position, rows.head))
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     own = given.named(problem, inputs.operands)
     limits = given.limits_at(problem, own, batch=batch, position=position)
+    own |= {array.name: exactly(problem, own[array.name]) for array in chain.arrays}
+    far = farthest(elements.get(problem.dtype).unit)
     beside = {"behind": problem.kv_len - problem.q_len, "kv_head": kv_head}
 
-    def some_keys() -> Iterator[tuple[Tensor, Tensor]]:
+    def some_keys() -> Iterator[tuple[Truth, Tensor]]:
         for first in range(0, problem.kv_len, KEYS_AT_ONCE):
             key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
             index = torch.arange(first, first + len(key), device=query.device)
             place = {"batch": batch, "head": heads, "position": position, "key": index, **beside}
             logits = chain.of(query @ key.T, own, **place)
+            logits = logits.where(
+                logits.double() >= far, logits.double()
+            )  # as torch's math does, loses the digits of a score
             if problem.mask != NONE:
                 logits = logits.masked_fill(hidden(problem, position, index, limits), -math.inf)
             if mask.tested:
                 logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
             yield logits, value
         for term in chain.terms:
-            score = term.at(own[term.name], {"batch": batch, "head": heads}).double().expand(len(query), 1)
+            score = term.at(own[term.name], {"batch": batch, "head": heads}).expand(len(query), 1)
             yield score, value.new_zeros(1, problem.value_dim)
 
     out, total = operators.get(problem.operator).rows(some_keys())
@@ -145,12 +161,17 @@ def every_row(problem: Problem) -> Rows:
     return Rows(*(axis.reshape(-1) for axis in grid))
 
 
+def drawn(dtype: torch.dtype) -> torch.dtype:
+    """Of which random numbers are, before they are rounded to ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def random_inputs(problem: Problem, generator: torch.Generator) -> Inputs:
     """Standard normal tensors of the problem's shape and dtype."""
     p, dtype = problem, elements.get(problem.dtype).dtype
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=drawn(dtype)).to(dtype)
 
     return Inputs(
         "normal",
@@ -201,8 +222,8 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
     turns = torch.tensor([1.0, 0.0, -1.0]).repeat(-(-shaped.q_len // 3))[: shaped.q_len]
     query = torch.zeros(1, shaped.heads, shaped.q_len, shaped.head_dim, dtype=dtype)
     query[..., 0] = turns.to(dtype)
-    along = torch.linspace(0, 1, keys)
-    few = 0.1 * torch.randn(1009, shaped.value_dim, generator=generator)
+    along = torch.linspace(0, 1, keys, dtype=drawn(dtype))
+    few = 0.1 * torch.randn(1009, shaped.value_dim, generator=generator, dtype=drawn(dtype))
     noise = (
         few.repeat(-(-keys // 1009), 1)[:keys] * (1 + along)[:, None]
     )  # many numbers at little cost, none of them twice
@@ -216,14 +237,15 @@ def _long(problem: Problem, generator: torch.Generator, longest: int) -> Iterato
         return shaped, posed
 
     yield case("scores and values that drift", 8 * along, noise + (2 * along - 1)[:, None])
-    early, kept, first = torch.zeros(keys), noise.clone(), min(3, keys - 1)
+    early, kept, first = torch.zeros_like(along), noise.clone(), min(3, keys - 1)
     early[first], kept[first] = math.log(keys), 1.0
     yield case("one early key against all others", early, kept)
-    early[first], kept = 17.0, torch.zeros_like(noise)  # the others weigh 2^-25 each, and there are many
+    least = math.floor(-math.log(elements.get(problem.dtype).unit / 2))
+    early[first], kept = least, torch.zeros_like(noise)  # the others weigh half a unit each, and there are many
     kept[first] = 1.0
     yield case("one key that outweighs all others", early, kept, additions=keys // 16)
-    constant = torch.rand(1, shaped.value_dim, generator=generator).expand(keys, -1)
-    yield case("equal leaves", torch.full((keys,), 0.3), constant, _additions(keys))
+    constant = torch.rand(1, shaped.value_dim, generator=generator, dtype=drawn(dtype)).expand(keys, -1)
+    yield case("equal leaves", torch.full_like(along, 0.3), constant, _additions(keys))
 
 
 def _additions(keys: int) -> int:
@@ -266,15 +288,17 @@ def _small(problem: Problem, generator: torch.Generator) -> Iterator[tuple[Probl
 
     yield small, replace(made.with_tensors(by_position), name="[batch, length, head, dim] memory")
 
-    normal = torch.randn(small.kv_len, generator=generator)
+    wide = drawn(made.query.dtype)
+    normal = torch.randn(small.kv_len, generator=generator, dtype=wide)
     three = small.reshaped(kv_len=3)
     yield small, _given_logits(small, normal + 1e4, generator, "logits shifted by 1e4")
     yield small, _given_logits(small, normal - 1e4, generator, "logits shifted by -1e4")
     yield small, _given_logits(small, normal * 1e3, generator, "one key takes all")
     steep = small.reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=333, kv_len=333)
-    slope = torch.linspace(0, 3000, steep.kv_len)  # between two leaves farther than a float's exponent reaches
-    yield steep, _given_logits(steep, slope, generator, "scores that grow by 3000")
-    yield steep, _given_logits(steep, -slope, generator, "scores that fall by 3000")
+    rise = 3000 * round(math.log2(torch.finfo(wide).max)) // 128  # between two leaves farther than an exponent reaches
+    slope = torch.linspace(0, rise, steep.kv_len, dtype=wide)
+    yield steep, _given_logits(steep, slope, generator, f"scores that grow by {rise}")
+    yield steep, _given_logits(steep, -slope, generator, f"scores that fall by {rise}")
     yield three, _given_logits(three, torch.tensor([0.0, -120.0, 0.0]), generator, "a key at -120 between two at 0")
 
 
@@ -295,27 +319,27 @@ class Error:
 def _product_unit(problem: Problem) -> float:
     """What a logit's products are rounded to, together; halves multiply exactly in float32."""
     precision = elements.precision(problem.precision)
-    return 2 * precision.unit if precision.rounds_products else UNIT
+    return 2 * precision.unit if precision.rounds_products else elements.get(problem.dtype).unit
 
 
 LARGEST_CONSTANT = 4.0
 """C in |err| <= C u (1 + log2 n) max|v|: above it, and above what rounding the logits may cost, a kernel is wrong."""
 
 
-def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, truth: Tensor) -> Error:
+def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, truth: Truth) -> Error:
     """Compare output rows with the truth. A NaN where the truth has none is an infinite error.
 
     Rounding the logits themselves may cost 2 max|ds| max|v| more, with |ds| <= u sqrt(head_dim) |q||k| scale, the
     statistical form of gamma_d; additions that round the same way cost u each (docs/how-it-works.md).
     """
-    difference = float((out[rows.batch, rows.head, rows.position].double().cpu() - truth).abs().max())
+    difference = float((truth - out[rows.batch, rows.head, rows.position].double().cpu()).double().abs().max())
     if math.isnan(difference):
         return Error(math.inf, math.inf, False)
     largest = float(inputs.value.abs().max()) or 1.0
     u = elements.precision(problem.precision).unit
     unit = operators.get(problem.operator).bound(u, problem.kv_len) * largest
-    more = (2 * _logit_error(problem, inputs) + UNIT * inputs.additions) * largest
-    rounding = u * float(truth.abs().max()) / largest
+    more = (2 * _logit_error(problem, inputs) + elements.get(problem.dtype).unit * inputs.additions) * largest
+    rounding = u * float(truth.double().abs().max()) / largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + more, rounding)
 
 
@@ -326,22 +350,24 @@ def _logit_error(problem: Problem, inputs: Inputs) -> float:
     terms = int((inputs.query != 0).flatten(0, -2).any(0).sum())
     error = _product_unit(problem) * math.sqrt(terms) * norms
     own = {"q_len": problem.q_len, "kv_len": problem.kv_len, **given.named(problem, inputs.operands)}
-    return scores.get(problem.score).error(error, norms, own)[0]
+    return scores.get(problem.score).error(error, norms, elements.get(problem.dtype).unit, own)[0]
 
 
-def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Tensor) -> str:
+def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth: Truth) -> str:
     """What is wrong about a log-sum-exp [batch, heads, q_len] against the truth of some rows, or nothing.
 
-    Its sum of weights, of float32 in every class, errs relatively as an output does: C u (1 + log2 n), and a logarithm turns
+    Its sum of weights, of the floats that states are of, errs relatively as an output does: C u (1 + log2 n), and a logarithm turns
     that into an absolute error. Adding the maximum and changing the base cost C u |lse| more, and an error of all logits is one
-    of their log-sum-exp. -inf, of a row that sees no key, is met exactly. A row all of whose scores lie below FARTHEST is as far away
+    of their log-sum-exp. -inf, of a row that sees no key, is met exactly. A row all of whose scores lie below farthest() is as far away
     as they are, within a factor of 2.
     """
+    u = elements.get(problem.dtype).unit
     found = lse[rows.batch, rows.head, rows.position].double().cpu()
-    both_far = (truth < FARTHEST) & (found < FARTHEST) & (found <= truth / 2) & (found >= 2 * truth) & truth.isfinite()
-    difference = torch.where((found == truth) | both_far, 0.0, (found - truth).abs()).nan_to_num(math.inf)
-    unit = UNIT * (1 + math.log2(problem.kv_len) + truth.abs().nan_to_num(posinf=0.0))
-    allowed = LARGEST_CONSTANT * unit + UNIT * inputs.additions + _logit_error(problem, inputs)
+    difference, truth, far = (truth - found).double().abs(), truth.double(), farthest(u)
+    both_far = (truth < far) & (found < far) & (found <= truth / 2) & (found >= 2 * truth) & truth.isfinite()
+    difference = torch.where((found == truth) | both_far, 0.0, difference).nan_to_num(math.inf)
+    unit = u * (1 + math.log2(problem.kv_len) + truth.abs().nan_to_num(posinf=0.0))
+    allowed = LARGEST_CONSTANT * unit + u * inputs.additions + _logit_error(problem, inputs)
     worst = int((difference / allowed).argmax())
     if bool(difference[worst] <= allowed[worst]):
         return ""
@@ -355,6 +381,7 @@ def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -
     """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
     wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
     lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem, inputs.operands, inputs.scale)
+    lse = lse.to(lse_dtype(inputs.query))
     group, dtype = problem.group, inputs.query.dtype
     output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
     for b in range(problem.batch):
@@ -363,7 +390,7 @@ def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -
                 p, _ = _weights(problem, inputs, lse, b, h, torch.arange(first, min(first + 256, problem.q_len)), wide)
                 output[b, h, first : first + 256] = (p @ inputs.value[b, h // group].to(wide)).to(dtype)
     grad = torch.randn(output.shape, generator=generator).to(output)
-    return replace(inputs, forward=(output, lse.float(), grad))
+    return replace(inputs, forward=(output, lse, grad))
 
 
 def _weights(

@@ -18,14 +18,14 @@ from elsa_tune.tuning.timing import between_events, repeat
 def least_seconds(problem: Problem, peaks: Mapping[str, str | float]) -> float | None:
     """What operations and bytes allow at measured ``peak_*`` rates, or None where those are unknown.
 
-    A product of a class may be several of the kind that matrix units multiply.
+    A product of a class may be several of the kind that matrix units multiply; of wider floats there are fewer in a vector.
     """
 
     def rate(name: str) -> float:
         return float(peaks.get(f"peak_{name}", 0))
 
-    precision, narrow = elements.precision(problem.precision), elements.get(problem.dtype).narrow
-    multiply_adds = 0.0 if narrow else rate("gflops") or rate("fp32")
+    precision, element = elements.precision(problem.precision), elements.get(problem.dtype)
+    multiply_adds = 0.0 if element.narrow else (rate("gflops") or rate("fp32")) * 4 / element.bytes
     compute, gbytes = max(multiply_adds, rate(precision.peak) / precision.products), rate("gbytes")
     return max(problem.flops / compute, problem.bytes / gbytes) / 1e9 if compute and gbytes else None
 

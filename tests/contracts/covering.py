@@ -96,10 +96,11 @@ def _values_of(kind: str) -> list[Value]:
 
 
 def _arithmetics() -> list[str]:
-    """Every element in every class of its own: fp32, fp32.strict ..."""
+    """Every element in every class of its own: fp32, fp32.strict ... Rows are filled up with what comes last: not with the finest, whose
+    truth takes longest."""
     return [
         str(Problem(dtype=e, precision=c, head_dim=1).family)[: -len(".d1")]
-        for e in element.names()
+        for e in sorted(element.names(), key=lambda name: element.get(name).unit)
         for c in element.get(e).classes
     ]
 

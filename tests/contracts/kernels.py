@@ -10,6 +10,7 @@ from torch import Tensor
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.backends import Call, Kernel
 from elsa_tune.generate.operands import with_example
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import score as parts_of_scores
@@ -105,7 +106,7 @@ def inputs_untouched(kernel: Call, problem: Problem) -> None:
 def log_sum_exp(kernel: Call, problem: Problem) -> None:
     """The log-sum-exp beside an output that asking for it does not change."""
     shaped, x = _inputs(problem, kv_len=97)
-    lse = torch.full(x.query.shape[:3], float("nan"))
+    lse = torch.full(x.query.shape[:3], float("nan"), dtype=lse_dtype(x.query))
     with_it = kernel(x.query, x.key, x.value, lse=lse)
     assert torch.equal(with_it, kernel(x.query, x.key, x.value))
     scores = logits(shaped, x.query, x.key, given.typical(shaped.reshaped(batch=1)))
@@ -113,8 +114,8 @@ def log_sum_exp(kernel: Call, problem: Problem) -> None:
 
 
 def allowed_of_lse(problem: Problem) -> float:
-    """Error of a log-sum-exp of normal inputs: of float32 sums, or of scores summed in halves."""
-    return 8e-3 if problem.precision == "approx" else 4e-6
+    """Error of a log-sum-exp of normal inputs: of sums in floats of states, or of scores summed in halves."""
+    return 8e-3 if problem.precision == "approx" else 64 * elements.get(problem.dtype).unit
 
 
 def compute(
@@ -141,7 +142,7 @@ def compute(
         tensor(2, kv_len, problem.value_dim),
     )
     q, k, v = reference.Inputs("", *made).ordered([order] * 3).tensors if order != CONTIGUOUS else made
-    lse = torch.full(q.shape[:3], float("nan"))
+    lse = torch.full(q.shape[:3], float("nan"), dtype=lse_dtype(q))
     operands = given.example(posed, 2)
     out = kernel(q, k, v, None, None, lse, operands)
     scores = logits(posed, q, k, operands)

@@ -93,9 +93,9 @@ def test_every_way_has_a_text_and_every_degree_its_coefficients() -> None:
 def test_polynomials_are_minimax(degree: int) -> None:
     derived = polynomial.remez(degree)
     stored = [float(c) for c in polynomial.COEFFICIENTS[degree]]
-    assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < 2e-7
+    assert max(abs(a - b) for a, b in zip(derived, stored, strict=True)) < (2e-7 if degree < 10 else 2e-16)
     assert stored[0] == derived[0] == 1
-    assert polynomial.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8}[degree]
+    assert polynomial.relative_error(degree) < {4: 2.9e-6, 5: 1.1e-7, 6: 2e-8, 10: 2.3e-16, 11: 3e-17}[degree]
 
 
 def test_a_polynomial_that_is_not_1_at_0_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import BadProblem
 from elsa_tune.generate import backends, laws
 from elsa_tune.parts import mask, score, tanh
+from elsa_tune.parts.element import UNIT
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
@@ -98,7 +99,7 @@ class TestContract:
             own, place, chain = own_of(one, example, **sizes), places(997, **sizes), score.get(name)
             for error in (1e-6, 1e-2, 100.0):
                 difference = chain.of(exact + error, own, **place) - chain.of(exact, own, **place)
-                allowed, largest = one.error(error, 30 + error, **{**sizes, **own})
+                allowed, largest = one.error(error, 30 + error, UNIT, **{**sizes, **own})
                 assert float(difference.abs().max()) <= allowed + 1e-13
                 assert float(chain.of(exact, own, **place).abs().max()) <= largest
 

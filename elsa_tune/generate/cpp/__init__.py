@@ -22,6 +22,7 @@ from elsa_tune.generate.cpp.build import build_text, find
 from elsa_tune.generate.cpp.call import CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES
+from elsa_tune.generate.cpp.real import real_of
 from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
@@ -37,13 +38,13 @@ TEMPLATE = "cpp/attention.cpp.j2"
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32, and bfloat16 and float16 with float32 states, forward, masks and scores that it has texts of, dimensions up
-    to 256, on CPUs."""
+    """C++ serves float32 and float64, and bfloat16 and float16 with float32 states, forward, masks and scores that it has texts of,
+    dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
     precision = elements.precision(problem.precision)
     if precision not in elements.get(problem.dtype).precisions or precision.rounds_products:
-        return f"the C++ backend multiplies and adds floats; {problem.dtype} has no class {problem.precision} there"
+        return f"the C++ backend multiplies and adds what states are of; {problem.dtype} has no class {problem.precision} there"
     if problem.direction != "forward":
         return "the C++ backend has no backward kernels"
     return family_has_text("cpp", problem) or dims_are_generated(problem)
@@ -52,12 +53,14 @@ def refusal(problem: Problem, device: Device) -> str | None:
 @cache
 def source(variant: Variant, problem: Problem) -> Source:
     """The C++ text for the problem's family."""
-    axes = variant.axes
-    strategy = scan.get(str(axes["scan"]))
+    axes, real = variant.axes, real_of(problem.dtype)
+    strategy, lanes = scan.get(str(axes["scan"])), real.lanes(int(axes["lanes"]))
     return render(
         TEMPLATE,
         {
             **axes,
+            "lanes": lanes,
+            "real": real,
             "scan": strategy,
             "block_scan": scan.get(strategy.block or strategy.name),
             "grid_scan": scan.get(strategy.grid or strategy.name),
@@ -69,7 +72,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "value_dim": problem.value_dim,
             **of_family(problem),
             "element": elements.get(problem.dtype),
-            "block_m": int(axes["query_vectors"]) * int(axes["lanes"]) // int(axes["chunk"]),
+            "block_m": int(axes["query_vectors"]) * lanes // int(axes["chunk"]),
             "exp": EXP,
             "scratch_bytes": SCRATCH_BYTES,
         },
@@ -153,7 +156,7 @@ def speaks(device: Device) -> str:
 
 def no_header(problem: Problem) -> str | None:
     """A header's function takes floats, and neither integers nor masks but causal."""
-    if elements.get(problem.dtype).narrow:
+    if elements.get(problem.dtype).torch != "float32":
         return f"a C++ header's function takes floats, not {problem.dtype}"
     return mask_has_text(problem)
 

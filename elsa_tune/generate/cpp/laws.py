@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from elsa_tune.device import Device
+from elsa_tune.generate.cpp.real import real_of
 from elsa_tune.generate.laws import axis_has_text, exp_errs_little, only_text, scan_has_states, state_is_of_operator
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
@@ -59,8 +60,9 @@ def lanes_fit_isa(isa: str, lanes: int) -> str | None:
 
 def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
     """Lanes that share a row divide both dimensions evenly: nothing in the text handles what is left over."""
-    if chunk > lanes:
-        return f"a row cannot take {chunk} of {lanes} lanes"
+    there = real_of(problem.dtype).lanes(lanes)
+    if chunk > there:
+        return f"a row cannot take {chunk} of {there} lanes"
     if problem.head_dim % chunk or problem.value_dim % chunk:
         return f"chunk {chunk} does not divide head_dim {problem.head_dim} and value_dim {problem.value_dim}"
     return None
@@ -68,10 +70,11 @@ def chunk_divides(lanes: int, chunk: int, problem: Problem) -> str | None:
 
 def rows_fill_vectors(lanes: int, chunk: int, problem: Problem) -> str | None:
     """Rows that fill a vector need no lanes to share one, and too few rows leave lanes empty: either repeats work."""
-    rows, per_vector = problem.q_len * problem.group, lanes // chunk
-    if rows >= lanes and chunk > 1:
-        return f"{rows} query rows fill {lanes} lanes; a chunk would only repeat work"
-    if rows < lanes and per_vector > 2 * rows:
+    there = real_of(problem.dtype).lanes(lanes)
+    rows, per_vector = problem.q_len * problem.group, there // chunk
+    if rows >= there and chunk > 1:
+        return f"{rows} query rows fill {there} lanes; a chunk would only repeat work"
+    if rows < there and per_vector > 2 * rows:
         return f"{rows} query rows leave most of {per_vector} row lanes empty"
     return None
 
@@ -110,14 +113,15 @@ def packed_heads_are_read_again(
         return None
     if splits > 1:
         return "splits of a head are taken by several threads, each of which would pack its own"
-    rows, block_m = problem.q_len * problem.group, query_vectors * lanes // chunk
+    rows = problem.q_len * problem.group
+    block_m = query_vectors * real_of(problem.dtype).lanes(lanes) // chunk
     return f"{rows} query rows are one tile, which reads every key once" if rows <= block_m else None
 
 
 def packed_heads_fit(block_n: int, packing: str, problem: Problem, device: Device) -> str | None:
     """Every thread packs a head of its own; together they must not outgrow SCRATCH_BYTES."""
     leaves = math.ceil(problem.kv_len / block_n)
-    size = 4 * device.cores * leaves * block_n * (problem.head_dim + problem.value_dim)
+    size = real_of(problem.dtype).bytes * device.cores * leaves * block_n * (problem.head_dim + problem.value_dim)
     if packing == "head" and size > SCRATCH_BYTES:
         return f"a head for each thread takes {size >> 20} MiB, more than {SCRATCH_BYTES >> 20}"
     return None
@@ -145,6 +149,20 @@ def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
     return exp_errs_little(EXP.error(exp_degree), problem)
 
 
+NOTICED = 1 / 64
+"""Of a unit in the last place."""
+
+
+def exp_is_noticed(exp_degree: int, problem: Problem) -> str | None:
+    """Digits that states have no place for cost multiply-adds like others."""
+    error, state = EXP.error(exp_degree), elements.get(problem.dtype)
+    return (
+        f"2^x errs by {error:.1e}, which no {state.state} tells from a lower degree"
+        if error < NOTICED * state.unit
+        else None
+    )
+
+
 LAWS = (
     isa_is_here,
     lanes_fit_isa,
@@ -161,4 +179,5 @@ LAWS = (
     narrow_elements_are_packed,
     head_parts_are_long,
     exp_is_exact,
+    exp_is_noticed,
 )

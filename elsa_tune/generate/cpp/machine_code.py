@@ -10,7 +10,7 @@ SPILL_SHARE = 0.1
 
 _LABEL = re.compile(r"(\.?L\w+):")
 _JUMP = re.compile(r"\s+(?:j\w+|b\.?\w*|cbn?z\s+\w+,)\s+(\.?L\w+)")
-_FMA = re.compile(r"\s(vfn?m(add|sub)\w*ps|fml[as])\s")
+_FMA = re.compile(r"\s(vfn?m(add|sub)\w*p[sd]|fml[as])\s")
 _STACK_STORE = re.compile(r"\sv?mov[au]p\w\s+%[xyz]mm\d+, -?\d*\(%r[sb]p\)|\sst[rp]\s+q\d+.*\[sp(, ?#?\d+)?\]")
 
 

@@ -21,8 +21,11 @@ def kernel_is_here(kernel: str, problem: Problem, device: Device) -> str | None:
         return None if kernel in ("flash", "math", "eager", "runs") else f"{kernel} is not raced on CPUs"
     if kernel == "cudnn" and device.kind == "hip":
         return "cuDNN runs on NVIDIA GPUs"
-    if kernel in ("flash", "cudnn") and not elements.get(problem.dtype).narrow:
-        return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not float32"
+    element = elements.get(problem.dtype)
+    if kernel in ("flash", "cudnn") and not element.narrow:
+        return f"torch's {kernel} kernel takes float16 and bfloat16 on GPUs, not {element.torch}"
+    if kernel in ("efficient", "flex") and element.unit < elements.UNIT:
+        return f"torch's {kernel} kernel has sums of float32, not of {element.torch}"
     return None
 
 

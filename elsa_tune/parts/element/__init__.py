@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.parts._registry import files_of, found
 from elsa_tune.parts.element._base import UNIT, Element, Precision
 
-__all__ = ["UNIT", "Element", "Precision", "get", "names", "precision", "precisions"]
+if TYPE_CHECKING:
+    from torch import dtype as Dtype
+
+__all__ = ["UNIT", "Element", "Precision", "get", "names", "of_dtype", "precision", "precisions"]
 
 
 @cache
@@ -24,6 +28,12 @@ def get(name: str) -> Element:
         raise BadProblem(f"dtype {name[:60]!r} is unknown; use one of {', '.join(names())}")
     element: Element = found(__name__, name, "ELEMENT")
     return element
+
+
+@cache
+def of_dtype(dtype: Dtype) -> Element | None:
+    """The element that tensors of torch's ``dtype`` are of, or None."""
+    return next((one for one in map(get, names()) if str(dtype) == f"torch.{one.torch}"), None)
 
 
 @cache

@@ -10,8 +10,10 @@ from elsa_tune.errors import BadProblem
 if TYPE_CHECKING:
     from torch import dtype as Dtype
 
-UNIT = 2.0**-24
-"""Unit round-off of float32, which states are of, whatever the element."""
+UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
+"""Unit round-off of the floats that states may be of, by torch's name."""
+
+UNIT = UNITS["float32"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Precision:
     """A class of arithmetic: ``unit``, the unit round-off of what weights and outputs are rounded to.
 
     ``ieee``: IEEE multiply-adds alone, proven from the machine code. ``rounds_operands``: products may be of operands rounded to
-    ``unit``. ``rounds_sums``: products may be summed rounded to it. Else products are exact in float32, or as good as that.
+    ``unit``. ``rounds_sums``: products may be summed rounded to it. Else products are of the floats that states are of, or as good as
+    that.
     ``peak``, ``products``: the rate of matrix units that serves it, by the name that measured peaks have, and how many products of
     that kind one of the class may take; without, multiply-adds alone do.
     """
@@ -34,8 +37,8 @@ class Precision:
 
     @property
     def exact(self) -> bool:
-        """Whether weights and outputs are float32's."""
-        return self.unit == UNIT
+        """Whether weights and outputs are float32's, or finer."""
+        return self.unit <= UNIT
 
     @property
     def rounds_products(self) -> bool:
@@ -73,3 +76,8 @@ class Element:
     def narrow(self) -> bool:
         """Whether it is widened to the floats that states are of."""
         return self.bytes < 4
+
+    @property
+    def unit(self) -> float:
+        """Unit round-off of the floats that its states are of."""
+        return UNITS[self.state]

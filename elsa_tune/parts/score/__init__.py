@@ -9,9 +9,9 @@ from functools import cache
 
 from elsa_tune.errors import BadProblem
 from elsa_tune.parts._registry import files_of, found
-from elsa_tune.parts.score._base import FARTHEST, Chain, Score
+from elsa_tune.parts.score._base import Chain, Score, farthest
 
-__all__ = ["FARTHEST", "NONE", "Chain", "Score", "get", "names", "of_one_file"]
+__all__ = ["NONE", "Chain", "Score", "farthest", "get", "names", "of_one_file"]
 
 NONE = "none"
 

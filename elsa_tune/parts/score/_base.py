@@ -13,9 +13,10 @@ PLACE = (*PLACES.values(), "behind")
 queries."""
 
 
-FARTHEST = -(2.0**30)
-"""A score below it may be rounded to a power of 2: the difference of two such scores is then exact, or a row that sees nothing else, as
-where a mask holds the least float, would be the exponential of a rounding error."""
+def farthest(unit: float) -> float:
+    """A score below it may be rounded to a power of 2, in floats of such round-off: the difference of two such scores is then exact, or a
+    row that sees nothing else, as where a mask holds the least float, would be the exponential of a rounding error."""
+    return -64 / unit
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Score:
     """``function(score, **own)`` is what becomes of scores: ``own`` are its numbers, and what its arrays hold there. ``placed``: it
     is asked, as its texts are, with where that is too, PLACE.
 
-    ``error(error, largest, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed in
-    float32: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
+    ``error(error, largest, unit, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed
+    in floats of round-off ``unit``: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
     problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
     with. ``additive``: it adds to a score what does not depend on it. ``relative``: what it asks of a place stays as it is where
     positions and keys are counted from elsewhere.
@@ -112,8 +113,9 @@ class Chain:
             scores = one.function(scores, **values_at(one.operands, own, place), **(place if one.placed else {}))
         return scores
 
-    def error(self, error: float, largest: float, own: Mapping[str, Any]) -> tuple[float, float]:
-        """The largest error and magnitude of scores after them, of those before; ``own`` holds operands by name, q_len and kv_len."""
+    def error(self, error: float, largest: float, unit: float, own: Mapping[str, Any]) -> tuple[float, float]:
+        """The largest error and magnitude of scores after them, of those before, in floats of round-off ``unit``; ``own`` holds operands
+        by name, q_len and kv_len."""
         for one in self.ones:
-            error, largest = one.error(error, largest, **own)
+            error, largest = one.error(error, largest, unit, **own)
         return error, largest

@@ -14,10 +14,12 @@ def slopes(sizes: Mapping[str, int]) -> list[list[float]]:
     return [[2.0 ** (-8 * (head + 1) / sizes["heads"]) for head in range(sizes["heads"])]]
 
 
-def error(error: float, largest: float, slopes: Any, q_len: int, kv_len: int, **more: Any) -> tuple[float, float]:
+def error(
+    error: float, largest: float, unit: float, slopes: Any, q_len: int, kv_len: int, **more: Any
+) -> tuple[float, float]:
     """A product that is rounded, and a sum."""
     after = largest + float(slopes.abs().max()) * max(q_len, kv_len)
-    return error + 2 * 2.0**-24 * after, after
+    return error + 2 * unit * after, after
 
 
 def _lowered(score: Any, slopes: Any, position: Any, key: Any, **place: Any) -> Any:

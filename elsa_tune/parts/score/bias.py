@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elsa_tune.parts.operand import STATE, Array
-from elsa_tune.parts.score._base import FARTHEST, Score
+from elsa_tune.parts.score._base import Score, farthest
 
 
 def _of_heads(sizes: Mapping[str, int]) -> Any:
@@ -18,17 +18,18 @@ def _of_heads(sizes: Mapping[str, int]) -> Any:
 
 
 def _least(sizes: Mapping[str, int]) -> Any:
-    """What hides a key: -inf, the least float, and less; of rows wholly so, and of some keys of all rows."""
+    """What hides a key: -inf, the least float, of 32 bits and of 64, and less; of rows wholly so, and of some keys of all rows."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     shape = [sizes[axis] for axis in BIAS.axes]
-    bias = torch.randn(shape, generator=generator)
+    bias = torch.randn(shape, generator=generator, dtype=torch.float64)
     bias[torch.rand(shape, generator=generator) < 0.5] = torch.finfo(torch.float32).min
     bias[..., ::5] = float("-inf")
     bias[:, :, 1::5] = torch.finfo(torch.float32).min
     bias[:, :, 2::5] = -1e30
     bias[:, :, 3::5] = float("-inf")
+    bias[:, :, 4::5] = torch.finfo(torch.float64).min
     return bias
 
 
@@ -36,15 +37,15 @@ def _of_keys(sizes: Mapping[str, int]) -> Any:
     """The same for all queries, not contiguous; large and growing."""
     import torch
 
-    grown = torch.linspace(-300, 300, sizes["kv_len"] * sizes["batch"]).view(sizes["kv_len"], sizes["batch"], 1, 1)
-    return grown.permute(1, 2, 3, 0)
+    grown = torch.linspace(-300, 300, sizes["kv_len"] * sizes["batch"], dtype=torch.float64)
+    return grown.view(sizes["kv_len"], sizes["batch"], 1, 1).permute(1, 2, 3, 0)
 
 
-def _error(error: float, largest: float, bias: Any, **more: Any) -> tuple[float, float]:
-    """One more rounding; keys as far away as FARTHEST weigh nothing, or as much as each other."""
-    near = bias[bias > FARTHEST]
+def _error(error: float, largest: float, unit: float, bias: Any, **more: Any) -> tuple[float, float]:
+    """One more rounding; keys as far away as farthest() weigh nothing, or as much as each other."""
+    near = bias[bias > farthest(unit)]
     after = largest + (float(near.abs().max()) if near.numel() else 0.0)
-    return error + 2.0**-24 * after, after
+    return error + unit * after, after
 
 
 BIAS = Array("bias", STATE, ("batch", "heads", "q_len", "kv_len"), _of_heads, (_least, _of_keys))

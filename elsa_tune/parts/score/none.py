@@ -2,4 +2,4 @@
 
 from elsa_tune.parts.score._base import Score
 
-SCORE = Score("none", "the score itself", lambda score: score, lambda error, largest, **own: (error, largest))
+SCORE = Score("none", "the score itself", lambda score: score, lambda error, largest, unit, **own: (error, largest))

@@ -22,7 +22,7 @@ SCORE = Score(
     "sinks",
     "the score itself, beside a key of score `sinks` and value 0",
     lambda score, sinks: score,
-    lambda error, largest, **own: (error, largest),
+    lambda error, largest, unit, **own: (error, largest),
     arrays=(Array("sinks", STATE, ("heads",), _spread, (_far,)),),
     term="sinks",
 )

@@ -12,10 +12,10 @@ def _capped(score: Any, softcap: Any) -> Any:
     return softcap * (score / softcap).tanh()
 
 
-def _error(error: float, largest: float, softcap: float, **more: Any) -> tuple[float, float]:
+def _error(error: float, largest: float, unit: float, softcap: float, **more: Any) -> tuple[float, float]:
     """No slope is above 1; what is computed errs relatively, and is at most the cap."""
     after = min(largest, softcap)
-    return min(error, 2 * softcap) + tanh.UNITS * 2.0**-24 * after, after
+    return min(error, 2 * softcap) + tanh.UNITS * unit * after, after
 
 
 SCORE = Score(
@@ -25,5 +25,5 @@ SCORE = Score(
     _error,
     reals=("softcap",),
     examples=({"softcap": 2.0}, {"softcap": 50.0}, {"softcap": 0.1}),
-    constants={"limit": tanh.LIMIT, "over": tanh.NUMERATOR, "under": tanh.DENOMINATOR},
+    constants={"limit": tanh.LIMIT, "over": tanh.NUMERATOR, "under": tanh.DENOMINATOR, "slope": tanh.SLOPE},
 )
