@@ -96,7 +96,7 @@ class Problem:
             raise BadProblem(
                 f"heads {self.heads} is no multiple of kv_heads {self.kv_heads}; choose kv_heads that divide"
             )
-        own = self._ranges
+        own = self._allowed
         if self.integers and not (
             len(self.integers) == len(own)
             and all(least <= n <= most for n, (least, most) in zip(self.integers, own.values(), strict=True))
@@ -186,15 +186,15 @@ class Problem:
     @property
     def numbers(self) -> dict[str, int | float]:
         """The numbers among them by name, in order; where a family alone is meant, the least integers, and 1."""
-        score, ranges = scores.get(self.score), self._ranges
-        integers = zip(ranges, self.integers or [least for least, _ in ranges.values()], strict=True)
+        score, allowed = scores.get(self.score), self._allowed
+        integers = zip(allowed, self.integers or [least for least, _ in allowed.values()], strict=True)
         return {**dict(integers), **dict(zip(score.reals, self.reals or (1.0,) * len(score.reals), strict=True))}
 
     @property
-    def _ranges(self) -> dict[str, tuple[int, int]]:
+    def _allowed(self) -> dict[str, tuple[int, int]]:
         """The least and the most that each of its mask's integers may be."""
         mask = masks.get(self.mask)
-        return {name: mask.ranges.get(name, (0, LARGEST)) for name in mask.integers}
+        return {name: mask.allowed.get(name, (0, LARGEST)) for name in mask.integers}
 
     @property
     def _has_numbers(self) -> bool:

@@ -151,13 +151,17 @@ def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
 
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:
-    """NaN in one query row, the last, which sees keys if any does, must make that row NaN and no other."""
+    """NaN in one query row, the last, which most masks let see keys, must make that row NaN and no other; if it sees none, not even
+    that one."""
     small = with_example(problem).reshaped(batch=1, heads=problem.group, kv_heads=1, q_len=21, kv_len=70)
     inputs = reference.random_inputs(small, generator)
     inputs.query[0, 0, -1, 0] = float("nan")
+    last = reference.Rows(*(torch.tensor([n]) for n in (0, 0, small.q_len - 1)))
+    sees = bool(reference.attention_rows(small, inputs, last).isnan().any())
     out, _ = run(kernel, inputs.to(device))
     rows = out.isnan().any(-1)
-    return "" if rows[0, 0, -1] and int(rows.sum()) == 1 else "a NaN in one query row is lost or spreads to other rows"
+    kept = bool(rows[0, 0, -1]) is sees and int(rows.sum()) == sees
+    return "" if kept else "a NaN in one query row is lost or spreads to other rows"
 
 
 def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:

@@ -13,7 +13,9 @@ from elsa_tune.generate.operands import with_example
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as parts_of_scores
+from elsa_tune.parts.score import FARTHEST
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -47,15 +49,20 @@ def _posed(problem: Problem, query: Tensor, key: Tensor, batch: int) -> Problem:
 
 
 def logits(problem: Problem, query: Tensor, key: Tensor, operands: tuple[Any, ...]) -> Tensor:
-    """float64 scores [batch, heads, q_len, kv_len] as softmax meets them, -inf where no key is seen."""
+    """float64 scores [batch, heads, q_len, kv_len] as softmax meets them, -inf where no key is seen; behind them, of scores that are
+    terms, one more each."""
     posed = _posed(problem, query, key, query.shape[0])
     own = given.named(posed, operands)
     scores = query.double() @ key.double().repeat_interleave(posed.group, 1).mT / posed.head_dim**0.5
     place = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
     where = dict(zip(("batch", "head", "position", "key"), place, strict=True))
-    scores = parts_of_scores.get(posed.score).of(scores, own, **where)
+    where |= {"kv_head": where["head"] // posed.group, "behind": posed.kv_len - posed.q_len}
+    mask, chain = masks.get(posed.mask), parts_of_scores.get(posed.score)
     limits = given.limits_at(posed, own, batch=where["batch"][..., :1], position=where["position"][..., :1])
-    return scores.masked_fill(~posed.dense(**limits), float("-inf"))
+    seen = posed.dense(**limits) & torch.as_tensor(mask.passes(own, **where))
+    scores = chain.of(scores, own, **where).masked_fill(~seen, float("-inf"))
+    terms = [own[term.name].double()[:, None, None].expand(*scores.shape[:3], 1) for term in chain.terms]
+    return torch.cat([scores, *terms], -1)
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
@@ -115,7 +122,9 @@ def log_sum_exp(kernel: Call, problem: Problem) -> None:
 
 def allowed_of_lse(problem: Problem) -> float:
     """Error of a log-sum-exp of normal inputs: of sums in floats of states, or of scores summed in halves."""
-    return 8e-3 if problem.precision == "approx" else 64 * elements.get(problem.dtype).unit
+    return (
+        8e-3 if problem.precision == "approx" else 64 * elements.get(problem.dtype).unit
+    )  # up to 8, and as much of more
 
 
 def compute(
@@ -146,10 +155,11 @@ def compute(
     operands = given.example(posed, 2)
     out = kernel(q, k, v, None, None, lse, operands)
     scores = logits(posed, q, k, operands)
-    truth = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(group, 1)
+    truth = scores.softmax(-1).nan_to_num()[..., :kv_len] @ v.double().repeat_interleave(group, 1)
     of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)
-    difference = torch.where(lse == sums, 0.0, lse - sums)  # -inf where no key is seen
+    far = (lse == sums) | (sums < FARTHEST)  # -inf where no key is seen
+    difference = torch.where(far, 0.0, (lse - sums) / (sums.abs() / 8).clip(min=1))
     error = max(float((out - truth).abs().max()) / of_out, float(difference.abs().max()) / of_lse)
     return out, lse, error
 

@@ -29,7 +29,7 @@ class Mask:
     ``integers`` are its own, part of a problem's shape; ``arrays`` come with the tensors, and what bounds read by position must grow
     with it too. ``examples`` are values that cut inside small shapes, of its integers and, for one sequence, of arrays with one
     integer for each. ``picture`` is the first example written out by hand, a line a position: x where a key is seen.
-    ``ranges`` are the least and the most that integers may be, where that is not 0 and any number.
+    ``allowed`` are the least and the most that integers may be, where that is not 0 and any number.
     ``torchs`` names torch's own form, where it has one: is_causal or causal_lower_right.
     ``test``, of a mask whose other arrays decide pair by pair within its bounds: ``test(**own)`` says whether pairs are seen, of its
     integers and what its arrays hold there; ``placed``: it asks where that is too, batch=, head=, position=, key= ... Each
@@ -43,7 +43,7 @@ class Mask:
     integers: tuple[str, ...] = ()
     arrays: tuple[Array, ...] = ()
     examples: tuple[Mapping[str, int], ...] = ({},)
-    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    allowed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     picture: str = ""
     torchs: str = ""
     test: Callable[..., Any] | None = None
@@ -174,7 +174,7 @@ def intersection(masks: Sequence[Mask]) -> Mask:
         integers=tuple(name for mask in masks for name in mask.integers),
         arrays=tuple(array for mask in masks for array in mask.arrays),
         examples=tuple(examples),
-        ranges={name: limits for mask in masks for name, limits in mask.ranges.items()},
+        allowed={name: limits for mask in masks for name, limits in mask.allowed.items()},
         of=tuple(masks),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elsa_tune.parts.mask._base import Mask
-from elsa_tune.parts.mask.blocks import AXES, LARGEST_BLOCK, drawn
+from elsa_tune.parts.mask.blocks import AXES, LARGEST_BLOCK, a_quarter, drawn
 from elsa_tune.parts.operand import Array
 
 NOBODY, EVERYBODY, FIRST = 0, 1, 2
@@ -22,7 +22,7 @@ KINDS = 3
 def _typical(sizes: Mapping[str, int]) -> Any:
     """A quarter of each head's blocks, of which one in four is seen in part."""
     x = drawn(PARTIAL, sizes, 0)
-    return (x < 0.25) + (x < 0.0625) * (FIRST - EVERYBODY + (x * 1e4).long() % KINDS)
+    return a_quarter(x) + (x < 0.0625) * (FIRST - EVERYBODY + (x * 1e4).long() % KINDS)
 
 
 def _every_kind(sizes: Mapping[str, int]) -> Any:
@@ -66,7 +66,7 @@ MASK = Mask(
         {"partialq": 1, "partialk": 1},
         {"partialq": 8, "partialk": 128},
     ),
-    ranges={"partialq": (1, LARGEST_BLOCK), "partialk": (1, LARGEST_BLOCK)},
+    allowed={"partialq": (1, LARGEST_BLOCK), "partialk": (1, LARGEST_BLOCK)},
     test=_seen,
     placed=True,
 )
