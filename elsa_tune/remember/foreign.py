@@ -37,13 +37,14 @@ MOST_GARBAGE = 1 << 24
 def _spelled(parse: Callable[[str], object]) -> AfterValidator:
     """A text that ``parse`` reads and spells the same: no other spelling of a thing, in whatever alphabet, gets in."""
 
-    @lru_cache(MOST_SPELLINGS)  # thousands of lines spell the same
-    def check(text: str) -> str:
-        if str(parse(text)) != text:
-            raise ValueError("not as this program spells it")
-        return text
+    return AfterValidator(lambda text: _as_spelled(parse, text))
 
-    return AfterValidator(check)
+
+@lru_cache(3 * MOST_SPELLINGS)  # thousands of lines spell the same
+def _as_spelled(parse: Callable[[str], object], text: str) -> str:
+    if str(parse(text)) != text:
+        raise ValueError("not as this program spells it")
+    return text
 
 
 def _incumbent(text: str) -> object:

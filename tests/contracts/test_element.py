@@ -127,9 +127,9 @@ def test_every_pattern_is_widened_and_stored(language: str, name: str, kernel: K
             query, key = (numbers, one) if of_query else (one.expand_as(numbers), numbers)
             lse = torch.full(query.shape[:3], torch.nan, dtype=wide)
             kernel(query, key, values[:, : key.shape[1]], scale, None, lse)
-            assert torch.allclose(
-                lse.flatten().double(), some.double() * scale, rtol=16 * element.get(name).unit, atol=0
-            )
+            # a 2^x of fewer terms may serve narrow elements
+            error = 1e-5 if element.get(name).narrow else 16 * element.get(name).unit
+            assert torch.allclose(lse.flatten().double(), some.double() * scale, rtol=error, atol=0)
 
 
 @of_every_kernel

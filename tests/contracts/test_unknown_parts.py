@@ -16,6 +16,7 @@ import torch
 
 import elsa_tune
 from elsa_tune import parts, places, space
+from elsa_tune import problem as problems
 from elsa_tune.device import Device, host_cpu, named
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.errors import BadProblem, BadVariant, ElsaTuneError, KernelMissing
@@ -78,6 +79,7 @@ def plant(tmp_path: Path) -> Iterator[Plant]:
         package.__path__.append(str(tmp_path / kind))
         planted.append(package)
         forget(package)
+        forget(problems)
         setattr(import_module(f"{package.__name__}.{PLANTED}"), constant, made)
 
     yield add
@@ -86,6 +88,7 @@ def plant(tmp_path: Path) -> Iterator[Plant]:
         del sys.modules[f"{package.__name__}.{PLANTED}"]
         delattr(package, PLANTED)
         forget(package)
+    forget(problems)
 
 
 def planted_problem(kind: str, plant: Plant) -> Problem:
@@ -202,7 +205,7 @@ SDPA = Space.read("sdpa").parse(Space.read("sdpa").start[0])
 
 def test_a_test_of_pairs_without_a_text_is_refused(plant: Plant, tmp_path: Path, home: Path) -> None:
     """It is no bound: rendered without its text, it would be no mask at all."""
-    plant("mask", "none", test=lambda batch, head, position, key: position != key)
+    plant("mask", "none", test=lambda position, key, **place: position != key, placed=True)
     problem = Problem(mask=PLANTED, head_dim=16, heads=2, q_len=40, kv_len=40)
     for name in GENERATED:
         reason = str(backends.get(name).refusal(problem, named(DEVICES[name])))
@@ -259,8 +262,10 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
         monkeypatch.setattr(space, "_read", lambda name: wider if name == backend else read(name))
         space.parse.cache_clear()
 
+    forget(foreign)
     yield also
     space.parse.cache_clear()
+    forget(foreign)
 
 
 def wider_space(kind: str, backend: str) -> Space:
