@@ -10,6 +10,7 @@ import torch
 from elsa_tune import space
 from elsa_tune.generate import cpp
 from elsa_tune.generate import operands as given
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.variant import Variant
@@ -28,7 +29,8 @@ def run(variant: Variant, problem: Problem) -> None:
         x = reference.random_inputs(shaped, generator)
         for operands in [x.operands, *(given.example(shaped, turn) for turn in range(given.turns(shaped)))]:
             own = tuple(o.clone() if isinstance(o, torch.Tensor) else o for o in operands)
-            kernel(x.query, x.key, x.value, None, None, torch.empty(x.query.shape[:3]), own)
+            lse = torch.empty(x.query.shape[:3], dtype=lse_dtype(x.query))
+            kernel(x.query, x.key, x.value, None, None, lse, own)
 
 
 def past(variant: Variant, problem: Problem) -> None:

@@ -23,6 +23,8 @@ KERNELS = (
     f"cpp.serial.{LANES}.q2.k4.v4.n24.packed@bf16.d17.window.softcap",
     f"cpp.serial.{LANES}.c4.q2.k2.v4.n32@fp16.d32.dense+ranges",
     f"cpp.serial.{LANES}.q2.k4.v4.n48@fp32.d16.blocks_partial+columns",
+    f"cpp.serial.{LANES}.q2.k4.v4.n24.e11@fp64.d17.causal+columns+dense.softcap+bias",
+    f"cpp.hybrid.{LANES}.c2.q2.k2.v4.n16.w2.s2.pair.e10.packed@fp64.d16.blocks+starts.alibi+sinks",
 )
 # Exponents are put together by integer additions and shifts that wrap, as vectors of this compiler do.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize=signed-integer-overflow,shift -fno-sanitize-recover=all"

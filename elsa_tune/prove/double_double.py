@@ -89,6 +89,9 @@ class DoubleDouble:
     def isneginf(self) -> Tensor:
         return self.high.isneginf()
 
+    def isnan(self) -> Tensor:
+        return self.high.isnan()
+
     def masked_fill(self, mask: Tensor, value: float) -> DoubleDouble:
         return DoubleDouble(self.high.masked_fill(mask, value), self.low.masked_fill(mask, 0.0))
 

@@ -10,7 +10,7 @@ from elsa_tune.parts import element as elements
 @dataclass(frozen=True, slots=True)
 class Real:
     """``name`` of the type, its ``bytes``, whole numbers of as many (``integer``), bits of its stored ``fraction``, how many ``digits``
-    its literals have, what they end with (``f``), and those of its whole numbers (``ll``)."""
+    its literals have, what they end with (``f``), and a ``byte`` of ones as such a whole number."""
 
     name: str
     bytes: int
@@ -18,7 +18,7 @@ class Real:
     fraction: int
     digits: int
     f: str
-    ll: str
+    byte: str
 
     def __str__(self) -> str:
         return self.name
@@ -49,8 +49,8 @@ class Real:
 
 
 _REALS = {
-    "float32": Real("float", 4, "int32_t", 23, 9, "f", ""),
-    "float64": Real("double", 8, "int64_t", 52, 17, "", "ll"),
+    "float32": Real("float", 4, "int32_t", 23, 9, "f", "0xff"),
+    "float64": Real("double", 8, "int64_t", 52, 17, "", "int64_t{0xff}"),
 }
 
 

@@ -13,8 +13,10 @@ def _lowered(score: Any, lateslopes: Any, position: Any, key: Any, behind: Any, 
     return score - lateslopes * abs(position + behind - key)
 
 
-def _error(error: float, largest: float, unit: float, lateslopes: Any, **more: Any) -> tuple[float, float]:
-    return alibi.error(error, largest, unit, lateslopes, **more)
+def _error(
+    error: float, largest: float, unit: float, lateslopes: Any, q_len: int, kv_len: int, **more: Any
+) -> tuple[float, float]:
+    return alibi.error(error, largest, unit, lateslopes, q_len, kv_len)
 
 
 SCORE = Score(
