@@ -157,7 +157,7 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
     inputs = reference.random_inputs(small, generator)
     inputs.query[0, 0, -1, 0] = float("nan")
     last = reference.Rows(*(torch.tensor([n]) for n in (0, 0, small.q_len - 1)))
-    sees = bool(reference.attention_rows(small, inputs, last).isnan().any())
+    sees = bool(reference.attention_rows(small, inputs, last).double().isnan().any())
     out, _ = run(kernel, inputs.to(device))
     rows = out.isnan().any(-1)
     kept = bool(rows[0, 0, -1]) is sees and int(rows.sum()) == sees
