@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from contracts import running
 from test_dispatch import VARIANT, Served, record, won
 from torch import Tensor
 from torch.nn.attention import flex_attention
@@ -228,6 +229,35 @@ def test_what_hides_nothing_more_gives_the_same_bits(made: Any, plain: Any, pack
     query, key, value = tensors()
     expected = kernel(plain() if plain else None, VARIANT + packing)(query, key, value)
     assert torch.equal(kernel(made(), VARIANT + packing)(query, key, value), expected)
+
+
+LANGUAGES = {
+    "cpp": VARIANT,
+    "cuda": "cuda.serial.t64.x8.r2.k2",
+    "hip": "cuda.hybrid.hip.t64.x8.r2.k2.w2.s2.last_block.stages2",
+    "opencl": "cuda.serial.opencl.t64.x8.r2.k2.shared",
+    "triton": "triton.serial.ieee.m16.n16.warps4.stages1",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_nobody_sees_is_not_even_loaded(language: str, tmp_path: Path) -> None:
+    """Not a number in keys and values of whole leaves that no row of any tile sees: it is met nowhere."""
+    query, key, value = tensors(50, 250)
+    hidden = slice(64, 192)
+    kept = [torch.cat([x[:, :, : hidden.start], x[:, :, hidden.stop :]], 2) for x in (key, value)]
+    expected = by_definition(query, *kept, torch.tensor(True))
+    key[:, :, hidden], value[:, :, hidden] = torch.nan, torch.nan
+    layout = torch.tensor([True, False, False, True])
+    ends = torch.full((250,), 50)
+    ends[hidden] = 0
+    bounds = torch.stack([ends, torch.zeros_like(ends)], -1)[None, None]
+    sizes = {"partialq": 50, "partialk": 64}
+    partial = AttnMask("blocks_partial", operands={**sizes, "partial": layout.int(), "bits": [0]})
+    for mask in (masks.blocks(layout, 64, 64), masks.columns(bounds, False), partial):
+        problem = mask.of(Problem(head_dim=16))
+        built = running.kernel(language, space.parse(LANGUAGES[language]), problem, tmp_path / mask.mask)
+        assert close(built(query, key, value, operands=mask.in_order(query, key)), expected), mask
 
 
 def test_lanes_of_one_row_and_of_many_agree() -> None:
