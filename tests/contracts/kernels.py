@@ -15,7 +15,7 @@ from elsa_tune.order import CONTIGUOUS, ORDERS
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as parts_of_scores
-from elsa_tune.parts.score import FARTHEST
+from elsa_tune.parts.score import farthest
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -158,7 +158,7 @@ def compute(
     truth = scores.softmax(-1).nan_to_num()[..., :kv_len] @ v.double().repeat_interleave(group, 1)
     of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)
-    far = (lse == sums) | (sums < FARTHEST)  # -inf where no key is seen
+    far = (lse == sums) | (sums < farthest(elements.get(problem.dtype).unit))  # -inf where no key is seen
     difference = torch.where(far, 0.0, (lse - sums) / (sums.abs() / 8).clip(min=1))
     error = max(float((out - truth).abs().max()) / of_out, float(difference.abs().max()) / of_lse)
     return out, lse, error
