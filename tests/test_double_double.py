@@ -102,6 +102,7 @@ def test_what_is_no_finite_number() -> None:
 
     assert same(x.exp(), odd.exp()) and same(x - 1.5e308, odd - 1.5e308) and same(x * 2.0, odd * 2.0)
     assert same(DoubleDouble(odd.exp()).log(), torch.tensor([-math.inf, math.nan, -math.inf, -math.inf, 0.0]).double())
+    assert same(x / 2.0, odd / 2.0) and same(x.tanh(), odd.tanh())
     assert x.isneginf().tolist() == [True, False, False, False, False]
 
 

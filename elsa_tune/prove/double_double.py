@@ -153,10 +153,10 @@ class DoubleDouble:
 
     def __truediv__(self, other: Any) -> DoubleDouble:
         y = _of(other, self)
-        quotient, rest = DoubleDouble(self.high / y.high), self
+        quotient = DoubleDouble(self.high / y.high)
         for _ in range(2):
             rest = self - y * quotient
-            quotient = quotient + (rest.high / y.high)
+            quotient = quotient + (rest.high / y.high).nan_to_num(0.0, 0.0, 0.0)
         return quotient
 
     def sum(self, dim: int) -> DoubleDouble:
