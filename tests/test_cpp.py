@@ -19,6 +19,7 @@ from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.element import UNIT
@@ -299,23 +300,24 @@ def test_digests_cannot_leave_the_kernel_folder() -> None:
     shutil.which("aarch64-linux-gnu-g++") is None or shutil.which("qemu-aarch64") is None,
     reason="needs Debian's g++-aarch64-linux-gnu and qemu-user",
 )
-def test_neon_under_an_emulator(tmp_path: object) -> None:
-    """The NEON rendering runs on an emulated Arm processor and agrees with float64."""
-    problem = Problem.parse("fp32.d40.v24.causal@b1.h4.kv2.q37.k53")
-    variant = space.parse("cpp.hybrid.neon.l4.q4.k4.v4.n16.w2.s2")
+@pytest.mark.parametrize(("number", "dtype", "more"), [("float", "fp32", ""), ("double", "fp64", ".e11")])
+def test_neon_under_an_emulator(number: str, dtype: str, more: str, tmp_path: object) -> None:
+    """The NEON rendering runs on an emulated Arm processor and agrees with the truth."""
+    problem = Problem.parse(f"{dtype}.d40.v24.causal@b1.h4.kv2.q37.k53")
+    variant = space.parse(f"cpp.hybrid.neon.l4.q4.k4.v4.n16.w2.s2{more}")
     inputs = reference.random_inputs(problem, torch.Generator().manual_seed(3))
     rows = reference.every_row(problem)
-    truth = reference.attention_rows(problem, inputs, rows).reshape(problem.heads, problem.q_len, problem.value_dim)
+    truth = reference.attention_rows(problem, inputs, rows).double()
 
     def literal(x: torch.Tensor) -> str:
-        return "{" + ",".join(f"{float(v).hex()}f" for v in x.flatten()) + "}"
+        return "{" + ",".join(float(v).hex() for v in x.flatten()) + "}"
 
     main = f"""
 #include <cmath>
 #include <cstdio>
-const float q[] = {literal(inputs.query)}, k[] = {literal(inputs.key)}, v[] = {literal(inputs.value)};
+const {number} q[] = {literal(inputs.query)}, k[] = {literal(inputs.key)}, v[] = {literal(inputs.value)};
 const double truth[] = {{{",".join(repr(float(t)) for t in truth.flatten())}}};
-float out[sizeof(truth) / 8];
+{number} out[sizeof(truth) / 8];
 int main() {{
   Call c{{q, k, v, out, nullptr,
          1, 4, 2, 37, 53, {{0, {37 * 40}, 40}}, {{0, {53 * 40}, 40}}, {{0, {53 * 24}, 24}}, {{0, {37 * 24}, 24}}, {40**-0.5!r}, 1, nullptr}};
@@ -334,4 +336,4 @@ int main() {{
         check=True,
     )
     shown = subprocess.run(["qemu-aarch64", str(program)], capture_output=True, text=True, check=True)
-    assert float(shown.stdout) < 2e-6
+    assert float(shown.stdout) < 32 * elements.get(dtype).unit
