@@ -34,7 +34,7 @@ class Measurement:
 
     ``samples`` and ``incumbent_samples`` are seconds per call, taken in turns in one run; ``ratio`` is the median of
     incumbent / variant with a bootstrap 95 % interval [ratio_low, ratio_high]: above 1 the variant is faster.
-    ``error`` is relative to max|v| and ``constant`` is C of the bound, both against float64. ``stage`` says whether few
+    ``error`` is relative to max|v| and ``constant`` is C of the bound, both against the truth. ``stage`` says whether few
     samples were taken (trial) or many, among finalists (final). Status candidate: compiled, never measured. ``role`` says whether
     the variant is a candidate of ours or a rival, torch's own; ``incumbent_role`` whether the incumbent is a rival or the
     yardstick of a kit, whose ratio says nothing of torch. ``created`` is seconds since 1970.

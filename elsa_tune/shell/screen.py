@@ -126,7 +126,7 @@ def print_report(console: Console, report: Report) -> None:
     console.print(
         "ratio: median of torch's fastest kernel / winner, in turns in one run, with its interval; "
         "of limit: share of the measured multiply-add peak or read bandwidth, whichever binds; error: relative to max|v|, "
-        "against float64.",
+        "against float64 (of fp64: against twice its digits).",
         style="dim",
         highlight=False,
     )
