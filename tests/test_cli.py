@@ -12,14 +12,14 @@ import torch
 from click.testing import CliRunner
 
 import elsa_tune
-from elsa_tune import places
+from elsa_tune import masks, places
 from elsa_tune.device import host_cpu
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.problem import Problem
-from elsa_tune.shell import cli, cli_db, doctor, report
+from elsa_tune.shell import cli, cli_db, doctor, screen
 from elsa_tune.space import Space
 from elsa_tune.tuning.report import Outcome, Report
 
@@ -59,29 +59,31 @@ def test_tune_is_the_default_and_ends_with_a_table(home: Path) -> None:
 
 
 def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """attention() where it can pose the family; else the call of load() that does, which is what it says."""
+    """attention() where it can pose the family, masks and scores too; else the call of load() that does, which is what it says."""
     shape = "b2.h2.q9.k9"
-    problems = (f"fp32.d16.causal@{shape}", f"fp32.d16.causal+lengths.softcap@{shape}.softcap30")
+    problems = (f"fp32.d16.causal@{shape}", f"fp32.strict.d16.causal+lengths.softcap@{shape}.softcap30")
     outcomes = [Outcome(Problem.parse(problem), host_cpu(), None) for problem in problems]
-    report.print_report(report.console(), Report(outcomes, 1.0, []))
+    screen.print_report(screen.console(), Report(outcomes, 1.0, []))
     asked, loaded = capsys.readouterr().out.splitlines()[-2:]
     assert asked == "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."
-    assert loaded.startswith("Use fp32.d16.causal+lengths.softcap: elsa_tune.load(") and "attention()" in loaded
+    assert loaded.startswith("Use fp32.strict.d16.causal+lengths.softcap: elsa_tune.load(") and "attention()" in loaded
     query, key, value = torch.randn(3, 2, 2, 9, 16)
-    names = {"elsa_tune": elsa_tune, "query": query, "key": key, "value": value, "lengths": torch.tensor([9, 3])}
+    names = {"elsa_tune": elsa_tune, "query": query, "key": key, "value": value, "attn_mask": masks.lengths([9, 3])}
     assert eval(loaded.partition(": ")[2].partition(";")[0], names).shape == query.shape
-    assert report.calls(outcomes[:1]) == [asked] and report.calls(outcomes[1:]) == [loaded]
-    (told,) = report.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
+    assert screen.calls(outcomes[:1]) == [asked] and screen.calls(outcomes[1:]) == [loaded]
+    masked = [Outcome(Problem.parse(f"fp32.d16.lengths@{shape}"), host_cpu(), None)]
+    assert screen.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
+    (told,) = screen.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
     assert "no call asks for gradients" in told
     opencl = replace(host_cpu(), kind="opencl")
-    assert 'device="opencl"' in report.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
+    assert 'device="opencl"' in screen.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
     gpu = replace(host_cpu(), kind="cuda")
     for family, server in (
         ("fp32.tf32.d16.backward", "attention("),
         ("fp32.strict.d16", "load("),
-        ("fp16.d16.window", "load("),
+        ("fp16.d16.window", "attention("),
     ):
-        told = report.calls([Outcome(Problem.parse(family), gpu, None)])[0]
+        told = screen.calls([Outcome(Problem.parse(family), gpu, None)])[0]
         assert f"elsa_tune.{server}" in told, family
 
 

@@ -148,15 +148,16 @@ def calls(outcomes: Iterable[Outcome]) -> list[str]:
     families = {o.problem.family: o for o in outcomes}.values()
     asked = [o for o in families if asks_for(o.problem, o.device)]
     use = ["Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."] if asked else []
+    if any(o.problem.declared for o in asked):
+        use = ["Use it: elsa_tune.attention(query, key, value, attn_mask) instead of scaled_dot_product_attention."]
     return use + [_loaded(o.problem, o.device) for o in families if o not in asked]
 
 
 def _loaded(problem: Problem, device: Device) -> str:
     if problem.direction == "backward":
         return f"Of {problem.family}, no call asks for gradients yet: attention() knows no such family."
-    arrays = ", ".join(f'"{one.name}": {one.name}' for one in problem.declared if isinstance(one, Array))
-    operands = f", operands={{{arrays}}}" if arrays else ""
-    call = f'elsa_tune.load("{problem}", device="{device.kind}")(query, key, value{operands})'
+    given = ", attn_mask=attn_mask" if any(isinstance(one, Array) for one in problem.declared) else ""
+    call = f'elsa_tune.load("{problem}", device="{device.kind}")(query, key, value{given})'
     return f"Use {problem.family}: {call}; attention() knows no such family."
 
 
