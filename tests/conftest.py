@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     dispatch.refresh()
     yield tmp_path / "home"
     dispatch.refresh()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_still_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test's calls left to be built beside them ends with it, before what it patched is put back."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "elsa-tune-build":
+            thread.join()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

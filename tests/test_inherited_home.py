@@ -31,6 +31,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.cpp import compiler
+from elsa_tune.masks import AttnMask
 from elsa_tune.parts import element
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -122,7 +123,8 @@ def test_it_serves_as_it_is(name: str, spelled: str, inherited: Path) -> None:
     chosen = elsa_tune.load(problem)
     assert (str(chosen.variant), chosen.rung) == (variant, "exact") and chosen.ratio and chosen.ratio > 1
     x = reference.random_inputs(problem, torch.Generator().manual_seed(0)).ordered(problem.orders)
-    served = chosen(*x.tensors, operands=given.named(problem, x.operands))
+    own = AttnMask(problem.mask, problem.score, given.named(problem, x.operands))
+    served = chosen(*x.tensors, attn_mask=own if problem.declared else None)
     assert errs(served, problem, x) < 1
     if not problem.declared:
         options = {"is_causal": problem.mask == "causal", "enable_gqa": problem.group > 1}

@@ -78,11 +78,13 @@ def test_rounds_of_decoding_grow_the_cache_and_may_be_repeated(benchmarks: Any) 
     assert seen == [25, 25, 25 + benchmarks.TOKENS, 25]
 
 
-def test_a_masked_call_is_counted_apart(benchmarks: Any) -> None:
-    recorder, x = benchmarks.Recorder(), torch.randn(1, 2, 3, 4)
+def test_masked_calls_pose_problems_and_others_are_counted_apart(benchmarks: Any) -> None:
+    recorder, x, mask = benchmarks.Recorder(), torch.randn(1, 2, 3, 4), torch.ones(3, 3, dtype=torch.bool)
     with benchmarks.attention_by(recorder):
-        torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3, dtype=torch.bool))
-    assert not recorder.problems and dict(recorder.others) == {"a mask torch.bool [3, 3]": 1}
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        torch.nn.functional.scaled_dot_product_attention(x[0], x[0], x[0], attn_mask=mask)
+    assert {posed.mask: calls for posed, calls in recorder.problems.items()} == {"dense": 1}
+    assert dict(recorder.others) == {"a mask torch.bool [3, 3]": 1}
 
 
 @pytest.mark.parametrize(

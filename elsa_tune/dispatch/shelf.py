@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
 
 from elsa_tune.device import Device
 from elsa_tune.dispatch import exactness, handovers
@@ -130,7 +130,8 @@ class Shelf:
         self._exact: dict[tuple[Problem, Device, float], Choice] = {}
         self._kernels: dict[tuple[str, str], Kernel | Gradients] = {}  # (family, variant)
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
-        self._building: SimpleQueue[Callable[[], object]] | None = None
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._builder: threading.Thread | None = None
 
     def explained(self, problem: Problem, device: Device) -> Choice:
         """The choice; among its steps what is wrong with the databases it was made from, and what can be done where nothing was
@@ -215,15 +216,24 @@ class Shelf:
             return self._kernels.setdefault((problem.family, str(variant)), kernel)
 
     def _later(self, job: Callable[[], object]) -> None:
-        if self._building is None:
-            self._building = SimpleQueue()
-            threading.Thread(target=self._work, args=(self._building,), name="elsa-tune-build", daemon=True).start()
-        self._building.put(job)
+        """Run it beside the calls, in a thread that ends when nothing waits."""
+        with lock:
+            self._waiting.append(job)
+            if self._builder is None or not self._builder.is_alive():  # a fork leaves threads behind
+                self._builder = threading.Thread(target=self._work, name="elsa-tune-build", daemon=True)
+                self._builder.start()
 
-    def _work(self, jobs: SimpleQueue[Callable[[], object]]) -> None:
-        while True:
+    def _work(self) -> None:
+        while job := self._next():
             try:
-                jobs.get()()
+                job()
             except Exception as error:
                 self.troubles["background build"] = f"{type(error).__name__}: {error}"
                 handovers.note("a kernel built beside the calls", error)
+
+    def _next(self) -> Callable[[], object] | None:
+        with lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._builder = None
+            return None
