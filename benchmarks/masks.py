@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,23 +37,34 @@ SECONDS_A_CASE = 6.0
 PAUSE = 0.003
 """Seconds between samples: threads spin for a while after they finish."""
 
-ZEN_5 = host_cpu().model.startswith("amd_f26")
+ZEN_5, XEON = host_cpu().model.startswith("amd_f26"), host_cpu().model.startswith("intel")
+HALVES = "bf16", "fp16"
+PROMPTS = 197, 512, 1024, 2048, 4096
 Tensors = tuple[Tensor, Tensor, Tensor]
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem to be tuned, and what is passed as attn_mask; ``torchs`` is what torch is given instead, where it does not take that."""
+    """A problem to be tuned, and what makes its attn_mask; ``dense`` where torch does not take that, and is given its pairs. ``more`` are
+    peers beside torch's kernels, ``ours`` how we are called where it is not by attention()."""
 
     name: str
     problem: str
-    mask: Any = None
-    torchs: Any = None
-    more: Mapping[str, Callable[[Tensors], object]] = field(default_factory=dict)
+    mask: Callable[[], Any] = lambda: None
+    dense: bool = False
+    more: Mapping[str, Callable[[Tensors], Call]] = field(default_factory=dict)
+    ours: Callable[[Tensors], Call] | None = None
 
     @property
     def posed(self) -> Problem:
         return Problem.parse(self.problem)
+
+    def pairs(self) -> Tensor:
+        """bool: which pairs a mask of ours lets through."""
+        p = self.posed
+        seen: Tensor = self.mask().dense(p.batch, p.heads, p.q_len, p.kv_len)
+        return seen
 
 
 @dataclass(frozen=True)
@@ -100,39 +112,115 @@ def _swin(windows: int, heads: int, tokens: int) -> Tensor:
 def cases() -> Iterator[Case]:
     for b, h, n in SHAPES:
         shape = f"b{b}.h{h}.q{n}.k{n}"
-        yield Case(f"bool {n}", f"fp32.d64.dense@{shape}", _random(b, 1, n, n))
-        yield Case(f"additive {n}", f"fp32.d64.bias@{shape}", _normal(b, h, n, n))
-        yield Case(f"additive shared {n}", f"fp32.d64.bias@{shape}", _normal(1, h, n, n))
-        yield Case(f"additive of keys {n}", f"fp32.d64.bias@{shape}", _normal(b, 1, 1, n))
+        yield Case(f"bool {n}", f"fp32.d64.dense@{shape}", partial(_random, b, 1, n, n))
+        yield Case(f"additive {n}", f"fp32.d64.bias@{shape}", partial(_normal, b, h, n, n))
+        yield Case(f"additive shared {n}", f"fp32.d64.bias@{shape}", partial(_normal, 1, h, n, n))
+        yield Case(f"additive of keys {n}", f"fp32.d64.bias@{shape}", partial(_normal, b, 1, 1, n))
     for b, h, n in PADDED:
-        seen = (torch.arange(n) < _lengths(b, n)[:, None])[:, None, None]
-        yield Case(f"padding {b} x {n}", f"fp32.d64.lengths@b{b}.h{h}.q{n}.k{n}", seen)
+        yield Case(f"padding {b} x {n}", f"fp32.d64.lengths@b{b}.h{h}.q{n}.k{n}", partial(_padding, b, n))
     for tokens, windows in ((49, 4096), (64, 2048)):
-        yield Case(f"Swin {tokens}", f"fp32.d32.bias@b{windows}.h3.q{tokens}.k{tokens}", _swin(windows, 3, tokens))
-    window = masks.causal() & masks.window(1023)
-    yield Case(
-        "window 1024 of 8192", "fp32.d64.causal+window@b1.h8.q8192.k8192.left1023.right0", window,
-        window.dense(1, 1, 8192, 8192), {"flex": _flex(lambda b, h, i, j: (j <= i) & (j >= i - 1023), 8192)},
-    )  # fmt: skip
+        yield Case(
+            f"Swin {tokens}", f"fp32.d32.bias@b{windows}.h3.q{tokens}.k{tokens}", partial(_swin, windows, 3, tokens)
+        )
+    yield from sparse()
+    yield ragged()
     for b, h, n in ((8, 12, 197), (8, 12, 512), (1, 8, 1024), (1, 8, 2048), (1, 4, 4096)):
-        for dtype in ("bf16", "fp16"):
+        for dtype in HALVES:
             yield Case(f"{dtype} {n}", f"{dtype}.d64@b{b}.h{h}.q{n}.k{n}")
-    for dtype in ("bf16", "fp16"):
+    for dtype in HALVES:
         for spelled in ("d128@b1.h32.kv8.q1.k4096", "d128@b1.h32.kv8.q1.k32768", "d64@b1.h32.kv8.q1.k8192"):
             yield Case(f"{dtype} decoding {spelled}", f"{dtype}.{spelled}")
 
 
-def _flex(mask_mod: Callable[..., Any], n: int) -> Callable[[Tensors], object]:
+def sparse() -> Iterator[Case]:
+    """Masks that hide most pairs: windows, block layouts that differ between heads, and at 16K what FlashMask is for."""
+
+    def case(name: str, problem: str, mask: Any, mask_mod: Any, heads: int | None = None) -> Case:
+        flex = {"flex": partial(_flex, mask_mod, heads, Problem.parse(problem).q_len)}
+        return Case(name, f"fp32.d64.{problem}", lambda: mask, dense=True, more=flex)
+
+    window = masks.causal() & masks.window(1023)
+    yield case(
+        "window 1024 of 8192", "causal+window@b1.h8.q8192.k8192.left1023.right0", window,
+        lambda b, h, i, j: (j <= i) & (j >= i - 1023),
+    )  # fmt: skip
+    for share in (0.25, 0.125):
+        layout = _random(1, 4, 64, 64, share=share) | torch.eye(64, dtype=torch.bool)
+        yield case(
+            f"blocks {share:.1%} of 8192", "blocks@b1.h4.q8192.k8192.blockq128.blockk128", masks.blocks(layout, 128, 128),
+            lambda b, h, i, j, layout=layout: layout[0, h, i // 128, j // 128], heads=4,
+        )  # fmt: skip
+    strided = masks.strided(heads=4, local=4, stride=8, block=128)
+    seen = strided.operands["blocks"](8192, 8192, torch.device("cpu"))
+    yield case(
+        "S2 of 8192", "blocks+causal@b1.h4.q8192.k8192.blockq128.blockk128", strided,
+        lambda b, h, i, j: seen[h, i // 128, j // 128] & (j <= i), heads=4,
+    )  # fmt: skip
+    n, key = 16384, torch.arange(16384)
+    cuts = torch.randperm(n - 1, generator=torch.Generator().manual_seed(0))[:15].sort().values + 1
+    document = torch.searchsorted(cuts, key, right=True)
+    hidden_from = {
+        "documents": torch.cat([cuts, torch.tensor([n])])[document],
+        "window and 128 first keys": (key + 1024).clamp(max=n).where(key >= 128, n),
+    }
+    mods: dict[str, Any] = {
+        "documents": lambda b, h, i, j: (document[i] == document[j]) & (j <= i),
+        "window and 128 first keys": lambda b, h, i, j: (j <= i) & ((i - j < 1024) | (j < 128)),
+    }
+    for name, rows in hidden_from.items():
+        bounds = rows[None, None, :, None]
+        yield case(
+            f"{name} of 16384", "causal+columns@b1.h1.q16384.k16384", masks.columns(bounds, causal=True), mods[name]
+        )
+    yield case(
+        "prefix 4096 of 16384", "prefix@b1.h1.q16384.k16384.prefix4096", masks.prefix(4096),
+        lambda b, h, i, j: (j <= i) | (j < 4096),
+    )  # fmt: skip
+
+
+def ragged() -> Case:
+    """Sixteen sequences of 32 to 512 tokens, one after the other, against torch padded (the padding is not timed) and call by call."""
+    each = torch.linspace(32, 512, 16).long()
+    cu = torch.cat([torch.zeros(1, dtype=torch.long), each.cumsum(0)])
+    tokens = int(cu[-1])
+
+    def apart(x: Tensors) -> list[list[Tensor]]:
+        return [list(t[0].transpose(0, 1).split(each.tolist())) for t in x]
+
+    def ours(x: Tensors) -> Call:
+        query, key, value = (t[0].transpose(0, 1) for t in x)
+        return lambda: elsa_tune.attention_varlen(query, key, value, cu, cu)
+
+    def padded(x: Tensors) -> Call:
+        q, k, v = (torch.nn.utils.rnn.pad_sequence(t, batch_first=True).transpose(1, 2) for t in apart(x))
+        seen = (torch.arange(512) < each[:, None])[:, None, None]
+        return lambda: scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    def loop(x: Tensors) -> Call:
+        one = [tuple(t.transpose(0, 1)[None] for t in three) for three in zip(*apart(x), strict=True)]
+
+        def call() -> Tensor:
+            return torch.cat([scaled_dot_product_attention(*three)[0].transpose(0, 1) for three in one])
+
+        return call
+
+    return Case(
+        "ragged 16 x 32..512", f"fp32.d64.ranges@b1.h12.q{tokens}.k{tokens}.bshd", more={"loop": loop, "padded": padded},
+        ours=ours,
+    )  # fmt: skip
+
+
+def _padding(batch: int, n: int) -> Tensor:
+    return (torch.arange(n) < _lengths(batch, n)[:, None])[:, None, None]
+
+
+def _flex(mask_mod: Callable[..., Any], heads: int | None, n: int, x: Tensors) -> Call:
     """FlexAttention, compiled, with its block mask made before."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def make(x: Tensors) -> Callable[[], object]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        block_mask = create_block_mask(mask_mod, None, None, n, n, device="cpu", _compile=False)
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: compiled(*x, block_mask=block_mask)
-
-    return make
+    block_mask = create_block_mask(mask_mod, None, heads, n, n, device="cpu", _compile=False)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(*x, block_mask=block_mask)
 
 
 def named(start: str) -> tuple[str, ...]:
@@ -141,10 +229,12 @@ def named(start: str) -> tuple[str, ...]:
 
 def seen(case: Case) -> float:
     """The share of pairs that the mask lets through."""
-    return case.posed.seen_pairs / (case.posed.q_len * case.posed.kv_len)
+    pairs = case.pairs()
+    return int(pairs.count_nonzero()) / pairs.numel()
 
 
 CASES = tuple(cases())
+SPARSE = tuple(case.name for case in CASES if case.dense)
 TORCH = ("torch flash", "torch math")
 GOALS = (
     Goal("bool masks, against torch", TORCH, 1.8 if ZEN_5 else 1.6, named("bool")),
@@ -155,25 +245,28 @@ GOALS = (
     Goal("the same, against our own kernel without one", ("unmasked",), 1 / 1.1, named("additive shared") + named("additive of keys")),
     Goal("key padding, half filled, against torch", TORCH, 4.0 if ZEN_5 else 2.5, named("padding")),
     Goal("Swin's windows, against torch", TORCH, 2.0, named("Swin")),
-    Goal("window, share of the ideal speed-up over our dense kernel", ("unmasked",), 0.8, named("window"), seen),
-    Goal("window, against FlexAttention", ("flex",), 1.5, named("window")),
-    Goal("bf16, against torch's", TORCH, 1.0, tuple(f"bf16 {n}" for n in (197, 512, 1024, 2048, 4096))),
-    Goal("fp16, against torch's", TORCH, 1.0, tuple(f"fp16 {n}" for n in (197, 512, 1024, 2048, 4096))),
-    Goal("halves, against our own float32", ("unmasked",), 0.95, tuple(f"{d} {n}" for d in ("bf16", "fp16") for n in (197, 512, 1024, 2048, 4096))),
+    Goal("windows, blocks and columns: share of the ideal speed-up over our dense kernel", ("unmasked",), 0.8, SPARSE, seen),
+    Goal("the same, against compiled FlexAttention", ("flex",), 1.5, SPARSE),
+    Goal("ragged batch, against torch padded", ("padded",), 3.0, named("ragged")),
+    Goal("ragged batch, against a loop of torch's calls", ("loop",), 1.3, named("ragged")),
+    Goal("bf16, against torch's", TORCH, 1.9 if XEON else 1.0, tuple(f"bf16 {n}" for n in PROMPTS)),
+    Goal("fp16, against torch's", TORCH, 1.3 if XEON else 1.0, tuple(f"fp16 {n}" for n in PROMPTS)),
+    Goal("halves, against our own float32", ("unmasked",), 0.95, tuple(f"{d} {n}" for d in HALVES for n in PROMPTS)),
     Goal("halves decoding, against our own float32", ("unmasked",), 1.6, named("bf16 decoding") + named("fp16 decoding")),
 )  # fmt: skip
 
 
-def contenders(case: Case) -> dict[str, Callable[[], Any]]:
+def contenders(case: Case) -> dict[str, Call]:
     """Who computes the case: us, torch's kernels, what the case names, and our kernel of float32 without a mask."""
     posed = case.posed
     plain = posed.unmasked.reshaped(dtype="fp32", precision="fp32")
     x = reference.random_inputs(plain, torch.Generator().manual_seed(0)).ordered(plain.orders)
     wide = x.query, x.key, x.value
     own = tuple(t.to(elements.get(posed.dtype).dtype) for t in wide)
-    torchs, grouped = case.mask if case.torchs is None else case.torchs, posed.group > 1
+    mask, grouped = case.mask(), posed.group > 1
+    torchs = case.pairs() if case.dense else mask
 
-    def by_torch(backend: SDPBackend) -> Callable[[], Any]:
+    def by_torch(backend: SDPBackend) -> Call:
         def call() -> Any:
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(*own, attn_mask=torchs, enable_gqa=grouped)
@@ -181,20 +274,23 @@ def contenders(case: Case) -> dict[str, Callable[[], Any]]:
         return call
 
     found = {
-        "elsa-tune": lambda: elsa_tune.attention(*own, attn_mask=case.mask, enable_gqa=grouped),
+        "elsa-tune": lambda: elsa_tune.attention(*own, attn_mask=mask, enable_gqa=grouped),
         "unmasked": lambda: elsa_tune.attention(*wide, enable_gqa=grouped),
-        "torch flash": by_torch(SDPBackend.FLASH_ATTENTION),
     }
-    if posed.batch * posed.heads * posed.q_len * posed.kv_len < 1 << 27:
+    if case.ours:
+        found["elsa-tune"] = case.ours(own)
+    else:
+        found["torch flash"] = by_torch(SDPBackend.FLASH_ATTENTION)
+    if not case.ours and posed.batch * posed.heads * posed.q_len * posed.kv_len < 1 << 27:
         found["torch math"] = by_torch(SDPBackend.MATH)
-    return {**found, **{name: make(own) for name, make in case.more.items()}}  # type: ignore[arg-type]
+    return {**found, **{name: make(own) for name, make in case.more.items()}}
 
 
 def unmasked(case: Case) -> str:
     return str(case.posed.unmasked.reshaped(dtype="fp32", precision="fp32"))
 
 
-def timed(call: Callable[[], Any], repeats: int) -> float:
+def timed(call: Call, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -210,7 +306,7 @@ def interleaved(case: Case) -> dict[str, Any]:
         except RuntimeError as error:
             absent[name] = str(error).splitlines()[0][:200]
             del racing[name]
-    expected = next(racing[name]() for name in TORCH if name in racing).float()
+    expected = next(racing[name]() for name in racing if name not in ("elsa-tune", "unmasked")).float()
     apart = float((racing["elsa-tune"]().float() - expected).abs().max())
     repeats = {name: max(1, min(200, round(0.004 / timed(call, 1)))) for name, call in racing.items()}
     samples: dict[str, list[float]] = {name: [] for name in racing}
