@@ -9,7 +9,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, cached_property, reduce
 from typing import Any
 
 Two = Callable[[Any, Any], Any]
@@ -78,7 +78,7 @@ class Bound:
     def __post_init__(self) -> None:
         _check(_tree(self.text), self.text)
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """What the expression is of."""
         called = {node.func for node in ast.walk(_tree(self.text)) if isinstance(node, ast.Call)}

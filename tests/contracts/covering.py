@@ -130,7 +130,12 @@ def parameters() -> dict[str, list[Value]]:
 def family_of(row: Mapping[str, Value]) -> Problem:
     """The family of a row. Raises BadProblem."""
     parts = [row["arithmetic"], row["dims"], *(row[kind] for kind in KINDS_OF_FAMILIES if row[kind] != mask.NONE)]
-    return Problem.parse(".".join(map(str, parts)))
+    return _parsed(".".join(map(str, parts)))
+
+
+@cache
+def _parsed(spelled: str) -> Problem:
+    return Problem.parse(spelled)
 
 
 @cache
@@ -178,8 +183,12 @@ def _law_against(language: str, chosen: Row, problem: Problem | None, device: De
 
 def doubt(row: Mapping[str, Value]) -> str:
     """Why no lawful variant has what a row, or the beginning of one, says; empty if nothing speaks against it so far."""
-    if "language" not in row:
-        return ""
+    return _doubt(tuple(row.items())) if "language" in row else ""
+
+
+@cache
+def _doubt(said: Row) -> str:
+    row = dict(said)
     language = str(row["language"])
     for kind in KINDS_OF_VARIANTS:
         if kind in row and (row[kind] == ABSENT) != (_axis(language, kind) is None):
@@ -231,9 +240,16 @@ def variant_with(language: str, family: str, **axes: Value) -> Variant | None:
 
 def _lawful(fixed: Mapping[str, Value]) -> bool:
     """Whether some row has those values: they come first, so that what speaks against them is met first."""
-    names = dict.fromkeys(["language", *fixed, *parameters()])
-    values = [[fixed[name]] if name in fixed else parameters()[name] for name in names]
-    return next(AllPairs(values, lambda row: not doubt(dict(zip(names, row, strict=False))), n=1), None) is not None
+    names = list(dict.fromkeys(["language", *fixed, *parameters()]))
+
+    def can_be(row: dict[str, Value]) -> bool:
+        if len(row) == len(names):
+            return True
+        name = names[len(row)]
+        longer = ({**row, name: value} for value in ([fixed[name]] if name in fixed else parameters()[name]))
+        return any(not doubt(one) and can_be(one) for one in longer)
+
+    return can_be({})
 
 
 def _rows(known: list[list[Value]], fixed: Mapping[str, Value], n: int) -> Iterator[list[Value]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate.backends import Call, Operands
+from elsa_tune.generate.cpp import huge_pages
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.pool import Pool
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
@@ -58,6 +59,7 @@ class CppKernel:
         default_scale = 1 / math.sqrt(self._problem.head_dim)
         alike = value_dim == self._problem.head_dim and empty_like(query, device="meta").stride(3) == 1
         batch, heads, q_len, _ = query.shape
+        fresh = batch * heads * q_len * value_dim * query.element_size() >= huge_pages.FRESH
         _, kv_heads, kv_len, _ = value.shape
         strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
@@ -82,18 +84,18 @@ class CppKernel:
             nonlocal known
             if query.is_neg() or key.is_neg() or value.is_neg():
                 return self(query, key, value, scale, out, lse, operands)
-            if out is None and not has_arrays:  # always laid out alike
-                out, settings = (
-                    empty_like(query) if alike else new_output(query, value_dim),
-                    (scale, threads(), pool.usable, operands),
-                )
-                decided = known
+            alike_always = out is None and not has_arrays  # in layout, call after call
+            if out is None:
+                out = empty_like(query) if alike else new_output(query, value_dim)
+                if fresh:
+                    huge_pages.ask_for(out)
+            if alike_always:
+                decided, settings = known, (scale, threads(), pool.usable, operands)
                 if settings != decided[0]:
                     given = kernel_arguments(problem, operands, query, key)
                     decided = known = (settings, packed(out.stride()[:3], scale, given))
                 layout = decided[1]
             else:
-                out = new_output(query, value_dim) if out is None else out
                 layout = packed(out.stride()[:3], scale, kernel_arguments(problem, operands, query, key))
             sums = lse.data_ptr() if lse is not None else 0
             if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):

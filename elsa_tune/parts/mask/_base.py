@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.parts.bound import EVERY_KEY, POSITION, ZERO, Bound, least_of, most_of
@@ -61,7 +62,7 @@ class Mask:
         for bound in (self.low, self.high):
             _ = Bound(bound.written("python", growing)).first_beyond  # raises ValueError where a bound may fall
 
-    @property
+    @cached_property
     def limits(self) -> tuple[Array, ...]:
         """Its arrays that its bounds are of."""
         each = [one for one in self.arrays if one.axes in LIMITS and one.dtype == "int64"]

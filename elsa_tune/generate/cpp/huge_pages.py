@@ -1,0 +1,35 @@
+"""Huge pages for outputs so large that the allocator takes them from the system anew: a page that is first written is first zeroed
+by the kernel, and 4 KiB at a time that takes as long as attention over short windows does."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import cache
+
+from torch import Tensor
+
+FRESH = 32 << 20
+"""Bytes from which glibc's malloc always takes fresh memory (its DEFAULT_MMAP_THRESHOLD_MAX)."""
+
+HUGE = 2 << 20
+"""Bytes of a huge page of x86-64, and of AArch64 with pages of 4 KiB."""
+
+
+@cache
+def _advise() -> ctypes._CFuncPtr | None:
+    """The system's madvise, where there are huge pages to ask for."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function: ctypes._CFuncPtr = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def ask_for(output: Tensor) -> None:
+    """Let the system back a new output by huge pages. A system that has none to give says no, and nothing is lost."""
+    if advise := _advise():
+        start = -(-output.data_ptr() // HUGE) * HUGE
+        end = (output.data_ptr() + output.nbytes) // HUGE * HUGE
+        if start < end:
+            advise(start, end - start, mmap.MADV_HUGEPAGE)
