@@ -136,8 +136,9 @@ def sparse() -> Iterator[Case]:
     """Masks that hide most pairs: windows, block layouts that differ between heads, and at 16K what FlashMask is for."""
 
     def case(name: str, problem: str, mask: Any, mask_mod: Any, heads: int | None = None) -> Case:
-        flex = {"flex": partial(_flex, mask_mod, heads, Problem.parse(problem).q_len)}
-        return Case(name, f"fp32.d64.{problem}", lambda: mask, dense=True, more=flex)
+        spelled = f"fp32.d64.{problem}"
+        flex = {"flex": partial(_flex, mask_mod, heads, Problem.parse(spelled).q_len)}
+        return Case(name, spelled, lambda: mask, dense=True, more=flex)
 
     window = masks.causal() & masks.window(1023)
     yield case(

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elsa_tune import masks as masks
+    from elsa_tune import scores as scores
     from elsa_tune.device import Device as Device
     from elsa_tune.dispatch.attention import attention as attention
     from elsa_tune.dispatch.exactness import accuracy as accuracy
@@ -32,13 +34,16 @@ _HOME = {
     "merge": "dispatch.states",
     "tune": "tuning.tune",
 }
+_MODULES = "masks", "scores"
 __all__ = [
     "Device", "Problem", "Variant", "__version__",
-    "accuracy", "attention", "attention_varlen", "attention_with_lse", "load", "merge", "tune",
+    "accuracy", "attention", "attention_varlen", "attention_with_lse", "load", "masks", "merge", "scores", "tune",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"elsa_tune.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'elsa_tune' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(f"elsa_tune.{_HOME[name]}"), name)

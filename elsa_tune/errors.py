@@ -70,5 +70,6 @@ class KernelMissing(ElsaTuneError, LookupError):
     """No kernel serves this problem on this device."""
 
 
-class WrongArguments(ElsaTuneError, ValueError):
-    """An argument of a call does not fit; the message names it, what it is (of a tensor dtype and shape) and what was expected."""
+class WrongArguments(ElsaTuneError, ValueError, RuntimeError):
+    """An argument of a call does not fit; the message names it, what it is (of a tensor dtype and shape) and what was expected. A
+    ValueError and a RuntimeError: torch raises now one, now the other."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import WrongArguments, shown
@@ -75,18 +76,18 @@ class AttnMask:
         import torch
 
         value = self._made(array, query.shape[2], key.shape[2], query.device)
+        value = value.resolve_neg() if value.is_neg() else value
         wanted: torch.dtype = getattr(torch, array.dtype)
         if array.is_float and value.dtype not in (torch.float32, query.dtype):
             raise WrongArguments(
                 f"attn_mask has {array.name} of {value.dtype}; it must be torch.bool, torch.float32 or query's {query.dtype}"
             )
-        if array in parts.get(self.mask).limits and value.is_cpu and value.numel():
-            low, high = (int(x) for x in value.aminmax())
-            if low < 0 or high > key.shape[2]:
-                raise WrongArguments(
-                    f"{array.name} reach from {low} to {high}; they must lie within 0 and kv_len {key.shape[2]}"
-                )
-        return value if value.dtype == wanted else value.to(wanted)
+        if array in parts.get(self.mask).limits and may_be_read(value) and value.numel():
+            _check_limit(array, value, key.shape[2])
+        if value.dtype == wanted:
+            return value
+        alone = value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]
+        return alone.to(wanted)  # of what is shared one of each: kernels take either
 
     def _made(self, array: Array, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         value = self.operands[array.name]
@@ -99,16 +100,16 @@ class AttnMask:
             raise WrongArguments(f"attn_mask does {self.score} to scores, which no dense mask says; take masks alone")
         import torch
 
-        from elsa_tune.generate.posed import Posed
+        from elsa_tune.generate.posed import posed
 
-        device = next((x.device for x in self.operands.values() if isinstance(x, torch.Tensor)), torch.device("cpu"))
-        arrays = {array.name: array for array in parts.get(self.mask).arrays}
-        own = {**self.operands, **{name: self._made(array, q_len, kv_len, device) for name, array in arrays.items()}}
-        kv_heads = [own[name].shape[a.axes.index("kv_heads")] for name, a in arrays.items() if "kv_heads" in a.axes]
-        problem = Problem(
-            head_dim=1, batch=batch, heads=heads, kv_heads=max(kv_heads, default=1), q_len=q_len, kv_len=kv_len
-        )
-        return Posed(self.of(problem), own, device).dense()
+        tensors = {name: x for name, x in self.operands.items() if isinstance(x, torch.Tensor)}
+        one = torch.empty(1, device=next((x.device for x in tensors.values()), None))
+        if 0 in (batch, heads, q_len, kv_len):
+            return one.new_zeros(batch, heads, q_len, kv_len, dtype=torch.bool)
+        of_kv_heads = [array for array in parts.get(self.mask).arrays if "kv_heads" in array.axes]
+        kv_heads = max((tensors[x.name].shape[x.axes.index("kv_heads")] for x in of_kv_heads), default=1)
+        query, key = one.expand(batch, heads, q_len, 1), one.expand(batch, kv_heads, kv_len, 1)
+        return posed(self.of(Problem(head_dim=1)), self.in_order(query, key), query, key).dense()
 
     def __str__(self) -> str:
         """As a problem spells it: ``causal+window@left1023.right0``."""
@@ -119,6 +120,24 @@ class AttnMask:
 
     def __repr__(self) -> str:
         return f"AttnMask({self})"
+
+
+def may_be_read(x: Tensor) -> bool:
+    """Whether asking for numbers costs nothing and nobody watches: a plain tensor on a CPU, which no transform wraps."""
+    import torch
+
+    return x.is_cpu and type(x) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _check_limit(limit: Array, value: Tensor, kv_len: int) -> None:
+    """Raise WrongArguments unless keys that bound what is seen are keys, and by position do not fall."""
+    low, high = (int(x) for x in value.aminmax())
+    if low < 0 or high > kv_len:
+        raise WrongArguments(f"{limit.name} reach from {low} to {high}; they must lie within 0 and kv_len {kv_len}")
+    if "q_len" in limit.axes and bool((value.diff() < 0).any()):
+        raise WrongArguments(
+            f"{limit.name} falls; a position sees keys that begin and end no earlier than those of the one before"
+        )
 
 
 def _state(query: Tensor) -> str:
@@ -146,15 +165,17 @@ def _aligned(array: Array, given: Any) -> Tensor:
     ):
         wanted = "torch.bool" if array.dtype == "bool" else "of floats" if array.is_float else "of whole numbers"
         raise WrongArguments(f"{array.name} is {value.dtype}; it must be {wanted}")
-    if not array.is_float and array.dtype != "bool":
-        value = value.to(getattr(torch, array.dtype))
     return value[(None,) * (len(array.axes) - value.dim())] if value.dim() < len(array.axes) else value
 
 
 def _whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value.__index__() <= most:
+    try:
+        whole = index(value)
+    except TypeError:  # a float, or a tensor of several or of floats
+        whole = least - 1
+    if isinstance(value, bool) or not least <= whole <= most:
         raise WrongArguments(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
-    return int(value)
+    return whole
 
 
 def none() -> AttnMask:
@@ -193,15 +214,9 @@ def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | 
 
 def ranges(first_key: Tensor | Sequence[int], end_key: Tensor | Sequence[int]) -> AttnMask:
     """Of position i, keys from ``first_key[i]`` on that lie before ``end_key[i]``; whole numbers [q_len] or [batch, q_len], which grow or
-    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them). Raises WrongArguments where they fall
-    (on a CPU, where asking costs nothing)."""
-    made = AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
-    for name, x in made.operands.items():
-        if x.is_cpu and bool((x.diff() < 0).any()):
-            raise WrongArguments(
-                f"{name} falls; a position sees keys that begin and end no earlier than those of the one before"
-            )
-    return made
+    stay: sequences that follow one another without padding (elsa_tune.attention_varlen makes them). Calls raise WrongArguments where they
+    fall (on a CPU, where asking costs nothing)."""
+    return AttnMask("ranges", operands={"first_key": first_key, "end_key": end_key})
 
 
 def dense(seen: Tensor) -> AttnMask:
@@ -231,9 +246,12 @@ def from_block_mask(block_mask: BlockMask) -> AttnMask:
 
 def columns(bounds: Tensor, causal: bool) -> AttnMask:
     """FlashMask: each key is hidden from the queries of intervals of its own, ``bounds`` [batch, 1 or kv_heads, kv_len, n] of whole
-    numbers below 2^31. Causal: from bounds[..., 0] on (n = 1), or before bounds[..., 1] (n = 2). Not causal: from bounds[..., 0] on, and
-    before bounds[..., 1] (n = 2), or [bounds[..., 0], bounds[..., 1]) and [bounds[..., 2], bounds[..., 3]) (n = 4). What is given is
-    copied. Raises WrongArguments."""
+    numbers (what lies beyond the queries is no end).
+
+    Causal: from bounds[..., 0] on (n = 1), or before bounds[..., 1] (n = 2). Not causal: from bounds[..., 0] on, and before
+    bounds[..., 1] (n = 2), or [bounds[..., 0], bounds[..., 1]) and [bounds[..., 2], bounds[..., 3]) (n = 4). What is given is copied.
+    Raises WrongArguments.
+    """
     import torch
 
     allowed = (1, 2) if causal else (2, 4)
@@ -243,8 +261,10 @@ def columns(bounds: Tensor, causal: bool) -> AttnMask:
             f"bounds is {found}; it must be a tensor [batch, 1 or kv_heads, kv_len, n] of n {' or '.join(map(str, allowed))}"
             f" where causal is {causal}"
         )
-    n, each = bounds.shape[3], bounds.movedim(3, 0).contiguous()
-    first, endless = (bounds.new_full((1, 1, 1), x) for x in (0, ENDLESS))
+    if bounds.is_floating_point() or bounds.dtype == torch.bool:
+        raise WrongArguments(f"bounds is {bounds.dtype}; it must be of whole numbers")
+    n, each = bounds.shape[3], bounds.movedim(3, 0).clamp(0, ENDLESS).to(torch.int32).contiguous()
+    first, endless = (each.new_full((1, 1, 1), x) for x in (0, ENDLESS))
     until = each[1] if (causal and n == 2) or n == 4 else endless
     below = AttnMask("columns", operands={"hidefrom": each[0], "hideto": until})
     if causal:

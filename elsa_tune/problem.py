@@ -174,9 +174,10 @@ class Problem:
         there, integers or tensors that broadcast with positions."""
         return masks.get(self.mask).seen(position, **self.names, **limits)
 
-    def dense(self, **limits: Any) -> Tensor:
-        """bool [q_len, kv_len], or [..., q_len, kv_len] for limits shaped [..., 1 or q_len, 1]: whether a position sees a key."""
-        return masks.get(self.mask).dense(**self.names, **limits)
+    def dense(self, device: Any = None, **limits: Any) -> Tensor:
+        """bool [q_len, kv_len], or [..., q_len, kv_len] for limits shaped [..., 1 or q_len, 1] on the device: whether a position sees a
+        key."""
+        return masks.get(self.mask).dense(device=device, **self.names, **limits)
 
     @property
     def declared(self) -> tuple[Operand, ...]:

@@ -162,7 +162,7 @@ class TestColumns:
         ):
             with pytest.raises(WrongArguments, match=r"bounds is \(.*\); it must be a tensor .* of n (1 or 2|2 or 4)"):
                 masks.columns(wrong, causal)
-        with pytest.raises(WrongArguments, match="hidefrom is torch.float32; it must be of whole numbers"):
+        with pytest.raises(WrongArguments, match="bounds is torch.float32; it must be of whole numbers"):
             masks.columns(bounds[..., :2].float(), True)
         query, key, value = tensors(8, 9)
         with pytest.raises(WrongArguments, match="operand hidefrom is torch.int32"):

@@ -229,10 +229,10 @@ def test_what_does_not_fit_is_told_by_name(name: str, known: None) -> None:
 
 
 def test_ranges_that_fall_are_refused() -> None:
+    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
     for first, end in (([0, 2, 1], [3, 3, 3]), ([0, 0, 0], [3, 2, 3])):
         with pytest.raises(WrongArguments, match="falls"):
-            masks.ranges(first, end)
-    q, k, v = (torch.randn(1, 2, 3, 8) for _ in range(3))
+            elsa_tune.attention(q, k, v, masks.ranges(first, end))
     out = elsa_tune.attention(q, k, v, masks.ranges([0, 1, 1], [1, 3, 3]))
     parts = [(0, 1), (1, 3)]
     assert close(

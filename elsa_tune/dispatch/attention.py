@@ -100,8 +100,8 @@ def attention(
                 raise
             except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
                 _hand_over(error, query, key, value, wanted, enable_gqa)
-    elif query.layout is _JAGGED and not dropout_p and isinstance(attn_mask, AttnMask | None):
-        output = _of_nested(query, key, value, attn_mask or NONE, is_causal, scale, enable_gqa)
+    elif isinstance(query, Tensor) and query.layout is _JAGGED and not dropout_p:
+        output = _of_nested(query, key, value, meaning.of_ragged(attn_mask), is_causal, scale, enable_gqa)
         if output is not None:
             return output
     return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -111,20 +111,18 @@ def _of_nested(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Tensor | None:
     """Ragged batches as torch has them, nested tensors [batch, heads, ragged, dim]; None for others, and where torch's call must be seen."""
-    if (
-        _is_compiling()
-        or _dispatch_modes()
-        or _is_tracing()
-        or forward_ad._current_level >= 0
-        or _transforms() is not None
-    ):
-        return None
-    batch = ragged.opened(query, key, value)
+    batch = None if _watched() else ragged.opened(query, key, value)
     if batch is None:
         return None
     return ragged.closed(
         batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, attention), query
     )
+
+
+def _watched() -> bool:
+    """Whether somebody follows the call who must meet torch's own: a compiler, a tracer, a dispatch mode, a transform."""
+    followed = _is_compiling() or _dispatch_modes() or _is_tracing()
+    return bool(followed or forward_ad._current_level >= 0 or _transforms() is not None)
 
 
 def served(
@@ -133,9 +131,8 @@ def served(
 ) -> Tensor | None:  # fmt: skip
     """The output by a kernel that is ready, which needs no gradients, or None; ``lse`` [batch, heads, q_len] receives the log-sum-exp."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
-    observed = _dispatch_modes() or _is_tracing() or forward_ad._current_level >= 0 or _transforms() is not None
     needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or needs_grad or _is_compiling() or _autocast() or observed:
+    if not plain or needs_grad or _autocast() or _watched():
         return None
     entry = (*_entry(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
     if exactness.active:

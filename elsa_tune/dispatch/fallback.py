@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,38 +14,93 @@ from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
-from elsa_tune.generate.tensors import described
-from elsa_tune.masks import CAUSAL, AttnMask
+from elsa_tune.generate.tensors import described, lse_dtype, number
+from elsa_tune.masks import CAUSAL, AttnMask, may_be_read
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 
+_broadcast: Callable[..., torch.Size] = torch.broadcast_shapes
+
+LEAST_HALF = -65504.0
+"""A row of a mask that is nowhere above takes all of a float32 log-sum-exp's digits, and gradients are computed from that."""
+
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | AttnMask | None, dropout_p: float, is_causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """torch's function, but for what its fused CPU kernel gets wrong, for masks of ours, and for mistakes that it lets pass or tells
+    badly. Differentiable, with dropout. Raises WrongArguments."""
+    if attn_mask is not None:
+        if is_causal and isinstance(attn_mask, Tensor):
+            raise WrongArguments(
+                "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
+            )
+        if isinstance(query, Tensor) and isinstance(key, Tensor) and not query.is_nested:
+            attn_mask = meaning.own(attn_mask, *(x.shape[-2] if x.dim() > 1 else 1 for x in (query, key)))
+        if not isinstance(attn_mask, Tensor | AttnMask):
+            raise WrongArguments(f"attn_mask is {described(attn_mask)}; it must be a tensor, or of elsa_tune.masks")
+    if not _recorded():
+        _check(query, key, value, attn_mask, dropout_p, enable_gqa)
+    if isinstance(attn_mask, AttnMask):
+        wanted = attn_mask & CAUSAL if is_causal else attn_mask
+        return _of_ours(query, key, value, wanted, dropout_p, scale, enable_gqa)
+    return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _recorded() -> bool:
+    """Whether a compiler or tracer writes down what is done, and would take in every look at a size or a number."""
+    return torch.compiler.is_compiling() or bool(torch._C._is_tracing())
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p: float, enable_gqa: bool) -> None:
+    """Raise WrongArguments for what torch lets pass, or tells without a name; what it tells well is left to it."""
+    if not 0 <= number("dropout_p", dropout_p) <= 1:
+        raise WrongArguments(f"dropout_p is {described(dropout_p)}; it must be a probability, from 0 to 1")
+    given = query, key, value
+    if not all(isinstance(x, Tensor) and not x.is_nested and x.dim() > 1 for x in given):
+        return
+
+    def told() -> str:
+        return "query {}, key {}, value {}".format(*(list(x.shape) for x in given))
+
+    if key.shape[-2] != value.shape[-2]:
+        raise WrongArguments(f"{told()}: key and value differ in length; both must have kv_len rows")
+    if query.shape[-1] != key.shape[-1]:
+        raise WrongArguments(f"{told()}: query and key must have the same last dimension, head_dim")
+    outer = [list(x.shape[:-2]) for x in given]
+    if enable_gqa and all(outer):
+        heads, kv_heads = outer[0].pop(), {outer[1].pop(), outer[2].pop()}
+        if any(not n or heads % n for n in kv_heads):
+            raise WrongArguments(f"{told()}: the {heads} heads of query must be a multiple of those of key and value")
+        outer.append([heads])
+    try:
+        shared = _broadcast(*outer[:3])
+    except RuntimeError as error:
+        more = "" if enable_gqa else ", or with enable_gqa its heads be a multiple of theirs"
+        raise WrongArguments(f"{told()}: what comes before the last two dimensions must broadcast{more}") from error
+    if isinstance(attn_mask, Tensor):
+        if attn_mask.device != query.device:
+            raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
+        wanted = [*shared, *(outer[3] if len(outer) > 3 else ()), query.shape[-2], key.shape[-2]]
+        try:
+            _broadcast(attn_mask.shape, wanted)
+        except RuntimeError as error:
+            raise WrongArguments(
+                f"attn_mask {list(attn_mask.shape)} must broadcast to {wanted}, of {told()}"
+            ) from error
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """torch's function, but for causal with a scale of 0 or less, a float32 mask with a float64 query, and mistakes it lets pass.
-    Differentiable, with dropout."""
-    dense = isinstance(key, Tensor) and isinstance(value, Tensor) and not key.is_nested and not value.is_nested
-    if dense and key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
-        raise WrongArguments(
-            f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in length; both must have kv_len rows"
-        )
-    attn_mask = meaning.own(attn_mask, query, key)
-    if isinstance(attn_mask, AttnMask):
-        return _of_object(
-            query, key, value, attn_mask & CAUSAL if is_causal else attn_mask, dropout_p, scale, enable_gqa
-        )
-    if attn_mask is not None and is_causal:
-        raise WrongArguments(
-            "attn_mask and is_causal are both given; fold causality into the mask, or drop one of them"
-        )
-    if attn_mask is not None and not isinstance(attn_mask, Tensor):
-        raise WrongArguments(f"attn_mask is {described(attn_mask)}; it must be a tensor, or of elsa_tune.masks")
-    if attn_mask is not None and attn_mask.device != query.device:
-        raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
+    """torch's function; its math backend where the fused one errs: causal with a scale of 0 or less, a mask of another dtype, and
+    gradients of rows that a mask takes far away as a whole."""
+    if attn_mask is not None and attn_mask.dim() < 2:  # which torch does not count as broadcasting
+        attn_mask = attn_mask[(None,) * (2 - attn_mask.dim())]
     arguments: dict[str, Any] = {
         "attn_mask": attn_mask,
         "dropout_p": dropout_p,
@@ -52,29 +108,42 @@ def attend(
         "scale": scale,
         "enable_gqa": enable_gqa,
     }
-    causal_without_scale = is_causal and scale is not None and scale <= 0
-    mixed_mask = attn_mask is not None and attn_mask.dtype not in (query.dtype, torch.bool)
-    if (causal_without_scale or mixed_mask) and query.device.type == "cpu":
+    if _fused_errs(query, key, value, attn_mask, is_causal, scale) and query.device.type == "cpu":
         with sdpa_kernel(SDPBackend.MATH):
             return scaled_dot_product_attention(query, key, value, **arguments)
     return scaled_dot_product_attention(query, key, value, **arguments)
 
 
-def _of_object(
+def _fused_errs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> bool:
+    if attn_mask is None:
+        return is_causal and scale is not None and scale <= 0
+    if attn_mask.dtype == torch.bool:
+        return False
+    if attn_mask.dtype != query.dtype:
+        return True
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, attn_mask))
+    if not needs_grad or _recorded() or not attn_mask.numel() or not may_be_read(attn_mask):
+        return False
+    return bool((attn_mask.amax(-1) <= LEAST_HALF).any())
+
+
+def _of_ours(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, dropout_p: float, scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """A mask of ours by torch's operations: its function with the mask it takes, or products and a softmax."""
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions where attn_mask is {wanted}")
-    batch, heads, q_len, head_dim = query.shape
+    batch = _broadcast(*(x.shape[:1] for x in (query, key, value)))[0]
+    query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+    _, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     if 0 in (*query.shape, *value.shape):
-        return attend(query, key, value, None, dropout_p, False, scale, enable_gqa)
-    if heads != kv_heads and (not enable_gqa or heads % kv_heads):
-        raise WrongArguments(
-            f"query has {heads} heads, key and value {kv_heads}; they must be as many, or with enable_gqa divide"
-        )
+        return _by_torch(query, key, value, None, dropout_p, False, scale, enable_gqa)
+    if heads % kv_heads:
+        raise WrongArguments(f"query has {heads} heads, key and value {kv_heads}; they must divide")
     element = elements.of_dtype(query.dtype)
     if element is None:
         known = ", ".join(f"torch.{elements.get(name).torch}" for name in elements.names())
@@ -87,9 +156,9 @@ def _of_object(
     )  # fmt: skip
     there, chain = posed(problem, wanted.in_order(query, key), query, key), scores.get(problem.score)
     if problem.score == scores.NONE and masks.get(problem.mask).torchs == "is_causal":
-        return attend(query, key, value, None, dropout_p, True, scale, enable_gqa)
+        return _by_torch(query, key, value, None, dropout_p, True, scale, enable_gqa)
     if problem.score == scores.NONE or chain.additive:
         mask = torchs_mask(there) if (problem.mask, problem.score) != (masks.NONE, scores.NONE) else None
-        return attend(query, key, value, mask, dropout_p, False, scale, enable_gqa)
-    hidden = None if problem.mask == masks.NONE else ~there.dense()
-    return eager(there, query, key, value, scale, hidden, dropout_p)
+        return _by_torch(query, key, value, mask, dropout_p, False, scale, enable_gqa)
+    hidden, wide = None if problem.mask == masks.NONE else ~there.dense(), lse_dtype(query)
+    return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)

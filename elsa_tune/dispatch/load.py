@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elsa_tune.device import Device, detect
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import meaning
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Kernel, Operands
@@ -57,7 +58,7 @@ class LoadedKernel:
         return self._kernel(query, key, value, scale, None, lse, given)
 
     def _operands(self, attn_mask: Tensor | AttnMask | None, query: Tensor, key: Tensor) -> Operands:
-        problem, given = self.problem, attn_mask
+        problem, given = self.problem, meaning.own(attn_mask, query.shape[2], key.shape[2])
         if given is None:
             given = NONE
         elif isinstance(given, Tensor):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from elsa_tune.errors import WrongArguments
-from elsa_tune.masks import CAUSAL, AttnMask, from_block_mask, of_tensor
+from elsa_tune.generate.tensors import described
+from elsa_tune.masks import CAUSAL, NONE, AttnMask, causal, from_block_mask, lengths, of_tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _AXES = 4
@@ -21,33 +22,61 @@ WORTH_A_LOOK = 1 << 21
 def of(attn_mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> AttnMask | None:
     """The mask that the argument means for [batch, heads, length, dim] tensors; None where torch must answer: other shapes and kinds
     of tensors, which it may also refuse."""
-    attn_mask = own(attn_mask, query, key)
+    if is_causal and isinstance(attn_mask, Tensor):
+        return None
+    attn_mask = own(attn_mask, query.shape[-2], key.shape[-2])
     if isinstance(attn_mask, AttnMask):
         return attn_mask & CAUSAL if is_causal else attn_mask
-    if is_causal or query.dim() != _AXES:
-        return None
-    if type(attn_mask) in _PLAIN:
+    if query.dim() == _AXES and type(attn_mask) in _PLAIN:
         return _of_tensor(attn_mask, query, key)
-    return _of_object(attn_mask, query, key)
+    return None
+
+
+def of_ragged(attn_mask: Any) -> AttnMask:
+    """The mask that the argument means within each sequence of a ragged batch. Raises WrongArguments."""
+    if attn_mask is None or isinstance(attn_mask, AttnMask):
+        return attn_mask or NONE
+    if type(attn_mask).__name__ == "CausalBias":  # whose corner is each sequence's own
+        return _of_causal_bias(attn_mask)
+    if not isinstance(attn_mask, Tensor):
+        told = (
+            "a BlockMask, of one q_len and kv_len" if type(attn_mask).__name__ == "BlockMask" else described(attn_mask)
+        )
+        raise WrongArguments(f"attn_mask is {told}; of a ragged batch it must be a tensor, or of elsa_tune.masks")
+    return of_tensor(attn_mask)
 
 
 _of_block_masks: WeakKeyDictionary[Any, AttnMask] = WeakKeyDictionary()
 
 
-def own(attn_mask: Any, query: Tensor, key: Tensor) -> Any:
-    """Ours in the place of torch's BlockMask, made once for each of them: nobody writes to its tensors, nor to what its mask_mod reads.
-    Everything else as it is. Raises WrongArguments for one of other lengths."""
-    if type(attn_mask).__name__ != "BlockMask":
+def own(attn_mask: Any, q_len: int, kv_len: int) -> Any:
+    """Ours in the place of torch's objects, BlockMask and CausalBias; everything else as it is. Raises WrongArguments for one of other
+    lengths."""
+    kind = type(attn_mask).__name__
+    if kind == "BlockMask":
+        made_for = tuple(attn_mask.seq_lengths)
+    elif kind == "CausalBias":
+        made_for = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    else:
         return attn_mask
-    lengths = query.shape[-2], key.shape[-2]
-    if tuple(attn_mask.seq_lengths) != lengths:
+    if made_for != (q_len, kv_len):
         raise WrongArguments(
-            f"attn_mask is a BlockMask of q_len and kv_len {tuple(attn_mask.seq_lengths)}, query and key have {lengths}; make one"
-            " for these, or adjust it"
+            f"attn_mask is a {kind} of q_len and kv_len {made_for}, query and key have {(q_len, kv_len)}; make one for these"
         )
-    if attn_mask not in _of_block_masks:
-        _of_block_masks[attn_mask] = from_block_mask(attn_mask)
-    return _of_block_masks[attn_mask]
+    return _of_causal_bias(attn_mask) if kind == "CausalBias" else _of_block_mask(attn_mask)
+
+
+def _of_block_mask(block_mask: Any) -> AttnMask:
+    """Made once for each of them: nobody writes to its tensors, nor to what its mask_mod reads."""
+    if block_mask not in _of_block_masks:
+        _of_block_masks[block_mask] = from_block_mask(block_mask)
+    return _of_block_masks[block_mask]
+
+
+def _of_causal_bias(causal_bias: Any) -> AttnMask:
+    from torch.nn.attention.bias import CausalVariant  # loads Triton, which who gives one has loaded
+
+    return causal(lower_right=causal_bias.variant == CausalVariant.LOWER_RIGHT)
 
 
 def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None:
@@ -84,21 +113,4 @@ def _padding(rows: Tensor, kv_len: int) -> AttnMask | None:
     key = torch.arange(kv_len)
     if not bool((seen == ((key >= first[:, None]) & (key < (first + count)[:, None]))).all()):
         return None
-    ends = AttnMask("lengths", operands={"lengths": first + count})
-    return ends & AttnMask("starts", operands={"starts": first}) if bool(first.any()) else ends
-
-
-def _of_object(attn_mask: Any, query: Tensor, key: Tensor) -> AttnMask | None:
-    """torch.nn.attention.bias.CausalBias."""
-    if type(attn_mask).__name__ != "CausalBias":
-        return None
-    from torch.nn.attention.bias import CausalBias, CausalVariant
-
-    if not isinstance(attn_mask, CausalBias) or (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (
-        query.shape[2],
-        key.shape[2],
-    ):
-        return None
-    if attn_mask.variant == CausalVariant.UPPER_LEFT:
-        return CAUSAL
-    return AttnMask("causal_lower_right") if query.shape[2] <= key.shape[2] else None
+    return lengths(first + count, first if bool(first.any()) else None)

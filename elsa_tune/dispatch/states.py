@@ -11,8 +11,8 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import fallback, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.tensors import described, lse_dtype, number
-from elsa_tune.masks import CAUSAL, NONE, AttnMask
+from elsa_tune.generate.tensors import lse_dtype, number
+from elsa_tune.masks import CAUSAL, NONE, AttnMask, of_tensor
 from elsa_tune.problem import Problem
 
 
@@ -34,21 +34,16 @@ def attention_with_lse(
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")
     scale = None if scale is None else number("scale", scale)
-    wanted = CAUSAL if is_causal else NONE
-    if attn_mask is not None:
-        found = meaning.of(attn_mask, is_causal, query, key)
-        if found is None:
-            raise WrongArguments(
-                f"attn_mask is {described(attn_mask)}, no mask for query {tuple(query.shape)} and key {tuple(key.shape)}; it must be of"
-                " elsa_tune.masks, or torch.bool, torch.float32 or of query's dtype and broadcast to them, without is_causal"
-            )
-        wanted = found
-    lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
-    served = dispatch.served(query, key, value, wanted, scale, enable_gqa, lse)
-    if served is not None:
-        return served, lse
-    output = fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
-    family = wanted.of(Problem(head_dim=query.shape[3]))
+    found = meaning.of(attn_mask, is_causal, query, key) if attn_mask is not None else CAUSAL if is_causal else NONE
+    if found is not None:
+        lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
+        served = dispatch.served(query, key, value, found, scale, enable_gqa, lse)
+        if served is not None:
+            return served, lse
+    output = fallback.attend(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    wanted = of_tensor(attn_mask) if found is None and isinstance(attn_mask, Tensor) else found or NONE
+    query, key = query.expand(*output.shape[:2], -1, -1), key.expand(output.shape[0], -1, -1, -1)
+    family = wanted.of(Problem(head_dim=max(1, query.shape[3])))
     return output, logsumexp(query, key, family, wanted.in_order(query, key), scale)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import meaning
 from elsa_tune.dispatch.ragged import Ragged, checked
 from elsa_tune.errors import WrongArguments
-from elsa_tune.masks import NONE, AttnMask, of_tensor
+from elsa_tune.masks import AttnMask
 
 
 def attention_varlen(
@@ -25,7 +26,7 @@ def attention_varlen(
 
     query [tokens, heads, head_dim], key [tokens_k, kv_heads, head_dim], value [tokens_k, kv_heads, value_dim] hold all sequences, one
     after the other; ``cu_q`` and ``cu_k``, int32 or int64 [sequences + 1], say where each starts, from 0, and where the last ends.
-    ``attn_mask`` counts within each sequence: masks and scores of elsa_tune.masks and elsa_tune.scores, or what torch takes,
+    ``attn_mask`` counts within each sequence: masks and scores of elsa_tune.masks and elsa_tune.scores, torch's CausalBias, or a tensor
     broadcastable to [sequences, heads, longest query, longest key]. A query that sees no key is 0. Served by a tuned kernel for the
     whole batch where one is known; else by attention() for each sequence, as where gradients are needed. Raises WrongArguments for tensors
     and offsets that do not fit (of offsets on a GPU only where they are read, sequence by sequence).
@@ -35,7 +36,7 @@ def attention_varlen(
     batch = Ragged(query, key, value, *offsets)
     if len(batch.cu_q) != len(batch.cu_k):
         raise WrongArguments(f"cu_q has {len(cu_q) - 1} sequences, cu_k {len(cu_k) - 1}; both must be as many")
-    return batch.attend(_meant(attn_mask), scale, enable_gqa, dispatch.served, dispatch.attention)
+    return batch.attend(meaning.of_ragged(attn_mask), scale, enable_gqa, dispatch.served, dispatch.attention)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -60,13 +61,3 @@ def _offsets(name: str, cu: Tensor, x: Tensor) -> Tensor:
     if cu.is_cpu:
         checked(name, cu.tolist(), len(x))
     return cu.to(x.device, torch.int64)
-
-
-def _meant(attn_mask: Tensor | AttnMask | None) -> AttnMask:
-    if attn_mask is None or isinstance(attn_mask, AttnMask):
-        return attn_mask or NONE
-    if not isinstance(attn_mask, Tensor):
-        raise WrongArguments(
-            f"attn_mask is {repr(attn_mask)[:60]}; it must be a tensor, or of elsa_tune.masks or elsa_tune.scores"
-        )
-    return of_tensor(attn_mask)

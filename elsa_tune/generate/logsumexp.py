@@ -31,30 +31,30 @@ def logsumexp(
     """log of each row's sum of exponentials, [batch, heads, q_len], float32 (of a float64 query float64); scores of ``rows`` rows exist at
     a time."""
     batch, heads, q_len, head_dim = query.shape
-    group, kv_len = heads // key.shape[1], key.shape[2]
-    wide = lse_dtype(query)
-    keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
-    shape = {"batch": batch, "heads": heads, "kv_heads": key.shape[1], "q_len": q_len, "kv_len": kv_len}
-    posed, mask, chain = family.reshaped(**shape), masks.get(family.mask), scores.get(family.score)
-    own = named(posed, operands)
-    posed = posed.reshaped(integers=tuple(own[name] for name in mask.integers))
+    kv_heads, kv_len = key.shape[1:3]
+    wide, own = lse_dtype(query), named(family, operands)
+    mask, chain = masks.get(family.mask), scores.get(family.score)
     of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
-    place: dict[str, Any] = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
-    place["behind"], place["kv_head"] = kv_len - q_len, place["head"] // group
-    heads_of = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
-    found = torch.empty(batch, heads, q_len, dtype=wide, device=query.device)
-    for first in range(0, q_len, rows):
-        some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
-        logits = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
-        position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
-        logits = chain.of(logits, own, position=position, **place)
-        if family.mask != NONE:
-            limits = limits_at(posed, own, batch=place["batch"], position=position)
-            logits = logits.masked_fill(hidden(posed, position, of_key, limits), float("-inf"))
-        if mask.tested:
-            logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
-        sums = torch.logsumexp(logits, -1)
-        for term in chain.terms:
-            sums = torch.logaddexp(sums, term.at(own[term.name], heads_of).to(wide))
-        found[:, :, first : first + rows] = sums
+    found = torch.full((batch, heads, q_len), float("-inf"), dtype=wide, device=query.device)
+    if found.numel() and key.numel():
+        group = heads // kv_heads
+        shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
+        posed = family.reshaped(**shape, integers=tuple(own[name] for name in mask.integers))
+        keys = key.to(wide).unsqueeze(2).transpose(-1, -2)  # [batch, kv_heads, 1, head_dim, kv_len]
+        place: dict[str, Any] = {"batch": of_batch[:, None, None, None], "head": of_head[:, None, None], "key": of_key}
+        place["behind"], place["kv_head"] = kv_len - q_len, place["head"] // group
+        for first in range(0, q_len, rows):
+            some = query[:, :, first : first + rows].to(wide) * (head_dim**-0.5 if scale is None else scale)
+            logits = (some.view(batch, -1, group, some.shape[2], head_dim) @ keys).flatten(1, 2)
+            position = torch.arange(first, first + some.shape[2], device=query.device)[:, None]
+            logits = chain.of(logits, own, position=position, **place)
+            if family.mask != NONE:
+                limits = limits_at(posed, own, batch=place["batch"], position=position)
+                logits = logits.masked_fill(hidden(posed, position, of_key, limits), float("-inf"))
+            if mask.tested:
+                logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
+            found[:, :, first : first + rows] = torch.logsumexp(logits, -1)
+    for term in chain.terms:
+        at = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
+        found = torch.logaddexp(found, term.at(own[term.name], at).to(wide))
     return found

@@ -29,7 +29,7 @@ class Posed:
         """bool [q_len, kv_len] or [batch or 1, heads or 1, q_len, kv_len]: which pairs are seen."""
         everywhere = places(self.problem, self.device)
         limits = limits_at(self.problem, self.own, batch=everywhere["batch"], position=everywhere["position"])
-        seen = self.problem.dense(**{name: x.cpu() for name, x in limits.items()}).to(self.device)
+        seen = self.problem.dense(device=self.device, **limits)
         mask = masks.get(self.problem.mask)
         if not mask.tested:
             return seen
@@ -78,9 +78,14 @@ def eager(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """What a program writes by hand: products, scores, mask (``hidden``: which pairs are not seen), softmax, products."""
-    if query.shape[1] != key.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    logits = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+    heads, (kv_heads, kv_len) = query.shape[1], key.shape[1:3]
+
+    def of_group(x: Tensor, rows: Tensor) -> Tensor:
+        """Products of [batch, heads, q_len, n] with the rows of each KV head, which its group shares."""
+        grouped = x.reshape(x.shape[0], kv_heads, heads // kv_heads, *x.shape[2:])
+        return (grouped @ rows.unsqueeze(2)).flatten(1, 2)
+
+    logits = of_group(query, key.mT) * (query.shape[3] ** -0.5 if scale is None else scale)
     chain = scores.get(posed.problem.score)
     logits = chain.of(logits, posed.own, **places(posed.problem, query.device)).to(query.dtype)
     if hidden is not None:
@@ -89,4 +94,4 @@ def eager(
         sink = posed.own[term.name].to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], -1)
     weights: Tensor = torch.dropout(torch.ops.aten._safe_softmax(logits, -1), dropout_p, train=True)
-    return weights[..., : key.shape[2]] @ value
+    return of_group(weights[..., :kv_len], value)

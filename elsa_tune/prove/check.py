@@ -143,11 +143,33 @@ def _case(kernel: Kernel, problem: Problem, inputs: Inputs, peers: list[Kernel],
     return replace(verdict, reason=f"{inputs.name}: {trouble}") if trouble else verdict
 
 
+class _Surrounded:
+    """A copy of what a kernel is given inside a larger tensor of what would show if it were read: NaN, true, the largest number."""
+
+    def __init__(self, x: Tensor) -> None:
+        shown = float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
+        alone = x[tuple(slice(1) if step == 0 else slice(None) for step in x.stride())]  # what is shared stays so
+        self._memory = torch.full([n + 3 for n in alone.shape], shown, dtype=x.dtype, device=x.device)
+        inside = self._memory[(slice(1, -2),) * x.dim()]
+        inside.copy_(alone)
+        self.tensor, self._before = inside.expand(x.shape), self._memory.clone()
+
+    def was_written(self) -> bool:
+        """Whether a bit in or around it is another now."""
+        return not torch.equal(self._memory.view(torch.uint8), self._before.view(torch.uint8))
+
+
 def _without_lse(kernel: Kernel, problem: Problem, inputs: Inputs) -> str:
-    """Whoever asks for no log-sum-exp gets the same bits."""
-    with_it, without = run_with_lse(kernel, inputs)[0], run(kernel, inputs)
-    same = torch.equal(with_it.nan_to_num(), without[0].nan_to_num())
-    return without[1] or ("" if same else "asking for the log-sum-exp changes the output")
+    """Whoever asks for no log-sum-exp gets the same bits, wherever query, key, value and operands lie: nothing around them is used, and
+    they keep every bit."""
+    given = [_Surrounded(x) if isinstance(x, Tensor) else x for x in (*inputs.tensors, *inputs.operands)]
+    query, key, value, *operands = (x.tensor if isinstance(x, _Surrounded) else x for x in given)
+    there = replace(inputs, query=query, key=key, value=value, operands=tuple(operands))
+    with_it, (without, stray) = run_with_lse(kernel, inputs)[0], run(kernel, there)
+    if stray or not torch.equal(with_it.nan_to_num(), without.nan_to_num()):
+        return stray or "asking for no log-sum-exp, or what lies around the operands, changes the output"
+    written = any(isinstance(x, _Surrounded) and x.was_written() for x in given)
+    return "values were written in or around the operands" if written else ""
 
 
 def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, device: str) -> str:

@@ -264,7 +264,7 @@ def _rows(known: list[list[Value]], fixed: Mapping[str, Value], n: int) -> Itera
 
 
 @cache
-def drawn(n: int = 2, language: str = "") -> tuple[list[dict[str, Value]], dict[Row, str]]:
+def drawn(n: int, language: str) -> tuple[list[dict[str, Value]], dict[Row, str]]:
     """Rows in which every ``n`` values meet that can meet (in one language, if it is named); and those that cannot, each with a
     reason."""
     one: dict[str, Value] = {"language": language} if language else {}
@@ -287,11 +287,11 @@ def drawn(n: int = 2, language: str = "") -> tuple[list[dict[str, Value]], dict[
 
 
 @cache
-def kernels(language: str = "") -> list[tuple[dict[str, Value], Variant]]:
-    """Each row and its variant: of a few drawn at random, the one with the most values of axes that no row before it has."""
+def kernels(n: int = 2, language: str = "") -> list[tuple[dict[str, Value], Variant]]:
+    """Each row of drawn() and its variant: of a few drawn at random, the one with the most values of axes that no row before it has."""
     seen: set[tuple[str, str, Value]] = set()
     found = []
-    for row in drawn(language=language)[0]:
+    for row in drawn(n, language)[0]:
         some = [variant for seed in range(4) if (variant := variant_of(row, seed))]
         new = [{(str(row["language"]), *pair) for pair in variant.values} for variant in some]
         best = max(range(len(some)), key=lambda i: len(new[i] - seen))
@@ -314,7 +314,7 @@ def _why(values: Mapping[str, Value]) -> str:
 if __name__ == "__main__":
     for row, variant in kernels():
         print(*row.values(), variant)
-    rows, refused = drawn()
+    rows, refused = drawn(2, "")
     print(f"{len(rows)} kernels; {len(refused)} pairs that no lawful variant covers:")
     for ((one, value), (other, with_)), reason in refused.items():
         print(f"  {one} {value} with {other} {with_}: {reason}")

@@ -1,11 +1,15 @@
-"""Huge pages for outputs so large that the allocator takes them from the system anew: a page that is first written is first zeroed
-by the kernel, and 4 KiB at a time that takes as long as attention over short windows does."""
+"""Huge pages for outputs so large that the allocator takes them from the system anew.
+
+Who first writes to a page waits until the system has zeroed it; of 4 KiB each, that takes as long as attention over short windows does.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 from torch import Tensor
 
@@ -17,13 +21,13 @@ HUGE = 2 << 20
 
 
 @cache
-def _advise() -> ctypes._CFuncPtr | None:
+def _advise() -> Callable[[int, int, int], int] | None:
     """The system's madvise, where there are huge pages to ask for."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    function: ctypes._CFuncPtr = ctypes.CDLL(None).madvise
+    function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
+    return cast(Callable[[int, int, int], int], function)
 
 
 def ask_for(output: Tensor) -> None:

@@ -146,13 +146,13 @@ class Mask:
         low, high = self.seen(position, q_len, kv_len, **own)
         return int((high - low + 0 * position).clip(0).sum()) * q_len // counted
 
-    def dense(self, q_len: int, kv_len: int, **own: Any) -> Tensor:
+    def dense(self, q_len: int, kv_len: int, device: Any = None, **own: Any) -> Tensor:
         """bool [..., q_len, kv_len]: whether a key is within a position's bounds; what comes before is how ``own`` are shaped,
-        [..., 1, 1] or by position [..., q_len, 1]."""
+        [..., 1, 1] or by position [..., q_len, 1], on the device."""
         import torch
 
-        low, high = self.seen(torch.arange(q_len)[:, None], q_len, kv_len, **own)
-        key = torch.arange(kv_len)
+        low, high = self.seen(torch.arange(q_len, device=device)[:, None], q_len, kv_len, **own)
+        key = torch.arange(kv_len, device=device)
         seen: Tensor = (key >= low) & (key < high)
         return seen.expand(*seen.shape[:-2], q_len, kv_len)
 

@@ -59,7 +59,7 @@ def finish_rows(
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x0_m, x1_m)
     more = tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
-    rest = tl.where(x0_m > x1_m, x0_r, x1_r)
+    rest = tl.where(x > 0, x1_r, x0_r)
     x1_m = m + more
     x1_r = tl.where(m == NONE, 0.0, (m - x1_m) + more + rest)
 
@@ -80,7 +80,7 @@ def finish_rows(
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x2_m, x3_m)
     more = tl.where((x2_m == NONE) | (x3_m == NONE), 0.0, more)
-    rest = tl.where(x2_m > x3_m, x2_r, x3_r)
+    rest = tl.where(x > 0, x3_r, x2_r)
     x3_m = m + more
     x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
 
@@ -91,7 +91,7 @@ def finish_rows(
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x1_m, x3_m)
     more = tl.where((x1_m == NONE) | (x3_m == NONE), 0.0, more)
-    rest = tl.where(x1_m > x3_m, x1_r, x3_r)
+    rest = tl.where(x > 0, x3_r, x1_r)
     x3_m = m + more
     x3_r = tl.where(m == NONE, 0.0, (m - x3_m) + more + rest)
 
@@ -185,7 +185,7 @@ def attend_tile(
         more = tl.log2(1 + tl.exp2(-tl.abs(x)))
         m = tl.maximum(x0_m, leaf_m)
         more = tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
-        rest = tl.where(x0_m > leaf_m, x0_r, leaf_r)
+        rest = tl.where(x > 0, leaf_r, x0_r)
         leaf_m = m + more
         leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
 
@@ -220,7 +220,7 @@ def attend_tile(
         more = tl.log2(1 + tl.exp2(-tl.abs(x)))
         m = tl.maximum(x1_m, leaf_m)
         more = tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
-        rest = tl.where(x1_m > leaf_m, x1_r, leaf_r)
+        rest = tl.where(x > 0, leaf_r, x1_r)
         leaf_m = m + more
         leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
 
@@ -260,7 +260,7 @@ def attend_tile(
             more = tl.log2(1 + tl.exp2(-tl.abs(x)))
             m = tl.maximum(x0_m, leaf_m)
             more = tl.where((x0_m == NONE) | (leaf_m == NONE), 0.0, more)
-            rest = tl.where(x0_m > leaf_m, x0_r, leaf_r)
+            rest = tl.where(x > 0, leaf_r, x0_r)
             leaf_m = m + more
             leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
 
@@ -298,7 +298,7 @@ def attend_tile(
             more = tl.log2(1 + tl.exp2(-tl.abs(x)))
             m = tl.maximum(x1_m, leaf_m)
             more = tl.where((x1_m == NONE) | (leaf_m == NONE), 0.0, more)
-            rest = tl.where(x1_m > leaf_m, x1_r, leaf_r)
+            rest = tl.where(x > 0, leaf_r, x1_r)
             leaf_m = m + more
             leaf_r = tl.where(m == NONE, 0.0, (m - leaf_m) + more + rest)
 
@@ -314,7 +314,7 @@ def attend_tile(
     more = tl.log2(1 + tl.exp2(-tl.abs(x)))
     m = tl.maximum(x0_m, x1_m)
     more = tl.where((x0_m == NONE) | (x1_m == NONE), 0.0, more)
-    rest = tl.where(x0_m > x1_m, x0_r, x1_r)
+    rest = tl.where(x > 0, x1_r, x0_r)
     x1_m = m + more
     x1_r = tl.where(m == NONE, 0.0, (m - x1_m) + more + rest)
 
