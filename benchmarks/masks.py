@@ -152,7 +152,7 @@ def sparse() -> Iterator[Case]:
             lambda b, h, i, j, layout=layout: layout[0, h, i // 128, j // 128], heads=4,
         )  # fmt: skip
     strided = masks.strided(heads=4, local=4, stride=8, block=128)
-    seen = strided.operands["blocks"](8192, 8192, torch.device("cpu"))
+    seen = strided.operands["blocks"].layout(8192, 8192, torch.device("cpu"))
     yield case(
         "S2 of 8192", "blocks+causal@b1.h4.q8192.k8192.blockq128.blockk128", strided,
         lambda b, h, i, j: seen[h, i // 128, j // 128] & (j <= i), heads=4,

@@ -24,7 +24,8 @@ def operands_of(block_mask: BlockMask) -> tuple[str, dict[str, Any]]:
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         layout[_listed(block_mask, block_mask.full_kv_num_blocks, block_mask.full_kv_indices)] = EVERYBODY
     words = []
-    for at in torch.split(listed.nonzero(), max(1, PAIRS // (size_q * size_k))):
+    at_once = max(1, PAIRS // (size_q * size_k))
+    for at in torch.split(listed.nonzero(), at_once) if listed.any() else ():
         seen = _seen(block_mask, at)
         kind = torch.where(seen.all(-1).all(-1), EVERYBODY, FIRST).where(seen.any(-1).any(-1), NOBODY)
         layout[tuple(at.T)] = kind.int()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ class AttnMask:
     """Which keys a query sees, and what is done to their scores: masks that intersect, and scores in the order they are done.
 
     ``mask`` and ``score`` are spelled as in a problem (``causal+window``, ``softcap+bias``), ``operands`` are what they take, by name:
-    numbers, tensors, and where a tensor depends on lengths a function of q_len, kv_len and the device, asked at every call.
+    numbers, tensors, and the layout of strided(), which depends on lengths and is made at every call.
     """
 
     __slots__ = ("mask", "numbers", "operands", "score")
@@ -40,7 +41,7 @@ class AttnMask:
         self.mask, self.score, self.operands = mask, score, dict(operands or {})
         arrays = (*parts.get(mask).arrays, *scores.get(score).arrays)
         for array in arrays:
-            if not callable(self.operands[array.name]):
+            if not isinstance(self.operands[array.name], _Strided):
                 self.operands[array.name] = _aligned(array, self.operands[array.name])
         # what tells it from others of its family, without tensors
         self.numbers = tuple(x for x in self.operands.values() if isinstance(x, int | float))
@@ -91,7 +92,7 @@ class AttnMask:
 
     def _made(self, array: Array, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         value = self.operands[array.name]
-        return _aligned(array, value(q_len, kv_len, device) if callable(value) else value)
+        return _aligned(array, value.layout(q_len, kv_len, device) if isinstance(value, _Strided) else value)
 
     def dense(self, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:
         """bool, broadcastable to [batch, heads, q_len, kv_len]: whether a pair is seen. Raises WrongArguments where scores are more
@@ -156,10 +157,13 @@ def _aligned(array: Array, given: Any) -> Tensor:
         raise WrongArguments(
             f"{array.name} is {shown(given)}; it must be a tensor, or numbers that make one"
         ) from error
+    if value.layout != torch.strided:
+        raise WrongArguments(f"{array.name} is {value.layout}; it must be a dense tensor")
     if value.dim() > len(array.axes):
         raise WrongArguments(f"{array.name} {tuple(value.shape)} has more dimensions than [{', '.join(array.axes)}]")
     if (
         value.is_complex()
+        or value.dtype in (torch.uint16, torch.uint32, torch.uint64)  # which torch hardly computes with
         or array.is_float is not value.is_floating_point()
         or (array.dtype == "bool") is not (value.dtype == torch.bool)
     ):
@@ -178,6 +182,12 @@ def _whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
     return whole
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise WrongArguments(f"{name} is {shown(value)}; it must be True or False")
+    return value
+
+
 def none() -> AttnMask:
     """Every key."""
     return NONE
@@ -185,13 +195,13 @@ def none() -> AttnMask:
 
 def causal(lower_right: bool = False) -> AttnMask:
     """Keys up to a query's own position, from the top left as torch's is_causal, or so that the last query sees the last key."""
-    return AttnMask("causal_lower_right" if lower_right else "causal")
+    return AttnMask("causal_lower_right" if _flag("lower_right", lower_right) else "causal")
 
 
 def window(left: int | None, right: int | None = 0, lower_right: bool = False) -> AttnMask:
     """``left`` keys before a query's own position and ``right`` after it; None: as many as there are. ``lower_right``: the last query's
     own position is the last key's."""
-    last = "_lower_right" if lower_right else ""
+    last = "_lower_right" if _flag("lower_right", lower_right) else ""
     integers = {
         "left": LARGEST if left is None else _whole("left", left),
         "right": LARGEST if right is None else _whole("right", right),
@@ -240,6 +250,10 @@ def from_block_mask(block_mask: BlockMask) -> AttnMask:
     what its mask_mod says of each pair, asked now and kept as bits, alike ones once."""
     from elsa_tune.block_masks import operands_of
 
+    if type(block_mask).__name__ != "BlockMask":
+        raise WrongArguments(
+            f"block_mask is {shown(block_mask)}; it must be a BlockMask, as create_block_mask makes it"
+        )
     mask, operands = operands_of(block_mask)
     return AttnMask(mask, operands=operands)
 
@@ -254,7 +268,7 @@ def columns(bounds: Tensor, causal: bool) -> AttnMask:
     """
     import torch
 
-    allowed = (1, 2) if causal else (2, 4)
+    allowed = (1, 2) if _flag("causal", causal) else (2, 4)
     if not isinstance(bounds, torch.Tensor) or bounds.dim() != 4 or bounds.shape[3] not in allowed:
         found = tuple(bounds.shape) if isinstance(bounds, torch.Tensor) else repr(bounds)[:60]
         raise WrongArguments(
@@ -278,21 +292,27 @@ def strided(*, heads: int, local: int, stride: int, block: int) -> AttnMask:
     (j + h step) is a multiple of ``stride``, with step = max(1, stride // heads)."""
     own = {"heads": _whole("heads", heads, 1), "local": _whole("local", local), "stride": _whole("stride", stride, 1)}
     size = _block("block", block)
-
-    def layout(q_len: int, kv_len: int, device: torch.device) -> Tensor:
-        return _strided(*own.values(), -(-q_len // size), -(-kv_len // size), device)
-
-    return CAUSAL & AttnMask("blocks", operands={"blockq": size, "blockk": size, "blocks": layout})
+    return CAUSAL & AttnMask("blocks", operands={"blockq": size, "blockk": size, "blocks": _Strided(**own, block=size)})
 
 
-@lru_cache(maxsize=64)
-def _strided(heads: int, local: int, stride: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """bool [heads, rows, columns]."""
-    import torch
+@dataclass(frozen=True)
+class _Strided:
+    """The blocks that S2-Attention's heads see, of any lengths."""
 
-    i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
-    shift = torch.arange(heads, device=device)[:, None, None] * max(1, stride // heads)
-    return (j <= i) & ((i - j < local) | ((j + shift) % stride == 0))
+    heads: int
+    local: int
+    stride: int
+    block: int
+
+    @lru_cache(maxsize=64)  # noqa: B019 - of few masks, which are small
+    def layout(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        """bool [heads, q_len and kv_len in blocks]."""
+        import torch
+
+        rows, columns = (-(-n // self.block) for n in (q_len, kv_len))
+        i, j = torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
+        shift = torch.arange(self.heads, device=device)[:, None, None] * max(1, self.stride // self.heads)
+        return (j <= i) & ((i - j < self.local) | ((j + shift) % self.stride == 0))
 
 
 def of_tensor(attn_mask: Tensor) -> AttnMask:

@@ -56,7 +56,7 @@ def nothing_is_still_built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test's calls left to be built beside them ends with it, before what it patched is put back."""
     yield
     for thread in threading.enumerate():
-        if thread.name == "elsa-tune-build":
+        if thread.name == "elsa-tune-build":  # shelf.BUILDER, which most tests never load
             thread.join()
 
 

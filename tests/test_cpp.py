@@ -156,6 +156,33 @@ def test_scores_of_any_size_lose_nothing() -> None:
     assert float((near - far).abs().max()) <= 4 * UNIT * float(base.value.abs().max())
 
 
+@pytest.mark.parametrize("state", ["triple", "pair"])
+def test_biases_of_any_size(state: str) -> None:
+    """Up to the largest float, of rows as a whole too: what no product with log2(e) holds."""
+    problem, generator = Problem.parse("fp32.d16.bias"), torch.Generator().manual_seed(0)
+    kernel = kernel_of(here(f"cpp.hybrid.{{isa}}.q2.k4.v4.n24.w2.s2{'.pair' if state == 'pair' else ''}"), problem)
+    query, key, value = (torch.randn(2, 3, 50, 16, generator=generator) for _ in range(3))
+    largest, even = torch.finfo(torch.float32).max, torch.arange(50) % 2 == 0
+    for one, other in (
+        (3e38, 3e38),
+        (largest, -largest),
+        (-largest, -largest),
+        (-3.4e38, -3e38),
+        (-1e10, -1.2e10),
+        (5.0, -largest),
+    ):
+        bias = torch.where(even, one, other).expand(50, 50)
+        scores = (query @ key.mT / 4 + bias).double()  # beside such a bias nothing is left of them, in floats
+        lse = torch.empty(2, 3, 50)
+        out = kernel(query, key, value, None, None, lse, (bias[None, None],))
+        truth = scores.softmax(-1) @ value.double()
+        assert float((out - truth).abs().max()) < 2e-6
+        known = scores.logsumexp(-1).clip(
+            -largest * math.log(2), largest * math.log(2)
+        )  # in base 2 they are floats too
+        assert torch.allclose(lse.double(), known, rtol=1e-6, atol=1e-5)
+
+
 def test_splits_are_bounded_by_bytes() -> None:
     """Where split states would outgrow their budget, fewer splits are used, and the answer stays right."""
     problem = Problem.parse("fp32.d16@b1.h64.q4096.k64")

@@ -95,6 +95,16 @@ class TestFromBlockMask:
             assert str(mask) == "blocks@blockq64.blockk64"
             assert mask.operands["blocks"].tolist() == [[[[False, True, False], [True, False, True]]]]
 
+    @pytest.mark.parametrize("size", [1, 64, 128])
+    def test_nothing_is_seen_in_part(self, size: int) -> None:
+        """Everything, nothing, and blocks of single pairs."""
+        query, key, value = tensors(128, 256)
+        for mask_mod in (lambda b, h, i, j: j >= 0, lambda b, h, i, j: j < 0, lambda b, h, i, j: j < 128):
+            torchs = create_block_mask(mask_mod, None, None, 128, 256, device="cpu", BLOCK_SIZE=size)
+            seen = create_mask(mask_mod, 1, 1, 128, 256, device="cpu")
+            out = elsa_tune.attention(query, key, value, torchs, enable_gqa=True)
+            assert close(out, by_definition(query, key, value, seen))
+
     def test_a_function_that_hides_all_of_a_listed_block(self) -> None:
         ones = torch.ones(1, 1, 1, dtype=torch.int32)
         torchs = BlockMask.from_kv_blocks(ones, ones[..., None] - 1, BLOCK_SIZE=64, mask_mod=lambda b, h, i, j: j < 0)

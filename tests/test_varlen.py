@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -226,6 +227,33 @@ def test_what_does_not_fit_is_told_by_name(name: str, known: None) -> None:
     changed, told = WRONG[name]
     with pytest.raises(WrongArguments, match=told):
         elsa_tune.attention_varlen(**{**call, **changed})
+
+
+def test_masks_of_blocks_and_columns_count_within_each_sequence() -> None:
+    """Layouts of each sequence's own lengths, and what is given for the longest."""
+    lengths = [5, 33, 70]
+    cu = torch.tensor([0, *itertools.accumulate(lengths)])
+    q, k, v = (torch.randn(sum(lengths), HEADS, DIM, generator=generator) for _ in range(3))
+    layout = torch.rand(len(lengths), 1, 5, 5, generator=generator) < 0.5
+    bounds = torch.randint(0, 70, (len(lengths), HEADS, 70, 1), generator=generator)
+    for i, mask in enumerate(
+        (
+            masks.strided(heads=HEADS, local=1, stride=2, block=16),
+            masks.blocks(layout, 16, 16),
+            masks.columns(bounds, True),
+        )
+    ):
+        out = elsa_tune.attention_varlen(q, k, v, cu, cu, mask)
+        for j, (first, end) in enumerate(pairwise(cu.tolist())):
+            n = end - first
+            blocks = -(-n // 16)
+            own = (
+                mask,
+                masks.blocks(layout[j : j + 1, :, :blocks, :blocks], 16, 16),
+                masks.columns(bounds[j : j + 1, :, :n], True),
+            )[i]
+            alone = elsa_tune.attention(*(x[None, first:end].transpose(1, 2) for x in (q, k, v)), own)
+            assert close(out[first:end], alone[0].transpose(0, 1))
 
 
 def test_ranges_that_fall_are_refused() -> None:

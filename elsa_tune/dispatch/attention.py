@@ -19,7 +19,7 @@ from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel, Operands
-from elsa_tune.generate.tensors import number
+from elsa_tune.generate.tensors import needs_grad, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
@@ -91,10 +91,10 @@ def attention(
             if wanted.operands:
                 operands = wanted.in_order(query, key)
             try:
-                if not (_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+                if not (_grad_enabled() and needs_grad(query, key, value, *operands)):
                     return serve(query, key, value, scale, None, None, operands)
                 gradients = _gradients_for(entry, query, key, value, wanted, enable_gqa)
-                if gradients is not None:
+                if gradients is not None:  # of families whose operands are numbers
                     return differentiable(query, key, value, scale, serve, gradients, operands)
             except WrongArguments:
                 raise
@@ -131,8 +131,7 @@ def served(
 ) -> Tensor | None:  # fmt: skip
     """The output by a kernel that is ready, which needs no gradients, or None; ``lse`` [batch, heads, q_len] receives the log-sum-exp."""
     plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
-    needs_grad = _grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if not plain or needs_grad or _autocast() or _watched():
+    if not plain or _autocast() or _watched():
         return None
     entry = (*_entry(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
     if exactness.active:
@@ -140,8 +139,11 @@ def served(
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, wanted, enable_gqa)
     if serve is _torch_serves:
         return None
+    operands = wanted.in_order(query, key)
+    if _grad_enabled() and needs_grad(query, key, value, *operands):
+        return None
     try:
-        return serve(query, key, value, scale, None, lse, wanted.in_order(query, key))
+        return serve(query, key, value, scale, None, lse, operands)
     except WrongArguments:
         raise
     except Exception as error:

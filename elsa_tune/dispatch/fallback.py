@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from elsa_tune.problem import Problem
 
 _broadcast: Callable[..., torch.Size] = torch.broadcast_shapes
 
-LEAST_HALF = -65504.0
-"""A row of a mask that is nowhere above takes all of a float32 log-sum-exp's digits, and gradients are computed from that."""
+FAR = 4096.0
+"""A row of a mask whose largest is farther from 0 takes digits of a float32 log-sum-exp that gradients are computed from."""
 
 
 def attend(
@@ -45,7 +46,12 @@ def attend(
     if not _recorded():
         _check(query, key, value, attn_mask, dropout_p, enable_gqa)
     if isinstance(attn_mask, AttnMask):
+        if type(is_causal) is not bool or type(enable_gqa) is not bool:
+            raise WrongArguments(
+                f"is_causal is {described(is_causal)}, enable_gqa {described(enable_gqa)}; both must be True or False"
+            )
         wanted = attn_mask & CAUSAL if is_causal else attn_mask
+        scale = number("scale", scale) if scale is not None and not _recorded() else scale
         return _of_ours(query, key, value, wanted, dropout_p, scale, enable_gqa)
     return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -85,12 +91,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p:
         if attn_mask.device != query.device:
             raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
         wanted = [*shared, *(outer[3] if len(outer) > 3 else ()), query.shape[-2], key.shape[-2]]
-        try:
-            _broadcast(attn_mask.shape, wanted)
-        except RuntimeError as error:
-            raise WrongArguments(
-                f"attn_mask {list(attn_mask.shape)} must broadcast to {wanted}, of {told()}"
-            ) from error
+        if attn_mask.layout != torch.strided:
+            raise WrongArguments(f"attn_mask is {attn_mask.layout}; give a dense tensor, or masks of elsa_tune.masks")
+        axes = zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+        if attn_mask.dim() > len(wanted) or any(n not in (1, m) for n, m in axes):
+            raise WrongArguments(f"attn_mask {list(attn_mask.shape)} must broadcast to {wanted}, of {told()}")
 
 
 def _by_torch(
@@ -126,19 +131,27 @@ def _fused_errs(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, attn_mask))
     if not needs_grad or _recorded() or not attn_mask.numel() or not may_be_read(attn_mask):
         return False
-    return bool((attn_mask.amax(-1) <= LEAST_HALF).any())
+    top = attn_mask.amax(-1)
+    return bool(((top.abs() >= FAR) & top.isfinite()).any())
 
 
 def _of_ours(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, dropout_p: float, scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """A mask of ours by torch's operations: its function with the mask it takes, or products and a softmax."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise WrongArguments(
+            f"query, key or value is nested where attn_mask is {wanted}; give all three jagged, without dropout, or pad them"
+        )
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions where attn_mask is {wanted}")
-    batch = _broadcast(*(x.shape[:1] for x in (query, key, value)))[0]
-    query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    _, heads, q_len, head_dim = query.shape
+    casts = torch.amp.is_autocast_available(query.device.type)
+    if casts and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    shared = _broadcast(*(x.shape[: 1 if enable_gqa else 2] for x in (query, key, value)))
+    query, key, value = (x.expand(*shared, *x.shape[len(shared) :]) for x in (query, key, value))
+    batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     if 0 in (*query.shape, *value.shape):
         return _by_torch(query, key, value, None, dropout_p, False, scale, enable_gqa)
@@ -159,6 +172,11 @@ def _of_ours(
         return _by_torch(query, key, value, None, dropout_p, True, scale, enable_gqa)
     if problem.score == scores.NONE or chain.additive:
         mask = torchs_mask(there) if (problem.mask, problem.score) != (masks.NONE, scores.NONE) else None
+        if (
+            type(mask).__name__ == "CausalBias" and scale is not None and scale <= 0
+        ):  # its fused kernel errs, as is_causal's
+            mask = there.dense()[None, None]
         return _by_torch(query, key, value, mask, dropout_p, False, scale, enable_gqa)
     hidden, wide = None if problem.mask == masks.NONE else ~there.dense(), lse_dtype(query)
-    return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)
+    with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
+        return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)

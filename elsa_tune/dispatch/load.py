@@ -14,7 +14,7 @@ from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Kernel, Operands
 from elsa_tune.generate.render import Source
-from elsa_tune.generate.tensors import described, lse_dtype, number
+from elsa_tune.generate.tensors import described, lse_dtype, needs_grad, number
 from elsa_tune.masks import NONE, AttnMask, of_tensor, told_by
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -51,10 +51,10 @@ class LoadedKernel:
         receives the log-sum-exp. ``attn_mask`` is the problem's mask and scores with the operands of this call, of which what takes
         numbers alone may be left out: they are the problem's own. Raises WrongArguments for other tensors."""
         self._check(query, key, value, lse)
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
         scale = None if scale is None else number("scale", scale)
         given = self._operands(attn_mask, query, key) if attn_mask is not None or self.problem.declared else ()
+        if torch.is_grad_enabled() and needs_grad(query, key, value, *given):
+            raise WrongArguments("a loaded kernel keeps no gradients; use elsa_tune.attention, or torch.no_grad()")
         return self._kernel(query, key, value, scale, None, lse, given)
 
     def _operands(self, attn_mask: Tensor | AttnMask | None, query: Tensor, key: Tensor) -> Operands:
@@ -100,6 +100,8 @@ class LoadedKernel:
         if lse is not None and not (
             isinstance(lse, Tensor)
             and (lse.dtype, lse.shape, lse.device) == (of_lse, wanted, query.device)
+            and not (lse.is_neg() or lse.requires_grad)
+            and not (lse.is_neg() or lse.requires_grad)
             and lse.is_contiguous()
         ):
             expected = f"{of_lse} {list(wanted)}, contiguous, on {query.device}"

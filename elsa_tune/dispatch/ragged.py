@@ -85,26 +85,32 @@ class Ragged:
         queries = _lengths(checked("cu_q", self.cu_q.tolist(), len(self.query)))
         keys = _lengths(checked("cu_k", self.cu_k.tolist(), len(self.key)))
         longest = {"q_len": max(queries, default=0), "kv_len": max(keys, default=0)}
-        arrays = (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
+        arrays = [
+            one
+            for one in (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
+            if isinstance(wanted.operands[one.name], Tensor)  # another is made for each sequence's lengths
+        ]
+        numbers = {name: n for name, n in wanted.operands.items() if isinstance(n, int)}
+        sizes = {"batch": self.sequences, "heads": self.query.shape[1], "kv_heads": self.key.shape[1], **numbers}
         for one in arrays:
-            sizes = {"batch": self.sequences, "heads": self.query.shape[1], **longest}
-            self._check(one, wanted.operands[one.name], sizes)
-        made = [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])]
+            self._check(one, wanted.operands[one.name], {**sizes, **longest})
+        made = []
         split = torch.split(self.query, queries), torch.split(self.key, keys), torch.split(self.value, keys)
         for i, (query, key, value) in enumerate(zip(*split, strict=True)):
             if not len(key):
                 made.append(query.new_zeros(*query.shape[:2], value.shape[2]))
             elif len(query):
-                own = {one.name: _slice(one, wanted.operands[one.name], i, len(query), len(key)) for one in arrays}
+                here = {**sizes, "q_len": len(query), "kv_len": len(key)}
+                own = {one.name: _slice(one, wanted.operands[one.name], i, one.lengths(here)) for one in arrays}
                 mask = AttnMask(wanted.mask, wanted.score, {**wanted.operands, **own}) if wanted is not NONE else None
                 tensors = map(_batch_of_one, (query, key, value))
                 output = attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
                 made.append(output[0].transpose(0, 1))
-        return torch.cat(made)
+        return torch.cat(made or [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])])
 
     def _check(self, array: Array, value: Tensor, sizes: dict[str, int]) -> None:
-        wanted = [sizes[axis] for axis in array.axes]
-        if any(n not in (1, m) for n, m in zip(value.shape, wanted, strict=True)):
+        wanted = array.lengths(sizes)
+        if any(n not in (1, m) and m is not None for n, m in zip(value.shape, wanted, strict=True)):
             axes = ", ".join(
                 {"batch": "sequences", "q_len": "longest query", "kv_len": "longest key"}.get(x, x) for x in array.axes
             )
@@ -130,11 +136,15 @@ def _batch_of_one(x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _slice(array: Array, value: Tensor, sequence: int, q_len: int, kv_len: int) -> Tensor:
+def _slice(array: Array, value: Tensor, sequence: int, lengths: list[int | None]) -> Tensor:
     """What an array holds of one sequence, of its axes."""
-    own = slice(sequence, sequence + 1)
-    of = {"batch": own, "heads": slice(None), "q_len": slice(q_len), "kv_len": slice(kv_len)}
-    return value[tuple(slice(None) if n == 1 else of[axis] for axis, n in zip(array.axes, value.shape, strict=True))]
+    axes = zip(array.axes, value.shape, lengths, strict=True)
+    return value[
+        tuple(
+            slice(None) if n == 1 else slice(sequence, sequence + 1) if axis == "batch" else slice(length)
+            for axis, n, length in axes
+        )
+    ]
 
 
 def _lengths(cu: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,21 @@ Ready = Callable[[Kernel | Gradients], object]
 
 lock = threading.RLock()
 """Held while something is read or loaded, and while everything is forgotten."""
+
+
+BUILDER = "elsa-tune-build"
+"""The name of threads that build beside calls."""
+
+_ending = threading.Event()
+
+
+@atexit.register
+def end() -> None:
+    """Begin no build any more, and wait for one that has begun: a thread inside torch must not outlive the interpreter."""
+    _ending.set()
+    for thread in threading.enumerate():
+        if thread.name == BUILDER:
+            thread.join()
 
 
 class _Known:
@@ -220,7 +236,7 @@ class Shelf:
         with lock:
             self._waiting.append(job)
             if self._builder is None or not self._builder.is_alive():  # a fork leaves threads behind
-                self._builder = threading.Thread(target=self._work, name="elsa-tune-build", daemon=True)
+                self._builder = threading.Thread(target=self._work, name=BUILDER, daemon=True)
                 self._builder.start()
 
     def _work(self) -> None:
@@ -233,7 +249,7 @@ class Shelf:
 
     def _next(self) -> Callable[[], object] | None:
         with lock:
-            if self._waiting:
+            if self._waiting and not _ending.is_set():
                 return self._waiting.popleft()
             self._builder = None
             return None

@@ -11,7 +11,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import fallback, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.tensors import lse_dtype, number
+from elsa_tune.generate.tensors import check_tensors, described, lse_dtype, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, of_tensor
 from elsa_tune.problem import Problem
 
@@ -30,6 +30,14 @@ def attention_with_lse(
     Shapes and ``attn_mask`` are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
     is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
     """
+    check_tensors(query, key, value)
+    if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
+        raise WrongArguments(
+            f"is_causal is {described(is_causal)} and enable_gqa {described(enable_gqa)}; both must be True or False, and a mask be given"
+            " as attn_mask="
+        )
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise WrongArguments("query, key or value is nested; states are of tensors [batch, heads, length, dim]")
     if not query.dim() == key.dim() == value.dim() == 4:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")

@@ -9,6 +9,7 @@ from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import meaning
 from elsa_tune.dispatch.ragged import Ragged, checked
 from elsa_tune.errors import WrongArguments
+from elsa_tune.generate.tensors import check_tensors
 from elsa_tune.masks import AttnMask
 
 
@@ -31,7 +32,10 @@ def attention_varlen(
     whole batch where one is known; else by attention() for each sequence, as where gradients are needed. Raises WrongArguments for tensors
     and offsets that do not fit (of offsets on a GPU only where they are read, sequence by sequence).
     """
+    check_tensors(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
+    if query.is_meta:
+        return query.new_empty(*query.shape[:2], value.shape[2])
     offsets = (_offsets(name, cu, x) for name, cu, x in (("cu_q", cu_q, query), ("cu_k", cu_k, key)))
     batch = Ragged(query, key, value, *offsets)
     if len(batch.cu_q) != len(batch.cu_k):
@@ -41,6 +45,10 @@ def attention_varlen(
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     shapes = ", ".join(str(list(x.shape)) for x in (query, key, value))
+    if not query.device == key.device == value.device:
+        raise WrongArguments(
+            f"query is on {query.device}, key on {key.device}, value on {value.device}; all must be on one"
+        )
     if not query.dim() == key.dim() == value.dim() == 3:
         raise WrongArguments(f"query, key, value {shapes} must have three dimensions, [tokens, heads, dim]")
     if key.shape[:2] != value.shape[:2] or query.shape[2] != key.shape[2]:

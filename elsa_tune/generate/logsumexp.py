@@ -35,8 +35,9 @@ def logsumexp(
     wide, own = lse_dtype(query), named(family, operands)
     mask, chain = masks.get(family.mask), scores.get(family.score)
     of_batch, of_head, of_key = (torch.arange(n, device=query.device) for n in (batch, heads, kv_len))
-    found = torch.full((batch, heads, q_len), float("-inf"), dtype=wide, device=query.device)
+    found = query.new_full((batch, heads, q_len), float("-inf"), dtype=wide)
     if found.numel() and key.numel():
+        parts = []
         group = heads // kv_heads
         shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len}
         posed = family.reshaped(**shape, integers=tuple(own[name] for name in mask.integers))
@@ -53,7 +54,8 @@ def logsumexp(
                 logits = logits.masked_fill(hidden(posed, position, of_key, limits), float("-inf"))
             if mask.tested:
                 logits = logits.masked_fill(~mask.passes(own, position=position, **place), float("-inf"))
-            found[:, :, first : first + rows] = torch.logsumexp(logits, -1)
+            parts.append(torch.logsumexp(logits, -1))
+        found = torch.cat(parts, 2)
     for term in chain.terms:
         at = {"batch": of_batch[:, None, None], "head": of_head[:, None]}
         found = torch.logaddexp(found, term.at(own[term.name], at).to(wide))

@@ -28,6 +28,18 @@ def number(name: str, value: Any) -> float:
     raise WrongArguments(f"{name} is {described(value)}; give a number that a float can hold")
 
 
+def check_tensors(query: Any, key: Any, value: Any) -> None:
+    """Raise WrongArguments unless all three are tensors."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise WrongArguments(f"{name} is {described(x)}; it must be a tensor")
+
+
+def needs_grad(*given: Any) -> bool:
+    """Whether some tensor among them takes gradients."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
+
+
 def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise WrongArguments unless the last dimensions are the family's."""
     dims = (query.shape[3], key.shape[3], value.shape[3])

@@ -164,6 +164,28 @@ def compute(
     return out, lse, error
 
 
+def far_logits(kernel: Kernel, problem: Problem) -> None:
+    """Logits so large that their products with log2(e) are rounded by whole numbers: the largest alone counts, equal ones alike. All are
+    whole numbers of few bits, so that whoever multiplies rounds nothing."""
+    posed = with_example(problem).reshaped(batch=2, heads=4, kv_heads=2, q_len=29, kv_len=83)
+    dtype, generator = elements.get(problem.dtype).dtype, torch.Generator().manual_seed(6)
+    unit = 2.0**12 if dtype == torch.float16 else 2.0**40
+
+    def tensor(heads: int, length: int) -> Tensor:
+        return (torch.randint(-8, 9, (2, heads, length, problem.head_dim), generator=generator) * unit).to(dtype)
+
+    query, key = tensor(4, 29), tensor(2, 83)
+    value = torch.randn(2, 2, 83, problem.value_dim, generator=generator).to(dtype)
+    lse = torch.full(query.shape[:3], float("nan"), dtype=lse_dtype(query))
+    operands = given.example(posed, 2)
+    out = kernel(query, key, value, 1.0, None, lse, operands)
+    exact = query.double() @ key.double().repeat_interleave(2, 1).mT
+    scores = exact.where(logits(posed, query, key, operands).isfinite(), float("-inf"))
+    truth = scores.softmax(-1).nan_to_num() @ value.double().repeat_interleave(2, 1)
+    assert float((out - truth).abs().max()) <= 64 * elements.precision(problem.precision).unit
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=16 * elements.get(problem.dtype).unit, atol=0)
+
+
 def of_exact_sums(kernel: Kernel, problem: Problem, **shape: int) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of equal logits and whole values: sums are exact, so whoever merges what in whatever order gives the
     same bits, unless a key is lost or counted twice."""

@@ -33,9 +33,9 @@ class Real:
         return 2 - (1 << (8 * self.bytes - 2 - self.fraction))
 
     @property
-    def sign_and_exponent(self) -> str:
-        """Where these are among its bits."""
-        return f"{(1 << 8 * self.bytes) - (1 << self.fraction):#x}u"
+    def largest(self) -> float:
+        """The largest number."""
+        return (2.0 - 2.0**-self.fraction) * 2.0 ** (1 - self.least_exponent)
 
     @property
     def rounder(self) -> str:

@@ -43,7 +43,7 @@ def _of_keys(sizes: Mapping[str, int]) -> Any:
 
 def _error(error: float, largest: float, unit: float, bias: Any, **more: Any) -> tuple[float, float]:
     """One more rounding; keys as far away as farthest() weigh nothing, or as much as each other."""
-    near = bias[bias > farthest(unit)]
+    near = bias.where(bias > farthest(unit), 0.0)
     after = largest + (float(near.abs().max()) if near.numel() else 0.0)
     return error + unit * after, after
 

@@ -135,6 +135,32 @@ struct State {
 // The reference point of exponents: -inf (no key yet) must not meet itself, inf - inf is NaN.
 INLINE vec reference(vec m) { return m == -INF ? vec{} : m; }
 
+// Largest scores beyond FAR: their products with log2(e) are rounded by whole numbers, which a weight would multiply by.
+constexpr double FAR = 9007199254740992.0, MOST = 1.7976931348623157e+308;
+
+// Scores of rows whose largest is so far away become differences from it, and base says where it lies in base 2, a whole number.
+__attribute__((noinline, cold)) vec subtract(vec* score, int step, int n, vec from) {
+  for (int j = 0; j < n; ++j) score[j * step] -= from;
+  const vec scaled = from * LOG2_E;
+  return scaled > MOST ? splat(MOST) : scaled < -MOST ? splat(-MOST) : scaled;
+}
+
+template <int QV>
+INLINE void meet_far(vec (*score)[QV], int n, vec* top, vec* base) {
+  UNROLL for (int i = 0; i < QV; ++i) {
+    const vec size = max(top[i], -top[i]);
+    ivec far = (size >= FAR) & (size < INF), any = far;
+    any |= __builtin_shufflevector(any, any, 1, 0, 3, 2, 5, 4, 7, 6);
+    any |= __builtin_shufflevector(any, any, 2, 3, 0, 1, 6, 7, 4, 5);
+    any |= __builtin_shufflevector(any, any, 4, 5, 6, 7, 0, 1, 2, 3);
+    base[i] = vec{};
+    if (__builtin_expect(any[0] == 0, 1)) continue;
+    const vec from = far ? top[i] : vec{};
+    base[i] = subtract(&score[0][i], QV, n, from);
+    top[i] -= from;
+  }
+}
+
 // The smallest whole number that is not below x; what is too large to have a fraction that matters stays as it is.
 INLINE vec whole(vec x) {
   const vec near = (x + 6755399441055744.0) - 6755399441055744.0;
@@ -372,7 +398,7 @@ struct Tile {
   // Fold one leaf, keys [first, first + n), into a state.
   INLINE void fold([[maybe_unused]] const Rows<QV>& rows, const Leaf& leaf, [[maybe_unused]] int64_t first, int n,
                    [[maybe_unused]] bool masked, State<QV>& x) {
-    vec top[QV], keep[QV];
+    vec top[QV], base[QV], keep[QV];
     for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
 
     // Scores.
@@ -390,14 +416,15 @@ struct Tile {
     apply_scores<QV>(rows, score, first, n, top);
     if (masked) apply_mask<QV>(score, rows.high, first, n, top);
 
+    meet_far<QV>(score, n, top, base);
     // Weights: 2^(score log2(e) - m), one multiply-add and one exp2, and the running sum. m is met in
     // differences only, so large scores lose nothing to its rounding.
     for (int i = 0; i < QV; ++i) {
-      const vec m = max(x.m[i], whole(top[i] * LOG2_E));
+      const vec m = max(x.m[i], whole(top[i] * LOG2_E) + base[i]);
       keep[i] = exp2(x.m[i] - reference(m));
       x.m[i] = m;
       x.s[i] *= keep[i];
-      top[i] = reference(m);
+      top[i] = reference(m) - base[i];
     }
     vec sum[QV];
     UNROLL for (int i = 0; i < QV; ++i) sum[i] = vec{};
