@@ -275,9 +275,9 @@ def columns(bounds: Tensor, causal: bool) -> AttnMask:
             f"bounds is {found}; it must be a tensor [batch, 1 or kv_heads, kv_len, n] of n {' or '.join(map(str, allowed))}"
             f" where causal is {causal}"
         )
-    if bounds.is_floating_point() or bounds.dtype == torch.bool:
+    if bounds.is_floating_point() or bounds.is_complex() or bounds.dtype == torch.bool:
         raise WrongArguments(f"bounds is {bounds.dtype}; it must be of whole numbers")
-    n, each = bounds.shape[3], bounds.movedim(3, 0).clamp(0, ENDLESS).to(torch.int32).contiguous()
+    n, each = bounds.shape[3], bounds.movedim(3, 0).long().clamp(0, ENDLESS).to(torch.int32).contiguous()
     first, endless = (each.new_full((1, 1, 1), x) for x in (0, ENDLESS))
     until = each[1] if (causal and n == 2) or n == 4 else endless
     below = AttnMask("columns", operands={"hidefrom": each[0], "hideto": until})

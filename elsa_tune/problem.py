@@ -167,7 +167,14 @@ class Problem:
     @property
     def seen_pairs(self) -> int:
         """(query, key) pairs of one head that the mask lets through, on average over the sequences of a typical batch."""
-        return _pairs(self.mask, min(self.batch, _MOST_SEQUENCES), tuple(self.names.items()))
+        return _pairs(self.mask, min(self.batch, _MOST_SEQUENCES), tuple(self.names.items()), MOST_COUNTED)
+
+    @property
+    def seen_share(self) -> float:
+        """The share of keys that a position sees, at least of one pair of all: estimated of a few positions, for what is asked at every
+        new shape."""
+        pairs = _pairs(self.mask, min(self.batch, _FEW), tuple(self.names.items()), _FEW)
+        return max(pairs, 1) / (self.q_len * self.kv_len)
 
     def seen(self, position: Any, **limits: Any) -> tuple[Any, Any]:
         """The keys [low, high) that the queries at these positions (an integer or a tensor) see; ``limits`` are what the mask's hold
@@ -300,13 +307,15 @@ def declared(mask: str, score: str, state: str) -> tuple[Operand, ...]:
 
 _MOST_SEQUENCES = 64
 """Of a batch, that are counted."""
+_FEW = 64
+"""Positions and sequences that are counted for an estimate."""
 
 
 @lru_cache(maxsize=4096)
-def _pairs(mask: str, batch: int, names: tuple[tuple[str, int], ...]) -> int:
+def _pairs(mask: str, batch: int, names: tuple[tuple[str, int], ...], most: int) -> int:
     one, known = masks.get(mask), dict(names)
-    sizes = {**known, "batch": batch, "q_len": min(known["q_len"], MOST_COUNTED)}
+    sizes = {**known, "batch": batch, "q_len": min(known["q_len"], most)}
     drawn = {limit.name: limit.typical(sizes) for limit in one.limits}
     each = max((len(x) for x in drawn.values()), default=1)
-    counts = [one.pairs(**known, **{name: x[i % len(x)] for name, x in drawn.items()}) for i in range(each)]
+    counts = [one.pairs(most=most, **known, **{name: x[i % len(x)] for name, x in drawn.items()}) for i in range(each)]
     return sum(counts) // len(counts)

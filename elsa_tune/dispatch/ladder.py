@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from heapq import nsmallest
+from operator import ne, sub
 from typing import Protocol
 
 from elsa_tune.device import RUNGS, Device
@@ -41,18 +44,52 @@ class Choice:
         return self.variant is None or backends.role(str(self.variant)) == "rival"
 
 
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What tells how far apart two problems are: a shape's octaves, memory orders and launch; and a family's dimensions and words."""
+
+    octaves: tuple[float, ...]
+    orders: tuple[str, ...]
+    launch: str
+    dims: tuple[float, float]
+    words: frozenset[str]
+
+    @staticmethod
+    def of(problem: Problem) -> _Traits:
+        pairs, rows = problem.batch * problem.kv_heads, problem.q_len * problem.group
+        return _Traits(
+            (math.log2(pairs), math.log2(rows), math.log2(problem.kv_len), math.log2(problem.seen_share) / 2),
+            problem.orders,
+            problem.launch,
+            (math.log2(problem.head_dim), math.log2(problem.value_dim)),
+            frozenset((*problem.mask.split("+"), *problem.score.split("+"))),
+        )
+
+    def apart(self, other: _Traits) -> float:
+        """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half as many of the share of
+        keys that a row sees, half of one for each operand in another memory order, one for the launch."""
+        octaves = _steps(self.octaves, other.octaves)
+        orders = 0 if self.orders == other.orders else sum(map(ne, self.orders, other.orders))
+        return octaves + orders / 2 + (self.launch != other.launch)
+
+    def apart_with_family(self, other: _Traits) -> float:
+        """The same, with dimensions, and words of masks and scores that only one of them has."""
+        return self.apart(other) + 4 * _steps(self.dims, other.dims) + len(self.words ^ other.words) / 2
+
+
+def _steps(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return sum(map(abs, map(sub, a, b)))
+
+
+@lru_cache(maxsize=4096)
+def _traits_of(spelled: str) -> _Traits:
+    """Of a winner's problem, which is met again at every new shape."""
+    return _Traits.of(Problem.parse(spelled))
+
+
 def distance(a: Problem, b: Problem) -> float:
-    """Octaves between two shapes: of (batch, KV head) pairs, of query rows that share keys, of keys; half as many of the share of keys
-    that a row sees, half of one for each operand in another memory order, one for the launch."""
-    pairs = (
-        (a.batch * a.kv_heads, b.batch * b.kv_heads),
-        (a.q_len * a.group, b.q_len * b.group),
-        (a.kv_len, b.kv_len),
-    )
-    orders = sum(x != y for x, y in zip(a.orders, b.orders, strict=True))
-    shares = [max(p.seen_pairs, 1) / (p.q_len * p.kv_len) for p in (a, b)]
-    seen = abs(math.log2(shares[0] / shares[1]))
-    return sum(abs(math.log2(x / y)) for x, y in pairs) + (orders + seen) / 2 + (a.launch != b.launch)
+    """Octaves between two shapes: _Traits.apart()."""
+    return _Traits.of(a).apart(_Traits.of(b))
 
 
 class Known(Protocol):
@@ -116,7 +153,8 @@ def _answers(problem: Problem, device: Device, known: Known) -> Iterator[tuple[s
     for winner in own:
         yield "exact", winner, _refusal(winner, problem, device)
     family, slower = known.of_family(problem, device), known.slower(device)
-    same = [w for w in family if w.problem == str(problem)]
+    spelled = str(problem)
+    same = [w for w in family if w.problem == spelled]
     for winner in same:
         if winner.rung == "exact" and winner not in own:  # of a layer behind the one that answered
             yield "exact", winner, _refusal(winner, problem, device)
@@ -131,32 +169,26 @@ def _answers(problem: Problem, device: Device, known: Known) -> Iterator[tuple[s
                 (f"slower than SDPA at {other}" for other in others if (other, winner.variant) in slower), ""
             )
             yield "neighbour" if device_rung == "exact" else device_rung, winner, doubt
-    cousins = [w for w in known.akin(problem, device) if w.measurement.family != problem.family]
+    own_family = problem.family
+    cousins = [w for w in known.akin(problem, device) if w.measurement.family != own_family]
     for winner in _nearest(problem, cousins):
         yield "head_dim", winner, _doubt(winner, problem, device)
-    masked = [w for w in known.other_masks(problem, device) if w.measurement.family != problem.family]
+    masked = [w for w in known.other_masks(problem, device) if w.measurement.family != own_family]
     for winner in _nearest(problem, masked):
         yield "mask", winner, _doubt(winner, problem, device)
 
 
 def _nearest(problem: Problem, winners: list[Winner]) -> list[Winner]:
     """The two measured shapes nearest to the problem's, dimensions counting too."""
-
-    def far(winner: Winner) -> float:
-        other = Problem.parse(winner.problem)
-        dims = abs(math.log2(other.head_dim / problem.head_dim)) + abs(math.log2(other.value_dim / problem.value_dim))
-        words = (
-            set(other.mask.split("+")) ^ set(problem.mask.split("+")),
-            set(other.score.split("+")) ^ set(problem.score.split("+")),
-        )
-        return distance(other, problem) + 4 * dims + sum(map(len, words)) / 2
-
-    return sorted(winners, key=far)[:2]
+    if len(winners) <= 1:
+        return winners
+    mine = _Traits.of(problem)
+    return nsmallest(2, winners, key=lambda winner: mine.apart_with_family(_traits_of(winner.problem)))
 
 
 def _doubt(winner: Winner, problem: Problem, device: Device) -> str:
     """Why a winner of another shape or device must not serve; empty if it may."""
-    far = distance(Problem.parse(winner.problem), problem)
+    far = _traits_of(winner.problem).apart(_Traits.of(problem))
     if far > NEAR:
         return f"{far:.1f} octaves away, more than {NEAR:g}"
     if not winner.measurement.is_rival and winner.ratio_low < LARGE_ADVANTAGE:

@@ -132,14 +132,14 @@ class Mask:
         first, end = self.high.first_beyond.value(**names), self.low.first_beyond.value(**names)
         return _within(first, q_len), _within(end, q_len)
 
-    def pairs(self, q_len: int, kv_len: int, **own: Any) -> int:
-        """(position, key) pairs of one sequence within the bounds; of more than MOST_COUNTED positions, estimated. Limits are
+    def pairs(self, q_len: int, kv_len: int, most: int = MOST_COUNTED, **own: Any) -> int:
+        """(position, key) pairs of one sequence within the bounds; of more than ``most`` positions, estimated. Limits are
         integers, or by position arrays of as many as are counted."""
         if not self.cuts_front and not self.cuts_back:
             return q_len * kv_len
         import numpy as np
 
-        counted = min(q_len, MOST_COUNTED, *(len(own[one.name]) for one in self.by_position))
+        counted = min(q_len, most, *(len(own[one.name]) for one in self.by_position))
         position = np.arange(counted, dtype=np.int64)
         if counted < q_len:
             position = np.linspace(0, q_len - 1, counted).astype(np.int64)

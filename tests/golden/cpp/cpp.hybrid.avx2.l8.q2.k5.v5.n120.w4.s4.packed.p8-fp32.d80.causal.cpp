@@ -129,10 +129,10 @@ struct State {
 // The reference point of exponents: -inf (no key yet) must not meet itself, inf - inf is NaN.
 INLINE vec reference(vec m) { return m == -INF ? vec{} : m; }
 
-// Largest scores beyond FAR: their products with log2(e) are rounded by whole numbers, which a weight would multiply by.
+// Products of log2(e) and scores beyond FAR are rounded by whole numbers: weights would be off by powers of 2.
 constexpr float FAR = 16777216.0f, MOST = 3.40282347e+38f;
 
-// Scores of rows whose largest is so far away become differences from it, and base says where it lies in base 2, a whole number.
+// Scores of rows whose largest is so far away become differences from it; base is where it lies in base 2, and whole.
 __attribute__((noinline, cold)) vec subtract(vec* score, int step, int n, vec from) {
   for (int j = 0; j < n; ++j) score[j * step] -= from;
   const vec scaled = from * LOG2_E;
