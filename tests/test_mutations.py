@@ -70,7 +70,7 @@ OF_CPP = [
     Mutation("keep is not applied to W", "w[t][i] * keep[i] + acc", "w[t][i] + acc"),
     Mutation("keep is applied to W twice", "w[t][i] * keep[i] + acc", "w[t][i] * keep[i] * keep[i] + acc"),
     Mutation("the maximum is forgotten", "x.m[i] = m;\n", ""),
-    Mutation("the maximum is the leaf's", "max(x.m[i], whole(", "max(whole(top[i] * LOG2_E), whole("),
+    Mutation("the maximum is the leaf's", "m = max(x.m[i], m);", ""),
     Mutation("the first maximum is 0", "m[i] = splat(-INF), s", "m[i] = splat(0.0f), s"),
     Mutation("merging swaps what is kept of S", "keep_a[i] * a.s[i] + keep_b[i] * b.s[i]", "keep_b[i] * a.s[i] + keep_a[i] * b.s[i]"),
     Mutation("merging swaps what is kept of W", "keep_a[i] * a.w[t][i] + keep_b[i] * b.w", "keep_b[i] * a.w[t][i] + keep_a[i] * b.w"),

@@ -78,7 +78,7 @@ class _Traits:
 
 
 def _steps(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    return sum(map(abs, map(sub, a, b)))
+    return float(sum(map(abs, map(sub, a, b))))
 
 
 @lru_cache(maxsize=4096)

@@ -132,25 +132,28 @@ INLINE vec reference(vec m) { return m == -INF ? vec{} : m; }
 // Products of log2(e) and scores beyond FAR are rounded by whole numbers: weights would be off by powers of 2.
 constexpr float FAR = 16777216.0f, MOST = 3.40282347e+38f;
 
-// Scores of rows whose largest is so far away become differences from it; base is where it lies in base 2, and whole.
-__attribute__((noinline, cold)) vec subtract(vec* score, int step, int n, vec from) {
-  for (int j = 0; j < n; ++j) score[j * step] -= from;
-  const vec scaled = from * LOG2_E;
-  return scaled > MOST ? splat(MOST) : scaled < -MOST ? splat(-MOST) : scaled;
+INLINE ivec is_far(vec x) {
+  const vec size = max(x, -x);
+  return (size >= FAR) & (size < INF);
 }
 
 template <int QV>
-INLINE void meet_far(vec (*score)[QV], int n, vec* top, vec* base) {
-  UNROLL for (int i = 0; i < QV; ++i) {
-    const vec size = max(top[i], -top[i]);
-    ivec far = (size >= FAR) & (size < INF), any = far;
-    any |= __builtin_shufflevector(any, any, 1, 0, 3, 2, 5, 4, 7, 6);
-    any |= __builtin_shufflevector(any, any, 2, 3, 0, 1, 6, 7, 4, 5);
-    any |= __builtin_shufflevector(any, any, 4, 5, 6, 7, 0, 1, 2, 3);
-    base[i] = vec{};
-    if (__builtin_expect(any[0] == 0, 1)) continue;
-    const vec from = far ? top[i] : vec{};
-    base[i] = subtract(&score[0][i], QV, n, from);
+INLINE bool any_far(const vec* top) {
+  ivec any = is_far(top[0]);
+  UNROLL for (int i = 1; i < QV; ++i) any |= is_far(top[i]);
+  any |= __builtin_shufflevector(any, any, 1, 0, 3, 2, 5, 4, 7, 6);
+  any |= __builtin_shufflevector(any, any, 2, 3, 0, 1, 6, 7, 4, 5);
+  any |= __builtin_shufflevector(any, any, 4, 5, 6, 7, 0, 1, 2, 3);
+  return any[0] != 0;
+}
+
+// Scores of rows whose largest is so far away become differences from it; base is where it lies in base 2, and whole.
+template <int QV>
+inline void subtract_far(vec (*score)[QV], int n, vec* top, vec* base) {
+  for (int i = 0; i < QV; ++i) {
+    const vec from = is_far(top[i]) ? top[i] : vec{}, scaled = from * LOG2_E;
+    base[i] = scaled > MOST ? splat(MOST) : scaled < -MOST ? splat(-MOST) : scaled;
+    for (int j = 0; j < n; ++j) score[j][i] -= from;
     top[i] -= from;
   }
 }
@@ -423,7 +426,7 @@ struct Tile {
   // Fold one leaf, keys [first, first + n), into a state.
   INLINE void fold([[maybe_unused]] const Rows<QV>& rows, const Leaf& leaf, [[maybe_unused]] int64_t first, int n,
                    [[maybe_unused]] bool masked, State<QV>& x) {
-    vec top[QV], base[QV], keep[QV];
+    vec top[QV];
     for (int i = 0; i < QV; ++i) top[i] = splat(-INF);
 
     // Scores.
@@ -440,19 +443,34 @@ struct Tile {
     }
     if (masked) apply_mask<QV>(score, rows.high, first, n, top);
 
-    meet_far<QV>(score, n, top, base);
+    if (__builtin_expect(any_far<QV>(top), 0)) {
+      vec met[QV];
+      for (int i = 0; i < QV; ++i) met[i] = top[i];
+      weigh_far(leaf, n, met, x);
+    } else {
+      weigh<false>(leaf, n, top, nullptr, x);
+    }
+  }
+
+  // Fold scores of a leaf, of which top are the largest, and its values into a state.
+  template <bool IS_FAR>
+  INLINE void weigh(const Leaf& leaf, int n, vec* top, [[maybe_unused]] const vec* base, State<QV>& x) {
+    vec keep[QV];
     // Weights: 2^(score log2(e) - m), one multiply-add and one exp2, and the running sum. m is met in
     // differences only, so large scores lose nothing to its rounding.
     for (int i = 0; i < QV; ++i) {
-      const vec m = max(x.m[i], whole(top[i] * LOG2_E) + base[i]);
+      vec m = whole(top[i] * LOG2_E);
+      if (IS_FAR) m += base[i];
+      m = max(x.m[i], m);
       keep[i] = exp2(x.m[i] - reference(m));
       x.m[i] = m;
       x.s[i] *= keep[i];
-      top[i] = reference(m) - base[i];
+      top[i] = reference(m);
+      if (IS_FAR) top[i] -= base[i];
     }
     vec sum[QV];
     UNROLL for (int i = 0; i < QV; ++i) sum[i] = vec{};
-    for (j = 0; j < n; ++j)
+    for (int j = 0; j < n; ++j)
       UNROLL for (int i = 0; i < QV; ++i) {
         const vec p = exp2(score[j][i] * LOG2_E - top[i]);
         score[j][i] = p;
@@ -466,6 +484,13 @@ struct Tile {
     for (; t + VT <= VALUE_STEPS; t += VT) dot_values<QV, VT>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
     constexpr int REST = VALUE_STEPS % VT;
     if (REST > 0) dot_values<QV, REST ? REST : 1>(score, leaf.value + t * CHUNK, leaf.value_row, n, keep, x.w + t);
+  }
+
+  // The same of scores so large that they are met in differences.
+  __attribute__((noinline, cold)) void weigh_far(const Leaf& leaf, int n, vec* top, State<QV>& x) {
+    vec base[QV];
+    subtract_far<QV>(score, n, top, base);
+    weigh<true>(leaf, n, top, base, x);
   }
 
   // The total over leaves [begin, end) of the key axis, keys below limit, into worker[WORKERS - 1]. Every row of the
