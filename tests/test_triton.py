@@ -49,9 +49,9 @@ def networks() -> list[str]:
 
 
 def every_network() -> list[object]:
-    """A fold and the last merge of two levels; the others meet in the covering array, and with hostile inputs in `make test-all`."""
-    first, *middle, last = networks()
-    return [first, *(pytest.param(network, marks=pytest.mark.slow) for network in middle), last]
+    """A fold; the others meet in the covering array, and with hostile inputs in `make test-all`."""
+    first, *others = networks()
+    return [first, *(pytest.param(network, marks=pytest.mark.slow) for network in others)]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -68,13 +68,19 @@ def test_every_scan_state_and_schedule(network: str, state: str) -> None:
     "spelling, problem",
     [
         ("triton.serial.half.m64.n64.warps4.stages1", "fp16.d32.causal"),
-        ("triton.blelloch.fma.m16.n32.warps8.stages1.s2.two_kernels.apart", "bf16.d16.v24"),
         ("triton.serial.ieee.m64.n64.warps4.stages1.apart.masked.parts.longest", "fp32.d80.causal@b1.h6.kv2.q1.k1"),
         ("triton.serial.ieee.m64.n64.warps4.stages1.heads.persistent1", "fp32.d40.v72@b1.h6.kv2.q1.k1"),
-        ("triton.blelloch.fma.m16.n64.warps8.stages1.s2.last_block.apart", "fp32.strict.d16.causal@b1.h8.kv2.q1.k1"),
         ("triton.serial.fma.m16.n64.warps8.stages1.apart.parts", "fp16.d24"),
         ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+window"),
         ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+lengths.softcap"),
+        pytest.param(
+            "triton.blelloch.fma.m16.n32.warps8.stages1.s2.two_kernels.apart", "bf16.d16.v24", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "triton.blelloch.fma.m16.n64.warps8.stages1.s2.last_block.apart",
+            "fp32.strict.d16.causal@b1.h8.kv2.q1.k1",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "triton.hybrid.ieee.m16.n32.warps4.stages1.w2.s2.two_kernels", "fp32.d16.lengths", marks=pytest.mark.slow
         ),
@@ -97,7 +103,7 @@ def test_axes_and_families(spelling: str, problem: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("state", ["running", "pair.apart"])
+@pytest.mark.parametrize("state", ["running", pytest.param("pair.apart", marks=pytest.mark.slow)])
 def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
     """As long as hostile inputs are on a GPU: outputs and log-sum-exps of a thousand leaves."""
     problem = Problem.parse("fp32.d16")
