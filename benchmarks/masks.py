@@ -64,7 +64,7 @@ class Case:
         """bool: which pairs a mask of ours lets through."""
         p = self.posed
         seen: Tensor = self.mask().dense(p.batch, p.heads, p.q_len, p.kv_len)
-        return seen
+        return seen[(None,) * (4 - seen.dim())]  # three dimensions are refused by torch's fused kernel
 
 
 @dataclass(frozen=True)

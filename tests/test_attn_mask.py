@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dispatch import LANES, record, won
+from test_dispatch import LANES, only_kernels, record, won
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -130,7 +130,7 @@ def test_every_form(form: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None
     expected, sums = truth(q, k, v, added(mask))
     if by == "a kernel":
         has_a_winner(f"fp32.d{DIM}.{family}", mask)
-        monkeypatch.setattr(dispatch.fallback, "attend", None)
+        only_kernels(monkeypatch)
     else:
         monkeypatch.setattr(dispatch, "_ready_kernel", lambda *arguments: None)
         dispatch.refresh()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dispatch import LANES, record, won
+from test_dispatch import LANES, only_kernels, record, won
 from torch import Tensor
 
 import elsa_tune
@@ -77,7 +77,7 @@ def test_a_recorded_winner_serves(name: str, asked: str, monkeypatch: pytest.Mon
     record(won(str(problem), VARIANTS[name].format(LANES)))
     logits = change(q.double() @ k.double().mT / DIM**0.5, mask)
     truth = logits.softmax(-1)[..., :LENGTH] @ v.double()
-    monkeypatch.setattr(dispatch.fallback, "attend", None)
+    only_kernels(monkeypatch)
     out = elsa_tune.attention(q, k, v, attn_mask=mask)
     assert out.dtype == dtype
     assert float((out.double() - truth).abs().max()) <= 32 * elements.precision(name).unit

@@ -83,13 +83,26 @@ class Served:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.by_torch = 0
-        original = fallback.attend
+        original, direct = fallback.attend, fallback.by_torch
 
-        def counted(*arguments: object) -> Tensor:
+        def attend(*arguments: object) -> Tensor:
             self.by_torch += 1
-            return original(*arguments)  # type: ignore[arg-type]
+            with monkeypatch.context() as inside:
+                inside.setattr(fallback, "by_torch", direct)
+                return original(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(fallback, "attend", counted)
+        def by_torch(*arguments: object) -> Tensor:
+            self.by_torch += 1
+            return direct(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(fallback, "attend", attend)
+        monkeypatch.setattr(fallback, "by_torch", by_torch)
+
+
+def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch answers nothing from now on."""
+    for name in ("attend", "by_torch"):
+        monkeypatch.setattr(fallback, name, None)
 
 
 @pytest.fixture

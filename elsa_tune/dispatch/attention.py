@@ -87,7 +87,11 @@ def attention(
         serve = _serving.get(entry)
         if serve is None:
             serve = _serving_for(entry, query, key, value, wanted, enable_gqa)
-        if serve is not _torch_serves and type(scale) in _SCALES and not _autocast():
+        if serve is _torch_serves and (
+            attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)
+        ):
+            return fallback.by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if serve not in _OF_TORCH and type(scale) in _SCALES and not _autocast():
             if wanted.operands:
                 operands = wanted.in_order(query, key)
             try:
@@ -137,7 +141,7 @@ def served(
     if exactness.active:
         entry = (*entry, exactness.asked())
     serve = _serving.get(entry) or _serving_for(entry, query, key, value, wanted, enable_gqa)
-    if serve is _torch_serves:
+    if serve in _OF_TORCH:
         return None
     operands = wanted.in_order(query, key)
     if _grad_enabled() and needs_grad(query, key, value, *operands):
@@ -173,17 +177,24 @@ def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
     return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
 
 
-def _torch_serves(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None = None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-    operands: Operands = (),
-) -> Tensor:
-    raise AssertionError("a mark in the table, never called")
+def _mark() -> Call:
+    def never(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        operands: Operands = (),
+    ) -> Tensor:
+        raise AssertionError("a mark in the table, never called")
 
+    return never
+
+
+_torch_serves, _torch_decides = _mark(), _mark()
+"""Marks in the table: tensors pose a problem that torch serves, or none, and torch may refuse them."""
+_OF_TORCH = frozenset((_torch_serves, _torch_decides))
 
 # Once per shape.
 
@@ -201,10 +212,11 @@ def _serving_for(entry: _Key, query: Tensor, key: Tensor, value: Tensor, wanted:
         if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
             _serving[entry] = kernel.bind(*like)
 
-    found = _ready_kernel(problem_of(query, key, value, wanted, enable_gqa), query, ready)
+    problem = problem_of(query, key, value, wanted, enable_gqa)
+    found, by_torch = _ready_kernel(problem, query, ready), _torch_serves if problem else _torch_decides
     if len(_serving) >= MOST_SHAPES:
         _serving.clear()
-    return _serving.setdefault(entry, found.bind(query, key, value) if isinstance(found, Kernel) else _torch_serves)
+    return _serving.setdefault(entry, found.bind(query, key, value) if isinstance(found, Kernel) else by_torch)
 
 
 def _gradients_for(

@@ -15,7 +15,7 @@ from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
-from elsa_tune.generate.tensors import described, lse_dtype, number
+from elsa_tune.generate.tensors import described, lse_dtype, needs_grad, number
 from elsa_tune.masks import CAUSAL, AttnMask, may_be_read
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -53,7 +53,7 @@ def attend(
         wanted = attn_mask & CAUSAL if is_causal else attn_mask
         scale = number("scale", scale) if scale is not None and not _recorded() else scale
         return _of_ours(query, key, value, wanted, dropout_p, scale, enable_gqa)
-    return _by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _recorded() -> bool:
@@ -76,21 +76,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p:
         raise WrongArguments(f"{told()}: key and value differ in length; both must have kv_len rows")
     if query.shape[-1] != key.shape[-1]:
         raise WrongArguments(f"{told()}: query and key must have the same last dimension, head_dim")
-    outer = [list(x.shape[:-2]) for x in given]
+    of_heads: tuple[int, ...] = ()
+    outer: list[tuple[int, ...]] = [x.shape[:-2] for x in given]
     if enable_gqa and all(outer):
-        heads, kv_heads = outer[0].pop(), {outer[1].pop(), outer[2].pop()}
-        if any(not n or heads % n for n in kv_heads):
-            raise WrongArguments(f"{told()}: the {heads} heads of query must be a multiple of those of key and value")
-        outer.append([heads])
+        of_heads = outer[0][-1:]
+        if any(not x[-1] or of_heads[0] % x[-1] for x in outer):
+            raise WrongArguments(
+                f"{told()}: the {of_heads[0]} heads of query must be a multiple of those of key and value"
+            )
+        outer = [x[:-1] for x in outer]
     try:
-        shared = _broadcast(*outer[:3])
+        shared = outer[0] if outer[0] == outer[1] == outer[2] else _broadcast(*outer)
     except RuntimeError as error:
         more = "" if enable_gqa else ", or with enable_gqa its heads be a multiple of theirs"
         raise WrongArguments(f"{told()}: what comes before the last two dimensions must broadcast{more}") from error
     if isinstance(attn_mask, Tensor):
         if attn_mask.device != query.device:
             raise WrongArguments(f"attn_mask is on {attn_mask.device}, query on {query.device}; move the mask there")
-        wanted = [*shared, *(outer[3] if len(outer) > 3 else ()), query.shape[-2], key.shape[-2]]
+        wanted = [*shared, *of_heads, query.shape[-2], key.shape[-2]]
         if attn_mask.layout != torch.strided:
             raise WrongArguments(f"attn_mask is {attn_mask.layout}; give a dense tensor, or masks of elsa_tune.masks")
         axes = zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
@@ -98,7 +101,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, dropout_p:
             raise WrongArguments(f"attn_mask {list(attn_mask.shape)} must broadcast to {wanted}, of {told()}")
 
 
-def _by_torch(
+def by_torch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
@@ -128,8 +131,9 @@ def _fused_errs(
         return False
     if attn_mask.dtype != query.dtype:
         return True
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, attn_mask))
-    if not needs_grad or _recorded() or not attn_mask.numel() or not may_be_read(attn_mask):
+    if not (torch.is_grad_enabled() and needs_grad(query, key, value, attn_mask)) or _recorded():
+        return False
+    if not attn_mask.numel() or not may_be_read(attn_mask):
         return False
     top = attn_mask.amax(-1)
     return bool(((top.abs() >= FAR) & top.isfinite()).any())
@@ -154,7 +158,7 @@ def _of_ours(
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     if 0 in (*query.shape, *value.shape):
-        return _by_torch(query, key, value, None, dropout_p, False, scale, enable_gqa)
+        return by_torch(query, key, value, None, dropout_p, False, scale, enable_gqa)
     if heads % kv_heads:
         raise WrongArguments(f"query has {heads} heads, key and value {kv_heads}; they must divide")
     element = elements.of_dtype(query.dtype)
@@ -169,14 +173,12 @@ def _of_ours(
     )  # fmt: skip
     there, chain = posed(problem, wanted.in_order(query, key), query, key), scores.get(problem.score)
     if problem.score == scores.NONE and masks.get(problem.mask).torchs == "is_causal":
-        return _by_torch(query, key, value, None, dropout_p, True, scale, enable_gqa)
+        return by_torch(query, key, value, None, dropout_p, True, scale, enable_gqa)
     if problem.score == scores.NONE or chain.additive:
         mask = torchs_mask(there) if (problem.mask, problem.score) != (masks.NONE, scores.NONE) else None
-        if (
-            type(mask).__name__ == "CausalBias" and scale is not None and scale <= 0
-        ):  # its fused kernel errs, as is_causal's
-            mask = there.dense()[None, None]
-        return _by_torch(query, key, value, mask, dropout_p, False, scale, enable_gqa)
+        if type(mask).__name__ == "CausalBias" and scale is not None and scale <= 0:
+            mask = there.dense()[None, None]  # what torch makes of its own object errs as is_causal does
+        return by_torch(query, key, value, mask, dropout_p, False, scale, enable_gqa)
     hidden, wide = None if problem.mask == masks.NONE else ~there.dense(), lse_dtype(query)
     with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
         return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)
