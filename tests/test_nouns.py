@@ -276,7 +276,7 @@ def test_workloads() -> None:
     assert any(p.q_len == 1 and p.group > 1 for p in found) and any(p.mask == "causal" and p.group > 1 for p in found)
     assert {"bshd", "fused", "bshd-bhsd-bhsd", CONTIGUOUS} == {p.order for p in found} and len(found) <= 21
     assert {p.dtype for p in found} == {"fp32", "bf16"} and any("window" in p.mask for p in found)
-    assert any(p.mask == "lengths" for p in found) and any(p.score == "bias" for p in found)
+    assert any(p.mask == "dense" for p in found) and any(p.score == "bias" for p in found)
 
 
 @pytest.mark.parametrize("content", ["", "x = 1", "[a]\nproblems = 3", "[a]\nproblems = []", "not toml ["])
