@@ -76,6 +76,8 @@ class AttnMask:
     def _converted(self, array: Array, query: Tensor, key: Tensor) -> Tensor:
         import torch
 
+        from elsa_tune.generate.tensors import one_of_each
+
         value = self._made(array, query.shape[2], key.shape[2], query.device)
         value = value.resolve_neg() if value.is_neg() else value
         wanted: torch.dtype = getattr(torch, array.dtype)
@@ -87,8 +89,7 @@ class AttnMask:
             _check_limit(array, value, key.shape[2])
         if value.dtype == wanted:
             return value
-        alone = value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]
-        return alone.to(wanted)  # of what is shared one of each: kernels take either
+        return one_of_each(value).to(wanted)  # kernels take either
 
     def _made(self, array: Array, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         value = self.operands[array.name]

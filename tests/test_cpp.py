@@ -18,6 +18,7 @@ from elsa_tune.errors import BuildFailed, CompilerMissing, KernelCacheUnsafe, Wr
 from elsa_tune.generate import backends, cpp, lawful
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cpp import huge_pages
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -181,6 +182,21 @@ def test_biases_of_any_size(state: str) -> None:
             -largest * math.log(2), largest * math.log(2)
         )  # in base 2 they are floats too
         assert torch.allclose(lse.double(), known, rtol=1e-6, atol=1e-5)
+
+
+def test_large_outputs_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole ones inside the output alone, and none for outputs that the allocator may have had before."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(huge_pages, "_advise", lambda: lambda start, length, advice: asked.append((start, length)))
+    problem = Problem.parse("fp32.d16")
+    kernel = kernel_of(here("cpp.serial.{isa}.q2.k4.v4.n16"), problem)
+    key, rows = torch.randn(1, 1, 3, 16), huge_pages.FRESH // (4 * 16)
+    for q_len, times in ((rows - 1, 0), (rows + 5, 1)):
+        out = kernel(torch.randn(1, 1, q_len, 16), key, key)
+        assert len(asked) == times and bool(out.isfinite().all())
+    ((start, length),) = asked
+    assert start % huge_pages.HUGE == length % huge_pages.HUGE == 0 and length > huge_pages.FRESH // 2
+    assert out.data_ptr() <= start and start + length <= out.data_ptr() + out.nbytes
 
 
 def test_splits_are_bounded_by_bytes() -> None:

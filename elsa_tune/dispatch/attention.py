@@ -95,7 +95,8 @@ def attention(
             if wanted.operands:
                 operands = wanted.in_order(query, key)
             try:
-                if not (_grad_enabled() and needs_grad(query, key, value, *operands)):
+                wanting = query.requires_grad or key.requires_grad or value.requires_grad
+                if not (_grad_enabled() and (wanting or (operands and needs_grad(*operands)))):
                     return serve(query, key, value, scale, None, None, operands)
                 gradients = _gradients_for(entry, query, key, value, wanted, enable_gqa)
                 if gradients is not None:  # of families whose operands are numbers

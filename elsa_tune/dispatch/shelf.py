@@ -35,16 +35,19 @@ lock = threading.RLock()
 BUILDER = "elsa-tune-build"
 """The name of threads that build beside calls."""
 
+HANGS = 60.0
+"""Seconds after which a build that is waited for is taken to hang."""
+
 _ending = threading.Event()
 
 
 @atexit.register
 def end() -> None:
-    """Begin no build any more, and wait for one that has begun: a thread inside torch must not outlive the interpreter."""
+    """Begin no build any more, and wait for one that has begun, unless it hangs: a thread inside torch must not outlive the interpreter."""
     _ending.set()
     for thread in threading.enumerate():
         if thread.name == BUILDER:
-            thread.join()
+            thread.join(HANGS)
 
 
 class _Known:

@@ -40,6 +40,11 @@ def needs_grad(*given: Any) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
+def one_of_each(x: Tensor) -> Tensor:
+    """What a tensor holds along the axes on which it is expanded, once: of length 1 there."""
+    return x[tuple(slice(1) if step == 0 else slice(None) for step in x.stride())]
+
+
 def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise WrongArguments unless the last dimensions are the family's."""
     dims = (query.shape[3], key.shape[3], value.shape[3])

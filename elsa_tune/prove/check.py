@@ -17,7 +17,7 @@ from elsa_tune.device import Device
 from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.generate.operands import with_example
-from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.generate.tensors import lse_dtype, one_of_each
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.prove.reference import Inputs
@@ -148,7 +148,7 @@ class _Surrounded:
 
     def __init__(self, x: Tensor) -> None:
         shown = float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
-        alone = x[tuple(slice(1) if step == 0 else slice(None) for step in x.stride())]  # what is shared stays so
+        alone = one_of_each(x)  # what is shared stays so
         self._memory = torch.full([n + 3 for n in alone.shape], shown, dtype=x.dtype, device=x.device)
         inside = self._memory[(slice(1, -2),) * x.dim()]
         inside.copy_(alone)
