@@ -31,7 +31,7 @@ import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune import workload
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.generate import cpp
 from elsa_tune.generate.cpp import call as _call
 from elsa_tune.generate.cpp import pool as _pool
@@ -347,7 +347,7 @@ def call_overhead() -> dict[str, float]:
     kernel = cpp.load(built, served.variant, problem)
     q = torch.randn(1, 1, 1, 64)
     bound = kernel.bind(q, q, q)
-    dispatch._serving[dispatch._entry(q, q, q, False, False)] = bound
+    serving.table[serving.entry_of(q, q, q, False, False)] = bound
     out = bound(q, q, q)
     layout = _call._LAYOUT(1, 1, 1, 1, 1, *[64] * 12, 0.125, torch.get_num_threads(), _pool.openmp()[1])
     packed = _call._POINTERS(*(t.data_ptr() for t in (q, q, q, out)), 0) + layout
@@ -367,7 +367,7 @@ def call_overhead() -> dict[str, float]:
         "bare_kernel": least(lambda: function(packed)),
         "torch_sdpa": least(lambda: scaled_dot_product_attention(q, q, q)),
     }
-    dispatch.refresh()
+    serving.refresh()
     return {**found, "overhead": found["attention"] - found["bare_kernel"]}
 
 

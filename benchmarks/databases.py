@@ -31,11 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DISPATCH = """
 import time, torch, elsa_tune
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 q = torch.randn(1, 2, 96, 16)
 start = time.perf_counter()
 elsa_tune.attention(q, q, q)
 seconds = time.perf_counter() - start
-assert dispatch._serving[dispatch._entry(q, q, q, False, False)] is not dispatch._torch_serves, "torch served"
+assert serving.table[serving.entry_of(q, q, q, False, False)].call, "torch served"
 start = time.perf_counter()
 torch.nn.functional.scaled_dot_product_attention(q, q, q)
 print(seconds)

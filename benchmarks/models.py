@@ -26,8 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import meaning
+from elsa_tune.dispatch import meaning, serving
 from elsa_tune.masks import CAUSAL, NONE
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import race
@@ -146,7 +145,7 @@ class Recorder:
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         wanted = (CAUSAL if is_causal else NONE) if attn_mask is None else meaning.of(attn_mask, is_causal, query, key)
-        posed = wanted and dispatch.problem_of(query, key, value, wanted, enable_gqa)
+        posed = wanted and serving.problem_of(query, key, value, wanted, enable_gqa)
         if wanted is None:
             self.others[f"a mask {attn_mask.dtype} {list(attn_mask.shape)}"] += 1
         elif dropout_p or posed is None:
@@ -224,7 +223,7 @@ def attention_share(forward: Forward) -> float:
 
 def served(problem: Problem, calls: int) -> dict[str, Any]:
     """Who serves a problem here, and why; a kernel that must be built is built now."""
-    chosen = dispatch.explain(problem, host_cpu())
+    chosen = serving.explain(problem, host_cpu())
     if not chosen.by_sdpa:
         elsa_tune.load(problem, "cpu")
     measured = chosen.winner.ratio if chosen.winner else None

@@ -43,12 +43,12 @@ def no_opencl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty home: no database, no kernels."""
-    from elsa_tune.dispatch import attention as dispatch
+    from elsa_tune.dispatch import serving
 
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "home"))
-    dispatch.refresh()
+    serving.refresh()
     yield tmp_path / "home"
-    dispatch.refresh()
+    serving.refresh()
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from elsa_tune import masks, scores
-from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import meaning
+from elsa_tune.dispatch import meaning, serving
 from elsa_tune.errors import WrongArguments
 from elsa_tune.problem import Problem
 
@@ -109,10 +108,10 @@ def one_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where a family's kernel is built once."""
     before = os.environ["ELSA_TUNE_HOME"]
     os.environ["ELSA_TUNE_HOME"] = str(tmp_path_factory.mktemp("attn-mask"))
-    dispatch.refresh()
+    serving.refresh()
     yield
     os.environ["ELSA_TUNE_HOME"] = before
-    dispatch.refresh()
+    serving.refresh()
 
 
 def has_a_winner(family: str, mask: Any) -> None:
@@ -132,8 +131,8 @@ def test_every_form(form: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None
         has_a_winner(f"fp32.d{DIM}.{family}", mask)
         only_kernels(monkeypatch)
     else:
-        monkeypatch.setattr(dispatch, "_ready_kernel", lambda *arguments: None)
-        dispatch.refresh()
+        monkeypatch.setattr(serving, "_ready_kernel", lambda *arguments: ("", None))
+        serving.refresh()
     with torch.no_grad():
         for _ in range(2):
             assert torch.allclose(elsa_tune.attention(q, k, v, attn_mask=mask).double(), expected, rtol=0, atol=2e-6)

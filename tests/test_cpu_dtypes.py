@@ -13,7 +13,7 @@ from torch import Tensor
 
 import elsa_tune
 from elsa_tune import masks, scores
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 
@@ -56,10 +56,10 @@ def one_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where a family's kernel is built once."""
     before = os.environ["ELSA_TUNE_HOME"]
     os.environ["ELSA_TUNE_HOME"] = str(tmp_path_factory.mktemp("dtypes"))
-    dispatch.refresh()
+    serving.refresh()
     yield
     os.environ["ELSA_TUNE_HOME"] = before
-    dispatch.refresh()
+    serving.refresh()
 
 
 @pytest.mark.parametrize("asked", ASKED)

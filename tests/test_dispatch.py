@@ -20,8 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import masks, places, scores, space
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import exactness, fallback, handovers, ladder
+from elsa_tune.dispatch import exactness, fallback, handovers, ladder, serving
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, cpp
 from elsa_tune.measurement import KERNELS, Measurement
@@ -56,7 +55,7 @@ def record(*rows: Measurement) -> None:
     with Database.for_writing() as database:
         for row in rows:
             database.record(row)
-    dispatch.refresh()
+    serving.refresh()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +66,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     record(*(won(f"{family}@{SHAPE}") for family in FAMILIES), won("fp32.d16@b2.h4.kv2.q50.k50"))
     yield
     os.environ["ELSA_TUNE_HOME"] = before
-    dispatch.refresh()
+    serving.refresh()
 
 
 def tensors(
@@ -137,11 +136,11 @@ def test_a_call_looks_for_its_own_memory_order_first() -> None:
     )
     plain = [torch.randn(2, 6, 40, 24) for _ in range(3)]
 
-    def serves(*orders: str) -> dispatch.Choice:
+    def serves(*orders: str) -> serving.Choice:
         x = arranged(orders, *plain)
-        problem = dispatch.problem_of(*x)
+        problem = serving.problem_of(*x)
         assert problem is not None
-        return dispatch.explain(problem, HERE)
+        return serving.explain(problem, HERE)
 
     assert str(serves("bhsd", "bhsd", "bhsd").variant) == VARIANT
     assert str(serves("bshd", "bshd", "bshd").variant) == slower
@@ -336,7 +335,7 @@ def test_mistakes_raise_as_torch_does() -> None:
 def test_threads_share_one_table() -> None:
     q, k, v = tensors()
     expected, failures = scaled_dot_product_attention(q, k, v), []
-    dispatch.refresh()
+    serving.refresh()
 
     def hammer() -> None:
         for i in range(100):
@@ -372,7 +371,7 @@ def test_a_growing_cache_does_not_grow_the_table() -> None:
     q, k, v = tensors(q_len=1, kv_len=4300)
     for n in range(1, 4300):
         elsa_tune.attention(q, k[:, :, :n], v[:, :, :n])
-    assert len(dispatch._serving) <= dispatch.MOST_SHAPES
+    assert len(serving.table) <= serving.MOST_SHAPES
 
 
 # Choosing.
@@ -382,7 +381,7 @@ def test_neighbours_serve_only_with_a_large_advantage(home: Path) -> None:
     record(won("fp32.d16@b2.h4.q50.k50", ratio=2.0), won("fp32.d16@b2.h4.q800.k800", ratio=1.2))
 
     def explain(text: str) -> ladder.Choice:
-        return dispatch.explain(Problem.parse(text), HERE)
+        return serving.explain(Problem.parse(text), HERE)
 
     assert explain("fp32.d16@b2.h4.q50.k50").rung == "exact"
     assert explain("fp32.d16@b2.h4.q800.k800").rung == "exact"
@@ -396,20 +395,20 @@ def test_a_neighbour_slower_than_sdpa_nearby_does_not_serve(home: Path) -> None:
     lost = won("fp32.d16@b2.h4.q100.k100", ratio=0.8)
     torchs = won("fp32.d16@b2.h4.q100.k100", variant="sdpa.flash", ratio=1.0, ratio_low=1.0)
     record(won("fp32.d16@b2.h4.q50.k50"), lost, torchs)
-    choice = dispatch.explain(Problem.parse("fp32.d16@b2.h4.q60.k60"), HERE)
+    choice = serving.explain(Problem.parse("fp32.d16@b2.h4.q60.k60"), HERE)
     assert choice.by_sdpa and any("slower than SDPA at" in step for step in choice.steps)
 
 
 def test_kin_and_other_dimensions_are_labelled(home: Path) -> None:
     kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
     record(won("fp32.d16@b2.h4.q50.k50", device=kin))
-    assert dispatch.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).rung == "model"
-    assert dispatch.explain(Problem.parse("fp32.d20@b2.h4.q50.k50"), HERE).rung == "head_dim"
+    assert serving.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).rung == "model"
+    assert serving.explain(Problem.parse("fp32.d20@b2.h4.q50.k50"), HERE).rung == "head_dim"
 
 
 def test_where_sdpa_won_sdpa_serves(home: Path, served: Served) -> None:
     record(won("fp32.d16@b2.h4.q50.k50", variant="sdpa.flash", ratio=1.0, ratio_low=1.0))
-    assert dispatch.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).by_sdpa
+    assert serving.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), HERE).by_sdpa
     q, k, v = tensors()
     assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v)) and served.by_torch == 1
 
@@ -447,10 +446,10 @@ def test_a_build_that_fails_is_not_repeated_for_every_shape(home: Path, monkeypa
             elsa_tune.attention(q, k[:, :, :n], v[:, :, :n]), scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n])
         )
     deadline = time.monotonic() + 10
-    while "background build" not in dispatch._shelf.troubles and time.monotonic() < deadline:
+    while "background build" not in serving._shelf.troubles and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert len(attempts) == 1 and "planted" in dispatch._shelf.troubles["background build"]
+    assert len(attempts) == 1 and "planted" in serving._shelf.troubles["background build"]
 
 
 def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +465,7 @@ def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytes
 def test_a_useless_database_means_torch_serves(home: Path, served: Served) -> None:
     places.home().mkdir()
     places.database().write_bytes(b"garbage" * 1000)
-    dispatch.refresh()
+    serving.refresh()
     q, k, v = tensors()
     assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v)) and served.by_torch == 1
     assert places.database().read_bytes() == b"garbage" * 1000
@@ -553,9 +552,9 @@ def test_kernels_that_a_faulty_version_built_are_built_anew(home: Path) -> None:
     for kernels, trusted in ((1.0, False), (float(KERNELS), True)):
         facts = {"source": "what was rendered then", "torch": torch.__version__, "kernels": kernels}
         record(won(str(problem), provenance=facts, created=1.0 + kernels))
-        chosen = dispatch.explain(problem, HERE)
+        chosen = serving.explain(problem, HERE)
         assert str(chosen.variant) == VARIANT and chosen.rung == "exact"
-        assert (dispatch._shelf._trusted(chosen) is not None) is trusted
+        assert (serving._shelf._trusted(chosen) is not None) is trusted
     assert Measurement(device="d", problem="p", variant="v", status="ok", provenance={"source": "x"}).is_of_faulty_code
 
 
@@ -570,27 +569,27 @@ def test_accuracy_chooses_the_fastest_that_errs_no_more_than_torch(home: Path) -
     record(torchs, won(str(problem), error=5e-7, ratio=2.0), won(str(problem), PLAIN, error=2e-7, ratio=1.5))
     q, k, v = (torch.randn(2, 4, 50, 16) for _ in range(3))
 
-    def serving() -> str:
-        return str(dispatch.explain(problem, HERE).variant)
+    def answering() -> str:
+        return str(serving.explain(problem, HERE).variant)
 
-    assert serving() == VARIANT
+    assert answering() == VARIANT
     with elsa_tune.accuracy():
-        assert serving() == PLAIN and elsa_tune.load(problem).error == 2e-7
+        assert answering() == PLAIN and elsa_tune.load(problem).error == 2e-7
         assert torch.allclose(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v), atol=2e-6)
         with elsa_tune.accuracy(3.0):
-            assert serving() == VARIANT
+            assert answering() == VARIANT
         with elsa_tune.accuracy(0.5):
-            assert serving() == "None" and "torch serves" in dispatch.explain(problem, HERE).steps[-1]
+            assert answering() == "None" and "torch serves" in serving.explain(problem, HERE).steps[-1]
             assert torch.equal(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v))
-        assert serving() == PLAIN
+        assert answering() == PLAIN
         other: list[str] = []
-        thread = threading.Thread(target=lambda: other.append(serving()))
+        thread = threading.Thread(target=lambda: other.append(answering()))
         thread.start()
         thread.join()
         assert other == [VARIANT], "another thread asked for nothing"
         far = Problem.parse("fp32.d16@b2.h4.q60.k60")
-        assert dispatch.explain(far, HERE).by_sdpa, "an error of another shape says nothing of this one"
-    assert serving() == VARIANT and exactness.active == 0
+        assert serving.explain(far, HERE).by_sdpa, "an error of another shape says nothing of this one"
+    assert answering() == VARIANT and exactness.active == 0
 
 
 # What no kernel may touch, or not as it stands.
@@ -729,7 +728,7 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("CUDA error: invalid device context\nsomewhere")
 
-    monkeypatch.setattr(dispatch, "_serving_for", lambda *about: broken)
+    monkeypatch.setattr(serving, "decide", lambda *about: serving.Serving(None, call=broken))
     q, k, v = tensors()
     expected = scaled_dot_product_attention(q, k, v)
     assert all(torch.equal(elsa_tune.attention(q, k, v), expected) for _ in range(3))
@@ -738,9 +737,9 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     assert handovers.counts[("fp32.d16", reason)] >= 4
     assert [(entry["asked"], entry["reason"]) for entry in handovers.written()] == [("fp32.d16", reason)]
     problem = Problem.parse("fp32.d16@b2.h4.q50.k50")
-    assert any("handed over" in step and reason in step for step in dispatch.explain(problem, HERE).steps)
+    assert any("handed over" in step and reason in step for step in serving.explain(problem, HERE).steps)
     handovers.counts.clear()
-    assert any("in 1 process:" in step for step in dispatch.explain(problem, HERE).steps), "another process's"
+    assert any("in 1 process:" in step for step in serving.explain(problem, HERE).steps), "another process's"
     found = doctor._handovers()
     assert not found.good and "invalid device context" in found.detail and str(handovers.file()) in found.remedy
     handovers.file().unlink()

@@ -17,7 +17,7 @@ from planted import variant_of
 
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -383,7 +383,7 @@ def test_a_damaged_database_is_said_in_one_line_and_others_answer(
         places.database().write_bytes(b"not a database" * 99)
     elif damage == "a page":
         places.database().write_bytes(content[: 4096 * (root - 1)] + bytes(4096) + content[4096 * root :])
-    dispatch.refresh()
+    serving.refresh()
     code, out, err = told("winners", "--json")
     assert code == 0 and [row["ratio"] for row in json.loads(out)] == [2.0], "the team's"
     assert err.startswith(f"elsa-tune: {places.database()}: ") and DAMAGES[damage] in err

@@ -21,7 +21,7 @@ from victim import DEVICE, made
 
 from elsa_tune import places
 from elsa_tune.device import Device
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import DatabaseUnusable, FolderTaken
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -252,18 +252,19 @@ def test_a_frozen_image_serves_another_user(tmp_path: Path) -> None:
     program = f"""
 import os, sys, torch, elsa_tune
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.tuning import tune, race, worker
 from elsa_tune.prove import check
 from elsa_tune.generate import cpp, sdpa, cuda, triton
 import archspec.cpu, threadpoolctl
-archspec.cpu.TARGETS, dispatch.of_tensor("cpu", None), cpp._pool.openmp()
+archspec.cpu.TARGETS, serving.of_tensor("cpu", None), cpp._pool.openmp()
 os.setgid(65534); os.setuid(65534)
 q = torch.randn(1, 2, 96, 16)
 out = elsa_tune.attention(q, q, q)
 from elsa_tune.problem import Problem
-choice = dispatch.explain(Problem.parse({SMALL!r}), dispatch.of_tensor("cpu", None))
+choice = serving.explain(Problem.parse({SMALL!r}), serving.of_tensor("cpu", None))
 assert choice.rung == "exact" and choice.winner.layer == "own", choice
-assert choice.by_sdpa or dispatch._serving[dispatch._entry(q, q, q, False, False)] is not dispatch._torch_serves
+assert choice.by_sdpa or serving.table[serving.entry_of(q, q, q, False, False)].call
 assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-5)
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
@@ -330,5 +331,5 @@ def test_two_versions_on_one_database(home: Path) -> None:
             older.execute("INSERT INTO measurements (problem) VALUES ('lost')")
         older.close()
         assert [m.variant for m in database.winners()] == [newer]
-    choice = dispatch.explain(Problem.parse(made(29).problem), Device.parse(DEVICE))
+    choice = serving.explain(Problem.parse(made(29).problem), Device.parse(DEVICE))
     assert str(choice.variant) == made(29).variant, "what this version understands still wins"

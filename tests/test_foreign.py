@@ -25,7 +25,7 @@ from victim import made
 import elsa_tune
 from elsa_tune import places
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import BadMeasurements, BadSettings, NotTrusted
 from elsa_tune.generate import cpp
 from elsa_tune.generate import kernel_cache as _kernel_cache
@@ -392,29 +392,29 @@ def test_a_team_serves_through_files_and_addresses(
     lines.write([won(ratio=3.0), won("fp32.d16@b1.h2.q777.k777", ratio=1.7)], far)
     monkeypatch.setenv("ELSA_TUNE_DB", f"{near}; {server}/far.jsonl.gz")
     assert [x.database for x in layers.layers() if x.name == "team"] == [None, None]
-    dispatch.explain(Problem.parse(SMALL), HERE)  # reads them beside its work
-    assert eventually(lambda: not layers.stale()), dispatch._shelf.troubles
-    assert eventually(lambda: dispatch.explain(Problem.parse(SMALL), HERE).rung == "exact")
-    chosen = dispatch.explain(Problem.parse(SMALL), HERE)
+    serving.explain(Problem.parse(SMALL), HERE)  # reads them beside its work
+    assert eventually(lambda: not layers.stale()), serving._shelf.troubles
+    assert eventually(lambda: serving.explain(Problem.parse(SMALL), HERE).rung == "exact")
+    chosen = serving.explain(Problem.parse(SMALL), HERE)
     assert chosen.winner is not None and chosen.winner.layer == "team" and chosen.winner.measurement.ratio == 2.0, (
         "order"
     )
-    assert dispatch.explain(Problem.parse("fp32.d16@b1.h2.q777.k777"), HERE).rung == "exact"
+    assert serving.explain(Problem.parse("fp32.d16@b1.h2.q777.k777"), HERE).rung == "exact"
     lines.write([won(ratio=2.5)], near)
     os.utime(near, (time.time() + 5, time.time() + 5))
     assert layers.stale() == [str(near)] and layers.refresh_all() == []
-    dispatch.refresh()
-    again = dispatch.explain(Problem.parse(SMALL), HERE).winner
+    serving.refresh()
+    again = serving.explain(Problem.parse(SMALL), HERE).winner
     assert again is not None and again.measurement.ratio == 2.5
     with Database.for_writing() as database:
         database.record(won(ratio=1.2))
-    dispatch.refresh()
-    own = dispatch.explain(Problem.parse(SMALL), HERE).winner
+    serving.refresh()
+    own = serving.explain(Problem.parse(SMALL), HERE).winner
     assert own is not None and own.layer == "own", "what was measured here beats what was measured elsewhere"
     monkeypatch.setenv("ELSA_TUNE_DB", f"{server}/nowhere.jsonl;{tmp_path / 'nothing.jsonl'}")
     assert len(layers.refresh_all()) == 2
-    dispatch.refresh()
-    assert dispatch.explain(Problem.parse(SMALL), HERE).rung == "exact"
+    serving.refresh()
+    assert serving.explain(Problem.parse(SMALL), HERE).rung == "exact"
 
 
 def test_a_team_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,13 +447,13 @@ def test_settings_come_from_a_file_too(home: Path, monkeypatch: pytest.MonkeyPat
 def test_an_imported_winner_is_checked_once_and_remembered(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Database.for_writing() as database:
         database.add([won(digest="0123456789abcdef0123")])
-    dispatch.refresh()
+    serving.refresh()
     checks: list[str] = []
     check_family = check.check_family
     monkeypatch.setattr(check, "check_family", lambda *a, **k: checks.append("") or check_family(*a, **k))
     loaded = elsa_tune.load(SMALL)
     assert str(loaded.variant) == variant_here() and len(checks) == 1
-    dispatch.refresh()
+    serving.refresh()
     elsa_tune.load(SMALL)
     assert len(checks) == 1, "remembered for the next process"
     digest = cpp.digest(loaded.variant, loaded.problem)
@@ -468,7 +468,7 @@ def test_a_forged_digest_loads_nothing(home: Path) -> None:
     built = cpp.build(Space.read("cpp").parse(variant_here()), other)
     with Database.for_writing() as database:
         database.add([won(digest=built.digest, provenance={"installation": database.installation})])
-    dispatch.refresh()
+    serving.refresh()
     loaded = elsa_tune.load(SMALL)
     q = torch.randn(1, 2, 96, 16)
     assert torch.allclose(loaded(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-6)
@@ -485,8 +485,8 @@ def test_races_settle_what_was_imported(home: Path) -> None:
         assert mine.ratio and mine.ratio < 800 and database.measurements(False)[0].ratio == 900.0
         assert drift.contested(database, HERE) == {SMALL: [variant_here()]}, "the claims still disagree"
     assert report.complete and report.outcomes[0].winner is not None and (report.outcomes[0].winner.ratio or 900) < 800
-    dispatch.refresh()
-    chosen = dispatch.explain(Problem.parse(SMALL), HERE)
+    serving.refresh()
+    chosen = serving.explain(Problem.parse(SMALL), HERE)
     assert chosen.winner is not None and chosen.winner.layer == "own"
 
 

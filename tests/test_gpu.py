@@ -22,6 +22,7 @@ import elsa_tune
 from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import BadDevice, FolderTaken
 from elsa_tune.generate import backends, lawful, triton
 from elsa_tune.generate.backends import Built
@@ -573,9 +574,9 @@ def test_a_driver_update_keeps_winners_after_a_check(here: Device, monkeypatch: 
     """The same GPU with other versions: the winner serves even with a small advantage, once it was checked again."""
     before = Device.parse("cuda:nvidia_h200-sm_90-c132-g140+d575.1_t12.8")
     record(gpu_won("fp32.d16@b2.h4.q50.k50", FORWARD, before, ratio_low=1.05))
-    chosen = dispatch.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), here)
+    chosen = serving.explain(Problem.parse("fp32.d16@b2.h4.q50.k50"), here)
     assert chosen.rung == "versions" and str(chosen.variant) == FORWARD
-    other = dispatch.explain(Problem.parse("fp32.d16@b2.h4.q60.k60"), here)
+    other = serving.explain(Problem.parse("fp32.d16@b2.h4.q60.k60"), here)
     assert other.by_sdpa, "a neighbour of a small advantage does not carry over"
 
 
@@ -585,11 +586,11 @@ def test_launch_and_class_decide(home: Path) -> None:
         gpu_won(f"fp32.d16{shape}", FORWARD), gpu_won(f"fp32.d16{shape}.graph", f"{FORWARD}.heads"),
     )  # fmt: skip
     eager, graph = Problem.parse(f"fp32.d16{shape}"), Problem.parse(f"fp32.d16{shape}.graph")
-    assert str(dispatch.explain(eager, H200).variant) == FORWARD
-    assert str(dispatch.explain(graph, H200).variant) == f"{FORWARD}.heads"
-    rough = dispatch.explain(eager.reshaped(precision="tf32"), H200)
+    assert str(serving.explain(eager, H200).variant) == FORWARD
+    assert str(serving.explain(graph, H200).variant) == f"{FORWARD}.heads"
+    rough = serving.explain(eager.reshaped(precision="tf32"), H200)
     assert str(rough.variant) == FORWARD, "more exact than asked is welcome"
-    assert dispatch.explain(eager.reshaped(precision="strict"), H200).by_sdpa, "never less exact than asked"
+    assert serving.explain(eager.reshaped(precision="strict"), H200).by_sdpa, "never less exact than asked"
 
 
 def test_scratch_grows_linearly_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

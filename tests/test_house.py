@@ -342,9 +342,9 @@ import elsa_tune
 assert elsa_tune.attention and elsa_tune.load and elsa_tune.Problem
 loaded = {name.split('.')[0] for name in set(sys.modules)}
 assert not loaded & {'optuna', 'triton', 'pyopencl', 'pebble', 'rich', 'click_default_group', 'sqlite_utils', 'pydantic'}, loaded
-from elsa_tune.dispatch import attention
-here = attention.of_tensor('cpu', None)
-assert attention.explain(elsa_tune.Problem.parse('fp32.d64@b1.h8.q1024.k1024'), here).steps
+from elsa_tune.dispatch import serving
+here = serving.of_tensor('cpu', None)
+assert serving.explain(elsa_tune.Problem.parse('fp32.d64@b1.h8.q1024.k1024'), here).steps
 assert not {'sqlite_utils', 'pydantic', 'fsspec'} & {name.split('.')[0] for name in sys.modules}, 'a first call waits for them'
 assert not os.path.exists(os.environ['ELSA_TUNE_HOME'])
 """

@@ -27,7 +27,7 @@ from contracts import kernels
 
 import elsa_tune
 from elsa_tune import device, places, space
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.cpp import compiler
@@ -118,7 +118,7 @@ def errs(out: torch.Tensor, problem: Problem, inputs: reference.Inputs) -> float
 def test_it_serves_as_it_is(name: str, spelled: str, inherited: Path) -> None:
     """Opened as the next run of elsa-tune would, which may rewrite the file, and then asked as callers ask."""
     Database.for_writing()
-    dispatch.refresh()
+    serving.refresh()
     problem, (variant, _) = Problem.parse(spelled), WINNERS[name][spelled]
     chosen = elsa_tune.load(problem)
     assert (str(chosen.variant), chosen.rung) == (variant, "exact") and chosen.ratio and chosen.ratio > 1

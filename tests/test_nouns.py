@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elsa_tune import space, workload
 from elsa_tune.device import Device, detect, host_cpu
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import BadDevice, BadProblem, BadVariant, BadWorkload
 from elsa_tune.generate import backends, cpp, cuda, lawful, triton
 from elsa_tune.generate.render import undeclared
@@ -321,4 +321,4 @@ def test_a_memory_order_is_recognised_as_it_is_made(orders: str, shape: str) -> 
     plain = reference.random_inputs(problem, torch.Generator().manual_seed(0))
     made = plain.ordered(problem.orders)
     assert all(torch.equal(a, b) for a, b in zip(made.tensors, plain.tensors, strict=True))
-    assert dispatch.problem_of(*made.tensors, enable_gqa=True) == problem
+    assert serving.problem_of(*made.tensors, enable_gqa=True) == problem

@@ -16,7 +16,7 @@ import torch
 import elsa_tune
 from elsa_tune import places
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import BadDevice, BadProblem, ElsaTuneError
 from elsa_tune.generate import backends, cpp
 from elsa_tune.generate.backends import Built
@@ -211,9 +211,9 @@ def test_problems_no_backend_generates_are_left_to_torch(home: Path) -> None:
 
 def test_a_running_process_learns_of_its_own_tuning(home: Path) -> None:
     problem = elsa_tune.Problem.parse(SMALL)
-    assert dispatch.explain(problem, host_cpu()).by_sdpa
+    assert serving.explain(problem, host_cpu()).by_sdpa
     tune([SMALL], budget=8)
-    assert dispatch.explain(problem, host_cpu()).rung == "exact"
+    assert serving.explain(problem, host_cpu()).rung == "exact"
 
 
 def test_every_backend_states_its_toolchain() -> None:

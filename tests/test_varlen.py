@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import masks, scores
 from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.dispatch.ragged import Ragged
 from elsa_tune.errors import WrongArguments
 from elsa_tune.masks import AttnMask
@@ -115,7 +116,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         families = "fp32.d16.ranges", "fp32.d16.ranges.alibi", "fp32.d16.ranges.sinks"
         record(*(won(f"{family}@{SHAPE}") for family in families), won(f"fp32.d16.ranges.softcap@{SHAPE}.softcap2"))
         yield
-    dispatch.refresh()
+    serving.refresh()
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -326,5 +327,5 @@ def test_a_ragged_batch_is_a_problem_like_any_other(known: None) -> None:
     from elsa_tune.device import host_cpu
 
     problem = Problem.parse(f"fp32.d16.ranges@b1.h{HEADS}.q99.k99.bshd")
-    chosen = dispatch.explain(problem, host_cpu())
+    chosen = serving.explain(problem, host_cpu())
     assert chosen.rung == "neighbour" and not chosen.by_sdpa

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device, detect
-from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import meaning
+from elsa_tune.dispatch import meaning, serving
 from elsa_tune.errors import ElsaTuneError, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.backends import Kernel, Operands
@@ -85,7 +84,7 @@ class LoadedKernel:
         for name, x in named.items():
             if not (isinstance(x, Tensor) and x.dtype is dtype and x.device.type == place):
                 raise WrongArguments(f"{name} is {described(x)}; {family} takes {dtype} tensors, on {place} as loaded")
-        posed = dispatch.problem_of(query, key, value, enable_gqa=True)
+        posed = serving.problem_of(query, key, value, enable_gqa=True)
         if posed is None or (posed.head_dim, posed.value_dim) != (self.problem.head_dim, self.problem.value_dim):
             shapes, d, v = (
                 ", ".join(str(list(x.shape)) for x in named.values()),
@@ -130,7 +129,7 @@ def load(problem: Problem | str, device: str = "auto") -> LoadedKernel:
     wanted = problem if isinstance(problem, Problem) else Problem.parse(problem)
     found = detect(device)
     here = next((d for d in found if not elements.get(wanted.dtype).narrow or d.is_gpu), found[0])
-    shelf = dispatch.current()
+    shelf = serving.current()
     chosen = shelf.choice(wanted, here)
     measured = chosen.winner.measurement if chosen.winner else None
     if chosen.by_sdpa:

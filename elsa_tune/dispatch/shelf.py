@@ -25,8 +25,8 @@ from elsa_tune.variant import Variant
 MOST_SHAPES = 4096
 """Shapes remembered before a table starts anew: a growing key cache makes a new one at every step."""
 
-Ready = Callable[[Kernel | Gradients], object]
-"""Is told of a kernel that was built beside the calls."""
+Ready = Callable[[str, Kernel | Gradients], object]
+"""Is told of a variant, spelled, whose kernel was built beside the calls."""
 
 lock = threading.RLock()
 """Held while something is read or loaded, and while everything is forgotten."""
@@ -175,11 +175,11 @@ class Shelf:
                 self._exact[entry] = climb_as_exact(problem, device, times, self._known.nearest_first())
             return self._exact[entry]
 
-    def kernel(self, problem: Problem, device: Device, ready: Ready) -> Kernel | Gradients | None:
-        """A kernel that serves now, or None: then torch serves, until a build in the background calls ``ready``."""
+    def kernel(self, problem: Problem, device: Device, ready: Ready) -> tuple[str, Kernel | Gradients | None]:
+        """A variant, spelled, whose kernel serves now, or None: then torch serves, until a build in the background calls ``ready``."""
         chosen = self.choice(problem, device)
         if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
-            return None
+            return "", None
         problem = chosen.problem
         name = (problem.family, str(chosen.variant))
 
@@ -187,7 +187,7 @@ class Shelf:
             if name in self._hopeless:  # another shape asked for it meanwhile, in vain
                 return
             try:
-                ready(self.obtain(problem, device, chosen))
+                ready(name[1], self.obtain(problem, device, chosen))
             except Exception:
                 self._hopeless.add(name)
                 raise
@@ -198,7 +198,7 @@ class Shelf:
                 loaded = self._load(chosen.variant, problem, built)
             if loaded is None and name not in self._hopeless:
                 self._later(attempt)
-        return loaded
+        return name[1], loaded
 
     def obtain(self, problem: Problem, device: Device, chosen: Choice) -> Kernel | Gradients:
         """Compile the chosen variant if needed, and check it here unless it was measured here. Raises KernelMissing."""

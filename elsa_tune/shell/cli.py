@@ -172,7 +172,7 @@ def show(variant: str, problem: str) -> None:
 def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
     from elsa_tune.device import detect
-    from elsa_tune.dispatch import attention as dispatch
+    from elsa_tune.dispatch import serving
     from elsa_tune.generate import backends
     from elsa_tune.problem import Problem
     from elsa_tune.remember.layers import layers
@@ -186,7 +186,7 @@ def explain(problem: str, device: str) -> None:
         tried = own.measurements(device=str(here), problem=str(wanted))
         spaces = [Space.read(name) for name in backends.candidates()]
         mattered = next(filter(None, (search.importances(s, tried) for s in spaces)), {})
-        screen.print_explanation(screen.console(), wanted, dispatch.explain(wanted, here), tried, mattered)
+        screen.print_explanation(screen.console(), wanted, serving.explain(wanted, here), tried, mattered)
 
 
 @main.command()

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from elsa_tune.device import Device
-from elsa_tune.dispatch.attention import asks_for
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.dispatch.ladder import Choice
+from elsa_tune.dispatch.serving import asks_for
 from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.parts.operand import Array

@@ -18,7 +18,7 @@ import elsa_tune
 from elsa_tune import parts, places, space
 from elsa_tune import problem as problems
 from elsa_tune.device import Device, host_cpu, named
-from elsa_tune.dispatch import attention as dispatch
+from elsa_tune.dispatch import serving
 from elsa_tune.errors import BadProblem, BadVariant, ElsaTuneError, KernelMissing
 from elsa_tune.generate import backends, lawful, laws
 from elsa_tune.generate.cuda import laws as cuda_laws
@@ -286,7 +286,7 @@ def record(*rows: Measurement) -> None:
     with Database.for_writing() as database:
         for row in rows:
             database.record(row)
-    dispatch.refresh()
+    serving.refresh()
 
 
 POSED = Problem.parse("fp32.d64@b1.h8.q512.k512")
@@ -314,7 +314,7 @@ class TestPlantedInAWinner:
         self, kind: str, backend: str, offered: bool, plant: Plant, offer: Offer, home: Path
     ) -> None:
         strange, sound = self.recorded(kind, backend, offered, plant, offer)
-        chosen = dispatch.explain(POSED, OWN[backend])
+        chosen = serving.explain(POSED, OWN[backend])
         assert (chosen.variant, chosen.rung) == (sound, "neighbour"), chosen.steps
         refused = f"exact: {strange}, won {POSED}: {kind}_has_text: no text for the {kind} {PLANTED}"
         assert chosen.steps[0].startswith(refused) == offered and PLANTED not in chosen.steps[-1]

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ from elsa_tune.problem import Problem
 # struct Call of templates/cpp/call.j2: five pointers that change with every call, then what a layout decides.
 _POINTERS = struct.Struct("<5q").pack
 _LAYOUT = struct.Struct("<17qdqq").pack
+
+
+class Whole(NamedTuple):
+    """A call that is packed but for its pointers, scale and threads: the kernel's address, the text, the word of the text that is the
+    address of its tensor among operands (-1: none), and the scale where none is given."""
+
+    function: int
+    text: bytes
+    mask: int
+    scale: float
 
 
 class CppKernel:
@@ -50,27 +60,44 @@ class CppKernel:
         query, key, value = map(rows_contiguous, (query, key, value))
         return self.bind(query, key, value)(query, key, value, scale, out, lse, operands)
 
+    def whole(self, query: Tensor, key: Tensor, value: Tensor, out: Sequence[int], operands: Operands) -> Whole | None:
+        """The call for tensors of exactly these shapes and strides, for callers without Python; None for tensors whose rows are copied,
+        and for operands that are changed or are more than one tensor."""
+        if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+            return None
+        given = kernel_arguments(self._problem, operands, query, key)
+        places = [n for n, x in enumerate(given) if isinstance(x, Tensor)]
+        if len(places) > 1:
+            return None
+        text = _POINTERS(*[0] * 5) + self._layout(query, key, value, out, None, given)
+        mask = (len(text) // 8 - len(given) + places[0]) if places else -1
+        function = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+        return Whole(function, text, mask, 1 / math.sqrt(self._problem.head_dim))
+
+    def _layout(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Sequence[int], scale: float | None, given: Sequence[Any]
+    ) -> bytes:
+        """What follows the pointers of a call: of the scale and of torch's threads as they are now."""
+        batch, heads, q_len, head_dim = query.shape
+        _, kv_heads, kv_len, _ = value.shape
+        return _LAYOUT(
+            batch, heads, kv_heads, q_len, kv_len, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out[:3],
+            1 / math.sqrt(head_dim) if scale is None else scale, torch.get_num_threads(),
+            _pool.openmp()[1] if Pool.usable else 0,
+        ) + self._operands(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))  # fmt: skip
+
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """A call for exactly these shapes and strides. What the scale and torch's threads decide is computed when they change."""
         if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
             return self  # rows are copied at every call
         function, threads, pool, empty_like = self._function, torch.get_num_threads, Pool, torch.empty_like
-        value_dim, launch = self._problem.value_dim, _pool.openmp()[1]
-        default_scale = 1 / math.sqrt(self._problem.head_dim)
+        value_dim = self._problem.value_dim
         alike = value_dim == self._problem.head_dim and empty_like(query, device="meta").stride(3) == 1
         batch, heads, q_len, _ = query.shape
         fresh = batch * heads * q_len * value_dim * query.element_size() >= huge_pages.FRESH
-        _, kv_heads, kv_len, _ = value.shape
-        strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]
         known: tuple[object, bytes] = (None, b"")
-        problem, more = self._problem, self._operands
+        problem = self._problem
         has_arrays = any(isinstance(one, Array) for one in problem.declared)
-
-        def packed(out: Sequence[int], scale: float | None, given: Sequence[Any]) -> bytes:
-            return _LAYOUT(
-                batch, heads, kv_heads, q_len, kv_len, *strides, *out,
-                default_scale if scale is None else scale, threads(), launch if pool.usable else 0,
-            ) + more(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given))  # fmt: skip
 
         def call(
             query: Tensor,
@@ -93,10 +120,11 @@ class CppKernel:
                 decided, settings = known, (scale, threads(), pool.usable, operands)
                 if settings != decided[0]:
                     given = kernel_arguments(problem, operands, query, key)
-                    decided = known = (settings, packed(out.stride()[:3], scale, given))
+                    decided = known = (settings, self._layout(query, key, value, out.stride(), scale, given))
                 layout = decided[1]
             else:
-                layout = packed(out.stride()[:3], scale, kernel_arguments(problem, operands, query, key))
+                given = kernel_arguments(problem, operands, query, key)
+                layout = self._layout(query, key, value, out.stride(), scale, given)
             sums = lse.data_ptr() if lse is not None else 0
             if function(_POINTERS(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), sums) + layout):
                 raise MemoryError("the kernel could not allocate its split states; free memory or use splits=1")

@@ -41,11 +41,11 @@ class Compiler:
     link: tuple[str, ...]
     version: str
 
-    def run(self, arguments: list[str], what: str) -> None:
-        """Run it. Raises BuildFailed with the first lines of its complaint."""
+    def run(self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS) -> None:
+        """Run it, for so long at most. Raises BuildFailed with the first lines of its complaint."""
         try:
             done = subprocess.run(
-                [*self.command, *arguments], capture_output=True, text=True, timeout=BUILD_SECONDS, check=False
+                [*self.command, *arguments], capture_output=True, text=True, timeout=seconds, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"{what}: {error}; try another compiler with CXX=...") from error

@@ -1,0 +1,193 @@
+"""Who serves tensors of one layout: decided once, and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from elsa_tune.device import Device, of_tensor, tf32_allowed
+from elsa_tune.dispatch import handovers, ledger, shelf
+from elsa_tune.dispatch.ladder import Choice
+from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
+from elsa_tune.generate.backends import Call, Gradients, Kernel
+from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.order import joined, order_of
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts.operand import Array
+from elsa_tune.problem import Problem
+from elsa_tune.remember import layers
+
+_FLOAT32 = torch.float32
+
+
+def entry_of(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> Key:
+    """Where the tables keep what was decided for such tensors."""
+    layout = (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(), is_causal, enable_gqa)
+    if query.dtype is key.dtype is value.dtype is _FLOAT32 and query.is_cpu and key.is_cpu and value.is_cpu:
+        return layout
+    return layout, _place(query, key, value)
+
+
+def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
+    """What decides on a GPU who serves, beside shapes: dtype, GPU, whether a graph is being captured, torch's setting."""
+    if not (query.is_cuda and query.device == key.device == value.device and query.dtype is key.dtype is value.dtype):
+        return query.dtype, key.dtype, value.dtype, query.device, key.device, value.device
+    return query.dtype, query.device, torch.cuda.is_current_stream_capturing(), tf32_allowed()
+
+
+@dataclass(slots=True, eq=False)
+class Serving:
+    """Who serves tensors of one layout, and how often it did. ``problem`` is None where the tensors pose none, and torch may refuse
+    them; ``kernel``, and its ``call`` for the layout, where torch's own serves."""
+
+    problem: Problem | None
+    variant: str = ledger.TORCH
+    kernel: Kernel | None = None
+    call: Call | None = None
+    calls: int = 0
+    seconds: float = 0.0
+
+    @property
+    def spelled(self) -> tuple[str, str]:
+        """Problem and kernel, as rows of the ledger name them."""
+        return str(self.problem or "no problem of ours"), self.variant
+
+    def count(self, since: float) -> None:
+        """A call was answered that began then, by perf_counter()."""
+        self.calls += 1
+        self.seconds += perf_counter() - since
+
+
+Key = tuple[object, ...]
+table: dict[Key, Serving] = {}
+_gradients: dict[Key, Gradients | None] = {}
+listeners: list[Callable[[], object]] = []
+"""Called when what was decided may no longer hold: somebody tuned, or a kernel was built beside the calls."""
+
+
+def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Serving:
+    """Who serves such tensors, remembered under ``entry``."""
+    before = _shelf
+    like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (query, key, value)]
+
+    def ready(variant: str, kernel: Kernel | Gradients) -> None:
+        if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
+            table[entry] = made = Serving(problem, variant, kernel, kernel.bind(*like))
+            ledger.enter(made)
+            tell()
+
+    problem = problem_of(query, key, value, wanted, enable_gqa)
+    variant, found = _ready_kernel(problem, query, ready)
+    serving = Serving(problem)
+    if isinstance(found, Kernel):
+        serving = Serving(problem, variant, found, found.bind(query, key, value))
+    if len(table) >= MOST_SHAPES:
+        table.clear()
+    if (kept := table.setdefault(entry, serving)) is serving:
+        ledger.enter(serving)
+    return kept
+
+
+def gradients_for(
+    entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool
+) -> Gradients | None:
+    """The kernel for a shape's gradients, if one is faster than torch's, decided once."""
+    if entry not in _gradients:
+        before = _shelf
+
+        def ready(variant: str, kernel: Kernel | Gradients) -> None:
+            if before is _shelf and not isinstance(kernel, Kernel):
+                _gradients[entry] = kernel
+
+        problem = problem_of(query, key, value, wanted, enable_gqa)
+        backward = problem.reshaped(direction="backward") if problem else None
+        _, found = _ready_kernel(backward, query, ready)
+        if len(_gradients) >= MOST_SHAPES:
+            _gradients.clear()
+        _gradients.setdefault(entry, None if isinstance(found, Kernel) else found)
+    return _gradients[entry]
+
+
+def _ready_kernel(problem: Problem | None, query: Tensor, ready: Ready) -> tuple[str, Kernel | Gradients | None]:
+    """A kernel that serves the problem now, spelled, or None; then ``ready`` is called if one is built later. Never raises."""
+    try:
+        device = of_tensor(query.device.type, query.device.index)
+        return _shelf.kernel(problem, device, ready) if problem and device else ("", None)
+    except Exception as error:  # dispatch never raises because of databases, compilers or caches
+        _shelf.troubles[str(problem)] = f"{type(error).__name__}: {error}"
+        handovers.note(problem.family if problem else "a device", error)
+        return "", None
+
+
+def problem_of(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask = NONE, enable_gqa: bool = False
+) -> Problem | None:
+    """The problem these tensors pose, or None if no kernel of ours is meant for such tensors.
+
+    On a GPU, torch's setting that lets float32 matrix products use TF32 is read as the class tf32.
+    """
+    if not (query.dtype == key.dtype == value.dtype and query.dim() == key.dim() == value.dim() == 4):
+        return None
+    element = elements.of_dtype(query.dtype)
+    if element is None or not query.device == key.device == value.device:
+        return None
+    batch, heads, q_len, head_dim = query.shape
+    _, kv_heads, kv_len, value_dim = value.shape
+    if key.shape != (batch, kv_heads, kv_len, head_dim) or value.shape[0] != batch or 0 in (*query.shape, *value.shape):
+        return None
+    if heads != kv_heads and (not enable_gqa or heads % kv_heads):
+        return None
+    rough = query.is_cuda and query.dtype == torch.float32 and tf32_allowed()
+    captured = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    problem = Problem(
+        dtype=element.name, precision="tf32" if rough else "", launch="graph" if captured else "eager",
+        head_dim=head_dim, value_dim=value_dim,
+        batch=batch, heads=heads, kv_heads=kv_heads, q_len=q_len, kv_len=kv_len,
+        order=joined(*(order_of(x.shape, x.stride()) for x in (query, key, value))),
+    )  # fmt: skip
+    return problem if wanted is NONE else wanted.of(problem)
+
+
+def asks_for(problem: Problem, device: Device) -> bool:
+    """Whether a call of attention() can pose a problem of this family with tensors of the device."""
+    own = problem.precision == problem.dtype or (device.is_gpu and problem.precision == "tf32")
+    kept = problem.direction == "forward" or not any(isinstance(one, Array) for one in problem.declared)
+    return kept and problem.operator == operators.SOFTMAX and own and (device.is_gpu or device.kind == "cpu")
+
+
+_shelf = Shelf()
+
+
+def refresh() -> None:
+    """Forget what was read: the next call looks at the database again."""
+    global _shelf
+    with shelf.lock:
+        _shelf = Shelf()
+        table.clear()
+        _gradients.clear()
+    tell()
+
+
+def tell() -> None:
+    """Let those know who remember what was decided."""
+    for forget in listeners:
+        forget()
+
+
+layers.listeners.append(refresh)
+
+
+def current() -> Shelf:
+    """What this process has read and loaded since somebody tuned last."""
+    return _shelf
+
+
+def explain(problem: Problem, device: Device) -> Choice:
+    """Which rung answers a problem, what the rungs before it said, and where torch had to answer in its place."""
+    chosen = _shelf.explained(problem, device)
+    return replace(chosen, steps=(*chosen.steps, *handovers.steps(problem.family)))
