@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from elsa_tune.device import Device as Device
     from elsa_tune.dispatch.attention import attention as attention
     from elsa_tune.dispatch.exactness import accuracy as accuracy
+    from elsa_tune.dispatch.ledger import served as served
     from elsa_tune.dispatch.load import load as load
     from elsa_tune.dispatch.states import attention_with_lse as attention_with_lse
     from elsa_tune.dispatch.states import merge as merge
     from elsa_tune.dispatch.varlen import attention_varlen as attention_varlen
+    from elsa_tune.integrations.override import disable as disable
+    from elsa_tune.integrations.override import enable as enable
+    from elsa_tune.integrations.scope import sdpa as sdpa
     from elsa_tune.problem import Problem as Problem
     from elsa_tune.tuning.tune import tune as tune
     from elsa_tune.variant import Variant as Variant
@@ -24,6 +28,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Problem": "problem",
+    "disable": "integrations.override",
+    "enable": "integrations.override",
+    "sdpa": "integrations.scope",
+    "served": "dispatch.ledger",
     "Device": "device",
     "Variant": "variant",
     "accuracy": "dispatch.exactness",
@@ -37,7 +45,8 @@ _HOME = {
 _MODULES = "masks", "scores"
 __all__ = [
     "Device", "Problem", "Variant", "__version__",
-    "accuracy", "attention", "attention_varlen", "attention_with_lse", "load", "masks", "merge", "scores", "tune",
+    "accuracy", "attention", "attention_varlen", "attention_with_lse", "disable", "enable", "load", "masks", "merge", "scores", "sdpa",
+    "served", "tune",
 ]  # fmt: skip
 
 

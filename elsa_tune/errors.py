@@ -30,6 +30,10 @@ class BadWorkload(ElsaTuneError, ValueError):
     """A workload file is missing or malformed."""
 
 
+class HookMissing(ElsaTuneError):
+    """This torch has no way by which its operator can be answered by others."""
+
+
 class CompilerMissing(ElsaTuneError):
     """No compiler for generated code was found."""
 

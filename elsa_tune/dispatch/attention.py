@@ -147,10 +147,7 @@ def by_kernel(
     lse: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """The same, of plain tensors whose gradients, if any, are somebody else's."""
-    entry = (*entry_of(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
-    if exactness.active:
-        entry = (*entry, exactness.asked())
-    found = _table.get(entry) or serving.decide(entry, query, key, value, wanted, enable_gqa)
+    found = serving.find(query, key, value, wanted, enable_gqa)
     if found.call is None:
         return None
     operands, begin = wanted.in_order(query, key), perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from numbers import Real
@@ -18,6 +18,9 @@ _lock = threading.Lock()
 active = 0
 """How many callers, in all threads, are inside accuracy() now: while it is 0, no call looks further."""
 
+listeners: list[Callable[[int], object]] = []
+"""Are told how many they are, whenever that changes."""
+
 
 @contextmanager
 def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
@@ -27,22 +30,27 @@ def accuracy(times_torchs_error: float = 1.0) -> Iterator[None]:
     torch's error is that of its fastest kernel, measured beside ours. Of the thread, or task, that enters it; the innermost
     counts. ``float("inf")`` asks for nothing. Raises WrongArguments for what is no number above 0.
     """
-    global active
     if not isinstance(times_torchs_error, Real) or not times_torchs_error > 0:
         raise WrongArguments(
             f"times_torchs_error is {shown(times_torchs_error)}; give a number above 0, 1.0 for torch's own error"
         )
     times = number("times_torchs_error", times_torchs_error)
-    with _lock:
-        active += 1
+    _count(1)
     token = _asked.set(times)
     try:
         yield
     finally:
-        with _lock:
-            active -= 1
+        _count(-1)
         with suppress(ValueError):  # left in another context than it was entered in
             _asked.reset(token)
+
+
+def _count(by: int) -> None:
+    global active
+    with _lock:
+        active += by
+        for tell in listeners:
+            tell(active)
 
 
 def asked() -> float | None:

@@ -15,6 +15,7 @@ from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
+from elsa_tune.generate.sdpa import own
 from elsa_tune.generate.tensors import described, lse_dtype, needs_grad, number
 from elsa_tune.masks import CAUSAL, AttnMask, may_be_read
 from elsa_tune.parts import element as elements
@@ -119,7 +120,8 @@ def by_torch(
     if _fused_errs(query, key, value, attn_mask, is_causal, scale) and query.device.type == "cpu":
         with sdpa_kernel(SDPBackend.MATH):
             return scaled_dot_product_attention(query, key, value, **arguments)
-    return scaled_dot_product_attention(query, key, value, **arguments)
+    by_its_own = scaled_dot_product_attention if _recorded() else own.attention
+    return by_its_own(query, key, value, **arguments)
 
 
 def _fused_errs(

@@ -88,12 +88,17 @@ def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None
     if not fits or not known or 0 in wanted or (attn_mask.requires_grad and torch.is_grad_enabled()):
         return None
     mask = attn_mask[(None,) * (_AXES - attn_mask.dim())]
-    shared = [n == 1 or step == 0 for n, step in zip(mask.shape, mask.stride(), strict=True)]
-    if shared[1] and shared[2] and may_be_read(mask) and query.shape[:3].numel() * key.shape[2] >= WORTH_A_LOOK:
+    if worth_a_look(mask, query, key):
         padding = _padding(mask[:, 0, 0], key.shape[2])
         if padding is not None:
             return padding
     return of_tensor(mask)
+
+
+def worth_a_look(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether what a mask of four axes holds may decide what it means: one that all rows and heads share, of a call that takes long."""
+    shared = [n == 1 or step == 0 for n, step in zip(mask.shape, mask.stride(), strict=True)]
+    return shared[1] and shared[2] and may_be_read(mask) and query.shape[:3].numel() * key.shape[2] >= WORTH_A_LOOK
 
 
 def _padding(rows: Tensor, kv_len: int) -> AttnMask | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device, of_tensor, tf32_allowed
-from elsa_tune.dispatch import handovers, ledger, shelf
+from elsa_tune.dispatch import exactness, handovers, ledger, shelf
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.generate.backends import Call, Gradients, Kernel
@@ -68,6 +68,14 @@ table: dict[Key, Serving] = {}
 _gradients: dict[Key, Gradients | None] = {}
 listeners: list[Callable[[], object]] = []
 """Called when what was decided may no longer hold: somebody tuned, or a kernel was built beside the calls."""
+
+
+def find(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Serving:
+    """Who serves such tensors and such a mask, decided now or before."""
+    entry: Key = (*entry_of(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
+    if exactness.active:
+        entry = (*entry, exactness.asked())
+    return table.get(entry) or decide(entry, query, key, value, wanted, enable_gqa)
 
 
 def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Serving:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.posed import Posed
+from elsa_tune.generate.sdpa import own
 from elsa_tune.generate.sdpa.block_masks import bounds_at
 from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.generate.tensors import new_output
@@ -57,7 +57,7 @@ class RunsKernel:
             for first, end, low, high in known[b % len(known)]:
                 if low < high:
                     tensors = query[b : b + 1, :, first:end], key[b : b + 1, :, low:high], value[b : b + 1, :, low:high]
-                    made[b, :, first:end] = scaled_dot_product_attention(*tensors, scale=scale, enable_gqa=grouped)[0]
+                    made[b, :, first:end] = own.attention(*tensors, scale=scale, enable_gqa=grouped)[0]
                 else:
                     made[b, :, first:end] = 0
         return made

@@ -1,0 +1,1 @@
+"""How programs reach dispatch without being changed."""

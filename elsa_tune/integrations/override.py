@@ -1,0 +1,290 @@
+"""enable(): torch's own CPU operator for attention, answered by kernels of ours.
+
+Every plain scaled_dot_product_attention that torch sends to its fused CPU kernel arrives here, under torch's own autograd. A small
+extension answers without Python what was answered before (elsa_tune/generate/cpp/native.cpp); without a compiler, Python does. What no
+kernel of ours may answer goes to the kernel that was there before.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from functools import lru_cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from elsa_tune.dispatch import exactness, handovers, ledger, meaning, serving
+from elsa_tune.errors import HookMissing
+from elsa_tune.generate.cpp import native
+from elsa_tune.generate.cpp.call import CppKernel
+from elsa_tune.generate.sdpa import own
+from elsa_tune.masks import CAUSAL, NONE, AttnMask
+
+OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
+NAME = "elsa-tune"
+"""Under which the extension's override is registered, as torch tells who registered what."""
+
+_SCHEMA = (
+    "decide(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale)"
+    " -> (Tensor output, Tensor logsumexp)"
+)
+_WARNS = r"[\s\S]*" + OPERATOR
+"""What torch says of an override of this operator, and only of this one."""
+
+Library: Any = torch.library.Library  # its methods have no types
+
+_lock = threading.RLock()
+_on: _Override | None = None
+
+
+def enable() -> None:
+    """Answer torch's CPU operator for attention by kernels of ours, in every thread of this process, until disable().
+
+    Nothing happens where it is on. Raises HookMissing where this torch lets nobody override it.
+    """
+    global _on
+    with _lock:
+        if _on is None:
+            _on = _Override()
+
+
+def disable() -> None:
+    """Give torch's operator back to whoever answered it before enable(). Nothing happens where it is not on."""
+    global _on
+    with _lock:
+        if _on is not None:
+            _on.end()
+            _on = None
+
+
+def state() -> tuple[bool, str]:
+    """Whether all is well, and who answers torch's operator now, in words."""
+    with _lock:
+        if (reason := _missing()) is not None:
+            return False, reason
+        last, others = _registered()
+        if _on is None:
+            return True, f"off; {'another package answers' if others else 'torch answers'}, {last}"
+        if not _on.answers(last):
+            return False, f"on, but another package overrode it later and answers, {last}"
+        return True, f"on, {_on.way}" + (f"; others behind it: {', '.join(others)}" if others else "")
+
+
+def _missing() -> str | None:
+    """Why this torch's operator cannot be overridden, or None."""
+    if not hasattr(torch.ops.aten, OPERATOR):
+        return f"torch {torch.__version__} has no operator {OPERATOR}; elsa_tune.sdpa() serves"
+    if not hasattr(torch.library, "get_kernel"):
+        return f"torch {torch.__version__} lets nobody keep the kernel that an override replaces, 2.9 does; elsa_tune.sdpa() serves"
+    return None
+
+
+def _registered() -> tuple[str, list[str]]:
+    """Who answers the operator on CPUs now, and those of others than torch and us who would otherwise, as torch tells it."""
+    found = re.findall(
+        r"^CPU(?: \(inactive\))?: registered at (.*?) :: ", torch._C._dispatch_dump(f"aten::{OPERATOR}"), re.M
+    )
+    return found[0] if found else "nobody", [one for one in found if not _is_torchs(one) and not _is_ours(one)]
+
+
+def _is_torchs(place: str) -> bool:
+    return "RegisterCPU" in place
+
+
+def _is_ours(place: str) -> bool:
+    return place.startswith(NAME) or place.startswith(__file__)
+
+
+class _Override:
+    """The override in place."""
+
+    def __init__(self) -> None:
+        if (reason := _missing()) is not None:
+            raise HookMissing(reason)
+        last, _ = _registered()
+        self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
+        self._aside, self._pythons, self._native = threading.local(), self._override(), None
+        self.way = "by Python"
+        if not _is_torchs(last):
+            self.way += f", for another package's override is behind it, {last}"
+        else:
+            try:
+                self._native = native.load()
+                _deciders.append(self)
+                self._native.enable(NAME)
+                self._pythons._destroy()
+                self.way = "by the extension"
+            except Exception as error:  # no compiler, a folder that may not be written to, a torch of another interface
+                self._native = None
+                self.way += f"; the extension cannot be built: {error}"
+        if self._native:
+            serving.listeners.append(self._native.forget)
+            exactness.listeners.append(self._native.ask)
+            self._native.ask(exactness.active)
+        own.attention = self._by_torch
+
+    def _override(self) -> Any:
+        library = Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_WARNS)
+            library.impl(OPERATOR, self._attend, "CPU", with_keyset=True)
+        return library
+
+    def end(self) -> None:
+        """Take it away."""
+        own.attention = scaled_dot_product_attention
+        if self._native:
+            self._native.disable()
+            self._native.forget()
+            serving.listeners.remove(self._native.forget)
+            exactness.listeners.remove(self._native.ask)
+            _deciders.remove(self)
+        else:
+            self._pythons._destroy()
+
+    def answers(self, last: str) -> bool:
+        """Whether ours is what torch calls, where ``last`` was registered last."""
+        return _is_ours(last)
+
+    def _by_torch(self, *arguments: Any, **named: Any) -> Tensor:
+        """torch's function, by the kernel that was there before."""
+        self._step_aside(1)
+        try:
+            return scaled_dot_product_attention(*arguments, **named)
+        finally:
+            self._step_aside(-1)
+
+    def _step_aside(self, by: int) -> None:
+        if self._native:
+            self._native.aside(by)
+        else:
+            self._aside.depth = getattr(self._aside, "depth", 0) + by
+
+    def _attend(
+        self, keys: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+        attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The operator: [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len]."""
+        found = None
+        if not dropout_p and not getattr(self._aside, "depth", 0):
+            try:
+                found, wanted = self._find(query, key, value, is_causal, attn_mask)
+                if found is not None and found.call is not None:
+                    return self._by_kernel(found, query, key, value, wanted, scale)
+            except Exception as error:  # no memory for splits, a failed launch, whatever is wrong with ours
+                handovers.note(found.spelled[0] if found else f"torch's {OPERATOR}", error)
+        begin = perf_counter()
+        answer: tuple[Tensor, Tensor] = self._original.call_boxed(
+            keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+        if found is not None and found.call is None:
+            found.count(begin)
+        return answer
+
+    def _find(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None
+    ) -> tuple[serving.Serving | None, AttnMask]:
+        """Who serves such calls, from then on by the extension where it can; None where they pose no problem of ours."""
+        wanted, fixed = CAUSAL if is_causal else NONE, True
+        if attn_mask is not None:
+            meant = meaning.of(attn_mask.detach(), False, query, key)
+            if meant is None:
+                return None, wanted
+            wanted = meant & wanted if is_causal else meant
+            fixed = not (attn_mask.dim() == query.dim() and meaning.worth_a_look(attn_mask, query, key))
+        shelf = serving.current()
+        found = serving.find(query, key, value, wanted, True)
+        if not found.problem:
+            return None, wanted
+        if fixed and self._native and not exactness.active and shelf is serving.current():
+            self._bind(found, (query, key, value), is_causal, attn_mask, wanted)
+        return found, wanted
+
+    def _by_kernel(
+        self, found: serving.Serving, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp by a kernel of ours, as torch's kernel leaves them."""
+        assert found.call is not None
+        output, lse = (
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            for x in _results(query.shape, query.stride(), query.dtype)
+        )
+        sums = torch.empty(query.shape[:3], dtype=lse.dtype)
+        begin = perf_counter()
+        found.call(query, key, value, scale, output, sums, wanted.in_order(query, key))
+        # a row that sees no key has 0: torch's backward pass takes exp(-inf - lse)
+        lse.copy_(sums.masked_fill_(sums == float("-inf"), 0.0))
+        found.count(begin)
+        return output, lse
+
+    def _bind(
+        self, found: serving.Serving, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, attn_mask: Tensor | None,
+        wanted: AttnMask,
+    ) -> None:  # fmt: skip
+        """Tell the extension who answers such calls, unless only Python can."""
+        assert self._native is not None
+        row = self._native.row()
+        if found.kernel is None:
+            self._native.bind(tensors, is_causal, attn_mask, row)
+        else:
+            query, key, _ = tensors
+            operands = wanted.in_order(query, key)
+            given = attn_mask is not None and attn_mask.data_ptr()
+            if not isinstance(found.kernel, CppKernel) or any(
+                x.data_ptr() != given for x in operands if isinstance(x, Tensor)
+            ):
+                return  # made anew at every call
+            results = _results(query.shape, query.stride(), query.dtype)
+            if not self._native.bind(tensors, is_causal, attn_mask, row, found.kernel, results, operands):
+                return
+        ledger.enter(_Counted(found.spelled, row))
+
+
+class _Counted:
+    """A row of the ledger that the extension counts."""
+
+    def __init__(self, spelled: tuple[str, str], row: native.Row) -> None:
+        self.spelled, self._row = spelled, row
+
+    @property
+    def calls(self) -> int:
+        """How many were answered."""
+        return self._row.counts[0]
+
+    @property
+    def seconds(self) -> float:
+        """How long they took."""
+        return self._row.counts[1]
+
+
+@lru_cache(maxsize=4096)
+def _results(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An output and a log-sum-exp, without memory, laid out as torch's kernel lays out its own: who compiles relies on it."""
+    like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    output, lse = getattr(torch.ops.aten, OPERATOR)(like, like, like)
+    return output, lse
+
+
+_deciders: list[_Override] = []
+
+
+def _decide(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the extension cannot answer."""
+    query, key, value, dropout_p, is_causal, attn_mask, scale = arguments
+    with _lock:
+        override = _deciders[-1] if _deciders else None
+    if override is None:  # taken away meanwhile
+        return getattr(torch.ops.aten, OPERATOR)(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )  # type: ignore[no-any-return]
+    return override._attend(keys, query, key, value, dropout_p, is_causal, attn_mask, scale)
+
+
+_ours = Library("elsa_tune", "FRAGMENT")
+_ours.define(_SCHEMA)
+_ours.impl("decide", _decide, "CPU", with_keyset=True)

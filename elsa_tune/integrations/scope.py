@@ -1,0 +1,74 @@
+"""sdpa(): torch's scaled_dot_product_attention is elsa_tune.attention within a block or a function."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ContextDecorator
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from elsa_tune.dispatch.attention import attention
+
+
+class _Inside(threading.local):
+    """Scopes of this thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.mode: Any = None
+
+
+_inside = _Inside()
+
+
+class sdpa(ContextDecorator):
+    """``with elsa_tune.sdpa():`` or ``@elsa_tune.sdpa()``: inside, in this thread, torch's scaled_dot_product_attention is answered by
+    elsa_tune.attention, also where a module took the name before. Scopes nest, and end with exceptions too.
+
+    It sees what enable() does not: other devices, inputs that are not 4-D, values of another dimension, masks of other shapes. It costs every
+    torch function inside about a microsecond; where that shows, enable() is the cheaper way.
+    """
+
+    def __enter__(self) -> sdpa:
+        if not _inside.depth:
+            mode: Any = _Mode()
+            _inside.mode = mode.__enter__()
+        _inside.depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _inside.depth -= 1
+        if not _inside.depth and _inside.mode is not None:
+            _inside.mode.__exit__(kind, error, trace)
+            _inside.mode = None
+
+
+class _Mode(TorchFunctionMode):
+    """Hands torch's function to attention()."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if function is scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """torch's function, with what torch makes of a mask beside is_causal."""
+    if attn_mask is not None and is_causal:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
