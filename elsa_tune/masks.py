@@ -39,10 +39,10 @@ class AttnMask:
         self, mask: str = parts.NONE, score: str = scores.NONE, operands: Mapping[str, Any] | None = None
     ) -> None:
         self.mask, self.score, self.operands = mask, score, dict(operands or {})
-        arrays = (*parts.get(mask).arrays, *scores.get(score).arrays)
-        for array in arrays:
-            if not isinstance(self.operands[array.name], _Strided):
-                self.operands[array.name] = _aligned(array, self.operands[array.name])
+        if self.operands and not _is_compiled():  # a compiler's are looked at when they are called
+            for array in (*parts.get(mask).arrays, *scores.get(score).arrays):
+                if not isinstance(self.operands[array.name], _Strided):
+                    self.operands[array.name] = _aligned(array, self.operands[array.name])
         # what tells it from others of its family, without tensors
         self.numbers = tuple(x for x in self.operands.values() if isinstance(x, int | float))
 
@@ -57,6 +57,16 @@ class AttnMask:
             raise WrongArguments(f"attn_mask has {', '.join(sorted(twice))} twice; give it once, with both in one")
         mask, score = "+".join(sorted(words)) or parts.NONE, "+".join(chain) or scores.NONE
         return AttnMask(mask, score, {**self.operands, **other.operands})
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its tensors, in order."""
+        return tuple(x for x in self.operands.values() if _is_tensor(x))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> AttnMask:
+        """The same of other tensors, in the same order."""
+        given = dict(zip((name for name, x in self.operands.items() if _is_tensor(x)), tensors, strict=True))
+        return AttnMask(self.mask, self.score, {**self.operands, **given}) if given else self
 
     def of(self, problem: Problem) -> Problem:
         """The problem with this mask and these scores. Raises BadProblem."""
@@ -122,6 +132,19 @@ class AttnMask:
 
     def __repr__(self) -> str:
         return f"AttnMask({self})"
+
+
+def _is_tensor(x: object) -> bool:
+    import torch
+
+    return isinstance(x, torch.Tensor)
+
+
+def _is_compiled() -> bool:
+    """Whether a compiler follows what is done."""
+    from torch.compiler import is_compiling
+
+    return is_compiling()
 
 
 def may_be_read(x: Tensor) -> bool:
@@ -307,6 +330,10 @@ class _Strided:
 
     @lru_cache(maxsize=64)  # noqa: B019 - of few masks, which are small
     def layout(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        """The same, made once for lengths."""
+        return self.made(q_len, kv_len, device)
+
+    def made(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         """bool [heads, q_len and kv_len in blocks]."""
         import torch
 

@@ -242,19 +242,19 @@ def test_dropout_goes_to_torch(served: Served) -> None:
     assert torch.equal(out, scaled_dot_product_attention(q, k, v, None, 0.5)) and served.by_torch == 1
 
 
-def test_gradients_go_to_torch(served: Served) -> None:
+def test_gradients_are_torchs_from_what_a_kernel_of_ours_saves(served: Served) -> None:
     x = [t.requires_grad_() for t in tensors()]
     elsa_tune.attention(*x).sum().backward()
     gradients = [t.grad for t in x]
     y = [t.detach().clone().requires_grad_() for t in x]
     scaled_dot_product_attention(*y).sum().backward()
-    assert served.by_torch == 1 and all(torch.equal(a, b.grad) for a, b in zip(gradients, y, strict=True))
+    assert served.by_torch == 0 and all(close(a, b.grad) for a, b in zip(gradients, y, strict=True))
     with torch.no_grad():
         elsa_tune.attention(*x)
     with torch.inference_mode():
         elsa_tune.attention(*(t.clone() for t in tensors()))
     elsa_tune.attention(*(torch.nn.Parameter(t.detach(), requires_grad=False) for t in x))
-    assert served.by_torch == 1, "without gradients ours serves"
+    assert served.by_torch == 0, "without gradients ours serves"
 
 
 class Subclass(Tensor):

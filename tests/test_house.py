@@ -386,7 +386,10 @@ def test_links_in_documents_lead_somewhere() -> None:
 def test_the_wheel_carries_the_visible_folders() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert included == {f: f"elsa_tune/data/{f}" for f in ("templates", "search_spaces", "cache")}
+    autoload = project["project"]["entry-points"]["torch.backends"]["elsa_tune"].partition(":")[0] + ".py"
+    assert included == {autoload: autoload} | {
+        f: f"elsa_tune/data/{f}" for f in ("templates", "search_spaces", "cache")
+    }
 
 
 def test_no_machine_paths_in_tracked_files() -> None:

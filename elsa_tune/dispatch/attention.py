@@ -5,14 +5,13 @@ The hot path is one dictionary look-up and one foreign call. Everything else hap
 
 from __future__ import annotations
 
-from contextlib import suppress
 from time import perf_counter
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from elsa_tune.dispatch import exactness, fallback, handovers, meaning, ragged, serving
+from elsa_tune.dispatch import exactness, fallback, meaning, operator, passes, ragged, serving
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.dispatch.serving import entry_of
 from elsa_tune.errors import WrongArguments
@@ -29,6 +28,7 @@ _is_tracing = torch._C._is_tracing  # a recorded trace would hold the allocation
 _transforms = torch._C._functorch.peek_interpreter_stack  # functorch's tensors have no memory of their own
 _SCALES = frozenset((type(None), float))
 _JAGGED = torch.jagged
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 _table = serving.table
 
 
@@ -92,20 +92,51 @@ def attention(
                     output = serve(query, key, value, scale, None, None, operands)
                     found.count(begin)
                     return output
-                gradients = serving.gradients_for(entry, query, key, value, wanted, enable_gqa)
-                if gradients is not None:  # of families whose operands are numbers
-                    output = differentiable(query, key, value, scale, serve, gradients, operands)
-                    found.count(begin)
-                    return output
+                if not (operands and needs_grad(*operands)) and passes.has_backward(
+                    query, key, value, wanted, scale, enable_gqa
+                ):
+                    return differentiable(query, key, value, wanted, scale, enable_gqa)
             except WrongArguments:
                 raise
             except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
-                _hand_over(error, query, key, value, wanted, enable_gqa)
+                serving.hand_over(error, query, key, value, wanted, enable_gqa)
+    elif _is_compiling():
+        return operator.recorded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    elif (
+        not dropout_p
+        and _is_transformed()
+        and (made := _transformed(query, key, value, attn_mask, is_causal, scale, enable_gqa)) is not None
+    ):
+        return made
     elif isinstance(query, Tensor) and query.layout is _JAGGED and not dropout_p:
         batches = _of_nested(query, key, value, meaning.of_ragged(attn_mask), is_causal, scale, enable_gqa)
         if batches is not None:
             return batches
     return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, and nobody else who must meet torch's own call."""
+    at_work = forward_ad._current_level >= 0 or _transforms() is not None
+    if not at_work or _dispatch_modes() or _is_tracing() or _autocast():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return all(one.key() != _FUNCTIONALIZE for one in stack)
+
+
+def _transformed(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | AttnMask | None, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> Tensor | None:  # fmt: skip
+    """Within torch.func and forward-mode differentiation; None where torch must answer."""
+    if not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES):
+        return None
+    wanted: AttnMask | None = CAUSAL if is_causal else NONE
+    if attn_mask is not None:
+        wanted = meaning.of(attn_mask, is_causal, query, key)
+    if wanted is None or serving.problem_of(query, key, value, wanted, enable_gqa) is None:
+        return None
+    return differentiable(query, key, value, wanted, scale, enable_gqa)
 
 
 def _of_nested(
@@ -139,31 +170,4 @@ def served(
         or (_grad_enabled() and needs_grad(query, key, value, *wanted.operands.values()))
     ):
         return None
-    return by_kernel(query, key, value, wanted, scale, enable_gqa, lse)
-
-
-def by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool,
-    lse: Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
-    """The same, of plain tensors whose gradients, if any, are somebody else's."""
-    found = serving.find(query, key, value, wanted, enable_gqa)
-    if found.call is None:
-        return None
-    operands, begin = wanted.in_order(query, key), perf_counter()
-    try:
-        output = found.call(query, key, value, scale, None, lse, operands)
-        found.count(begin)
-        return output
-    except WrongArguments:
-        raise
-    except Exception as error:
-        _hand_over(error, query, key, value, wanted, enable_gqa)
-        return None
-
-
-def _hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> None:
-    """Count that torch answers in a kernel's place."""
-    with suppress(Exception):
-        problem = serving.problem_of(query, key, value, wanted, enable_gqa)
-        handovers.note(problem.family if problem else "a tensor without memory of its own", error)
+    return serving.by_kernel(query, key, value, wanted, scale, enable_gqa, None, lse)

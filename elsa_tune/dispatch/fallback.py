@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.dispatch import meaning
 from elsa_tune.errors import WrongArguments
+from elsa_tune.generate import incumbent
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import eager, posed
-from elsa_tune.generate.sdpa import own
 from elsa_tune.generate.tensors import described, lse_dtype, needs_grad, number
 from elsa_tune.masks import CAUSAL, AttnMask, may_be_read
 from elsa_tune.parts import element as elements
@@ -120,7 +120,7 @@ def by_torch(
     if _fused_errs(query, key, value, attn_mask, is_causal, scale) and query.device.type == "cpu":
         with sdpa_kernel(SDPBackend.MATH):
             return scaled_dot_product_attention(query, key, value, **arguments)
-    by_its_own = scaled_dot_product_attention if _recorded() else own.attention
+    by_its_own = scaled_dot_product_attention if _recorded() else incumbent.attention
     return by_its_own(query, key, value, **arguments)
 
 
@@ -137,6 +137,11 @@ def _fused_errs(
         return False
     if not attn_mask.numel() or not may_be_read(attn_mask):
         return False
+    return lies_far(attn_mask)
+
+
+def lies_far(attn_mask: Tensor) -> bool:
+    """Whether a mask takes a row so far away as a whole that a float32 log-sum-exp loses digits that gradients are computed from."""
     top = attn_mask.amax(-1)
     return bool(((top.abs() >= FAR) & top.isfinite()).any())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -13,6 +14,7 @@ from elsa_tune.device import Device, of_tensor, tf32_allowed
 from elsa_tune.dispatch import exactness, handovers, ledger, shelf
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
+from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel
 from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.order import joined, order_of
@@ -72,10 +74,41 @@ listeners: list[Callable[[], object]] = []
 
 def find(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Serving:
     """Who serves such tensors and such a mask, decided now or before."""
-    entry: Key = (*entry_of(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
-    if exactness.active:
-        entry = (*entry, exactness.asked())
+    entry = _entry(query, key, value, wanted, enable_gqa)
     return table.get(entry) or decide(entry, query, key, value, wanted, enable_gqa)
+
+
+def by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool,
+    out: Tensor | None = None, lse: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The output by a kernel that is ready, or None: of plain tensors whose gradients, if any, are somebody else's. ``lse`` [batch, heads,
+    q_len] receives the log-sum-exp."""
+    found = find(query, key, value, wanted, enable_gqa)
+    if found.call is None:
+        return None
+    operands, begin = wanted.in_order(query, key), perf_counter()
+    try:
+        output = found.call(query, key, value, scale, out, lse, operands)
+    except WrongArguments:
+        raise
+    except Exception as error:
+        hand_over(error, query, key, value, wanted, enable_gqa)
+        return None
+    found.count(begin)
+    return output
+
+
+def hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> None:
+    """Count that torch answers in a kernel's place."""
+    with suppress(Exception):
+        problem = problem_of(query, key, value, wanted, enable_gqa)
+        handovers.note(problem.family if problem else "a tensor without memory of its own", error)
+
+
+def _entry(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Key:
+    entry: Key = (*entry_of(query, key, value, False, enable_gqa), wanted.mask, wanted.score, wanted.numbers)
+    return (*entry, exactness.asked()) if exactness.active else entry
 
 
 def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Serving:
@@ -101,10 +134,9 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
     return kept
 
 
-def gradients_for(
-    entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool
-) -> Gradients | None:
+def gradients_for(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:
     """The kernel for a shape's gradients, if one is faster than torch's, decided once."""
+    entry = _entry(query, key, value, wanted, enable_gqa)
     if entry not in _gradients:
         before = _shelf
 

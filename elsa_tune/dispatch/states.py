@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import fallback, meaning
+from elsa_tune.dispatch import fallback, meaning, operator
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.tensors import check_tensors, described, lse_dtype, number
+from elsa_tune.generate.tensors import check_tensors, described, lse_dtype, needs_grad, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, of_tensor
 from elsa_tune.problem import Problem
 
@@ -30,6 +30,10 @@ def attention_with_lse(
     Shapes and ``attn_mask`` are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
     is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
     """
+    wanting = torch.is_grad_enabled() and needs_grad(query, key, value)
+    recorded = torch.compiler.is_compiling() and not wanting
+    if recorded and operator.may_answer(query, key, value, attn_mask, 0.0, is_causal, enable_gqa):
+        return operator.call(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
     check_tensors(query, key, value)
     if not isinstance(is_causal, bool) or not isinstance(enable_gqa, bool):
         raise WrongArguments(

@@ -99,6 +99,34 @@ class Finding:
     remedy: str = ""
 
 
+class Interposer(Protocol):
+    """Answers torch's CPU operator for attention in its place, without Python, by kernels of a backend. What it cannot answer it asks the
+    operator ``elsa_tune::decide`` of, which must be registered."""
+
+    def enable(self, name: str) -> None:
+        """Answer from now on, registered under a name. Raises BuildFailed."""
+
+    def disable(self) -> None:
+        """Answer no more."""
+
+    def forget(self) -> None:
+        """Who answers what."""
+
+    def ask(self, always: int) -> None:
+        """Whether from now on every call is asked about."""
+
+    def aside(self, by: int) -> None:
+        """Let torch's own kernel answer this thread, ``aside(1)``, until ``aside(-1)``."""
+
+    def bind(
+        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, kernel: Kernel | None = None,
+        results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
+    ) -> Callable[[], tuple[int, float]] | None:  # fmt: skip
+        """Let a kernel, or torch's own where none is given, answer calls with such query, key, value and mask from now on; ``results``
+        are an output and a log-sum-exp of such a call. How many it answered and in how many seconds, to be asked at any time; None
+        where it cannot."""
+
+
 class Asked(Protocol):
     """What a backend may be asked, and what one answers that says nothing else."""
 
@@ -112,6 +140,11 @@ class Asked(Protocol):
     def peak(self, device: Device, seconds: float) -> dict[str, float]:
         """Measured peaks of the device, where a kernel of the backend measures them: ``gflops`` and ``gbytes`` a second."""
         return {}
+
+    def interposer(self) -> Interposer | None:
+        """What answers torch's operator without Python by kernels of this backend; None where there is nothing such. Raises BuildFailed,
+        CompilerMissing, KernelCacheUnsafe, OSError."""
+        return None
 
     def slow_to_start(self, variant: Variant) -> bool:
         """Whether a kernel is compiled for every shape, for many seconds, so that it is raced only where there is time."""

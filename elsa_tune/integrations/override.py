@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
@@ -19,13 +20,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from elsa_tune.dispatch import exactness, handovers, ledger, meaning, serving
+from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
-from elsa_tune.generate.cpp import native
-from elsa_tune.generate.cpp.call import CppKernel
-from elsa_tune.generate.sdpa import own
+from elsa_tune.generate import backends, incumbent
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
-OPERATOR = "_scaled_dot_product_flash_attention_for_cpu"
 NAME = "elsa-tune"
 """Under which the extension's override is registered, as torch tells who registered what."""
 
@@ -70,7 +69,7 @@ def state() -> tuple[bool, str]:
         last, others = _registered()
         if _on is None:
             return True, f"off; {'another package answers' if others else 'torch answers'}, {last}"
-        if not _on.answers(last):
+        if not _is_ours(last):
             return False, f"on, but another package overrode it later and answers, {last}"
         return True, f"on, {_on.way}" + (f"; others behind it: {', '.join(others)}" if others else "")
 
@@ -108,25 +107,31 @@ class _Override:
             raise HookMissing(reason)
         last, _ = _registered()
         self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
-        self._aside, self._pythons, self._native = threading.local(), self._override(), None
-        self.way = "by Python"
-        if not _is_torchs(last):
-            self.way += f", for another package's override is behind it, {last}"
-        else:
-            try:
-                self._native = native.load()
-                _deciders.append(self)
-                self._native.enable(NAME)
-                self._pythons._destroy()
-                self.way = "by the extension"
-            except Exception as error:  # no compiler, a folder that may not be written to, a torch of another interface
-                self._native = None
-                self.way += f"; the extension cannot be built: {error}"
-        if self._native:
+        self._aside, self._pythons = threading.local(), self._override()
+        self._native, self.way = self._extension(last)
+        if self._native is not None:
+            self._pythons._destroy()
             serving.listeners.append(self._native.forget)
             exactness.listeners.append(self._native.ask)
             self._native.ask(exactness.active)
-        own.attention = self._by_torch
+        incumbent.attention = self._by_torch
+
+    def _extension(self, last: str) -> tuple[backends.Interposer | None, str]:
+        """What answers without Python, in place already, and the way by which calls are answered, in words."""
+        if not _is_torchs(last):
+            return None, f"by Python, for another package's override is behind it, {last}"
+        _deciders.append(self)
+        try:
+            for name in backends.candidates():
+                found = backends.get(name).interposer()
+                if found is not None:
+                    found.enable(NAME)
+                    return found, "by the extension"
+            reason = "there is no extension"
+        except Exception as error:  # no compiler, a folder that may not be written to, a torch of another interface
+            reason = f"the extension cannot be built: {error}"
+        _deciders.remove(self)
+        return None, f"by Python; {reason}"
 
     def _override(self) -> Any:
         library = Library("aten", "IMPL")
@@ -137,7 +142,7 @@ class _Override:
 
     def end(self) -> None:
         """Take it away."""
-        own.attention = scaled_dot_product_attention
+        incumbent.attention = scaled_dot_product_attention
         if self._native:
             self._native.disable()
             self._native.forget()
@@ -146,10 +151,6 @@ class _Override:
             _deciders.remove(self)
         else:
             self._pythons._destroy()
-
-    def answers(self, last: str) -> bool:
-        """Whether ours is what torch calls, where ``last`` was registered last."""
-        return _is_ours(last)
 
     def _by_torch(self, *arguments: Any, **named: Any) -> Tensor:
         """torch's function, by the kernel that was there before."""
@@ -228,38 +229,28 @@ class _Override:
     ) -> None:  # fmt: skip
         """Tell the extension who answers such calls, unless only Python can."""
         assert self._native is not None
-        row = self._native.row()
-        if found.kernel is None:
-            self._native.bind(tensors, is_causal, attn_mask, row)
-        else:
-            query, key, _ = tensors
-            operands = wanted.in_order(query, key)
-            given = attn_mask is not None and attn_mask.data_ptr()
-            if not isinstance(found.kernel, CppKernel) or any(
-                x.data_ptr() != given for x in operands if isinstance(x, Tensor)
-            ):
-                return  # made anew at every call
-            results = _results(query.shape, query.stride(), query.dtype)
-            if not self._native.bind(tensors, is_causal, attn_mask, row, found.kernel, results, operands):
-                return
-        ledger.enter(_Counted(found.spelled, row))
+        query, key, _ = tensors
+        results, operands = _results(query.shape, query.stride(), query.dtype), wanted.in_order(query, key)
+        counts = self._native.bind(tensors, is_causal, attn_mask, found.kernel, results, operands)
+        if counts is not None:
+            ledger.enter(_Counted(found.spelled, counts))
 
 
 class _Counted:
     """A row of the ledger that the extension counts."""
 
-    def __init__(self, spelled: tuple[str, str], row: native.Row) -> None:
-        self.spelled, self._row = spelled, row
+    def __init__(self, spelled: tuple[str, str], counts: Callable[[], tuple[int, float]]) -> None:
+        self.spelled, self._counts = spelled, counts
 
     @property
     def calls(self) -> int:
         """How many were answered."""
-        return self._row.counts[0]
+        return self._counts()[0]
 
     @property
     def seconds(self) -> float:
         """How long they took."""
-        return self._row.counts[1]
+        return self._counts()[1]
 
 
 @lru_cache(maxsize=4096)
@@ -279,9 +270,10 @@ def _decide(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     with _lock:
         override = _deciders[-1] if _deciders else None
     if override is None:  # taken away meanwhile
-        return getattr(torch.ops.aten, OPERATOR)(
+        answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )  # type: ignore[no-any-return]
+        )
+        return answer
     return override._attend(keys, query, key, value, dropout_p, is_causal, attn_mask, scale)
 
 

@@ -16,9 +16,8 @@ from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import handovers
 from elsa_tune.errors import KernelCacheUnsafe
-from elsa_tune.generate import backends, lawful
+from elsa_tune.generate import backends, incumbent, lawful
 from elsa_tune.generate.backends import Finding, Kernel
-from elsa_tune.generate.sdpa import own
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
@@ -129,7 +128,7 @@ def launch(backend: str, here: Device) -> float:
     with ThreadPoolExecutor(1) as thread:
         found = thread.submit(call).result()
     query, key, value = (x.double() for x in (inputs.query, inputs.key, inputs.value))
-    expected = own.attention(query, key, value, scale=inputs.scale)
+    expected = incumbent.attention(query, key, value, scale=inputs.scale)
     return float((found - expected).abs().max() / inputs.value.abs().max())
 
 

@@ -13,9 +13,10 @@ import torch
 
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate.backends import Built, Finding, Kernel
+from elsa_tune.generate.backends import Built, Finding, Interposer, Kernel
 from elsa_tune.generate.context import of_family
 from elsa_tune.generate.cpp import compiler as _compiler
+from elsa_tune.generate.cpp import native as _native
 from elsa_tune.generate.cpp import peak as _peak
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import build_text, find
@@ -147,6 +148,11 @@ def begin_worker() -> None:
 def peak(device: Device, seconds: float) -> dict[str, float]:
     """Multiply-adds and reads of this CPU."""
     return _peak.peak(seconds) if device.kind == "cpu" else {}
+
+
+def interposer() -> Interposer:
+    """The extension of native.cpp."""
+    return _native.load()
 
 
 def speaks(device: Device) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from elsa_tune.generate import incumbent
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.posed import Posed, attn_mask, eager
-from elsa_tune.generate.sdpa import own
 from elsa_tune.generate.sdpa.block_masks import block_mask
 from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.parts import mask as masks
@@ -66,7 +66,9 @@ class SdpaKernel:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
             grouped = False
         with sdpa_kernel(self._backend):
-            return own.attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+            return incumbent.attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            )
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""

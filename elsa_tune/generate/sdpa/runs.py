@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elsa_tune.generate import incumbent
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.posed import Posed
-from elsa_tune.generate.sdpa import own
 from elsa_tune.generate.sdpa.block_masks import bounds_at
 from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.generate.tensors import new_output
@@ -57,7 +57,7 @@ class RunsKernel:
             for first, end, low, high in known[b % len(known)]:
                 if low < high:
                     tensors = query[b : b + 1, :, first:end], key[b : b + 1, :, low:high], value[b : b + 1, :, low:high]
-                    made[b, :, first:end] = own.attention(*tensors, scale=scale, enable_gqa=grouped)[0]
+                    made[b, :, first:end] = incumbent.attention(*tensors, scale=scale, enable_gqa=grouped)[0]
                 else:
                     made[b, :, first:end] = 0
         return made

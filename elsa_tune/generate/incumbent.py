@@ -1,4 +1,4 @@
-"""torch's function, answered by torch's own kernels, whoever stands in their place."""
+"""The incumbent: torch's function, answered by torch's own kernels, whoever stands in their place."""
 
 from __future__ import annotations
 
