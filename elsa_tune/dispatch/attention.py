@@ -86,20 +86,20 @@ def attention(
         elif type(scale) in _SCALES and not _autocast():
             if wanted.operands:
                 operands = wanted.in_order(query, key)
-            try:
-                wanting = query.requires_grad or key.requires_grad or value.requires_grad
-                if not (_grad_enabled() and (wanting or (operands and needs_grad(*operands)))):
+            wanting = query.requires_grad or key.requires_grad or value.requires_grad
+            if _grad_enabled() and (wanting or (operands and needs_grad(*operands))):
+                of_operands = operands and needs_grad(*operands)
+                if not of_operands and passes.has_backward(query, key, value, wanted, scale, enable_gqa):
+                    return differentiable(query, key, value, wanted, scale, enable_gqa)
+            else:
+                try:
                     output = serve(query, key, value, scale, None, None, operands)
                     found.count(begin)
                     return output
-                if not (operands and needs_grad(*operands)) and passes.has_backward(
-                    query, key, value, wanted, scale, enable_gqa
-                ):
-                    return differentiable(query, key, value, wanted, scale, enable_gqa)
-            except WrongArguments:
-                raise
-            except Exception as error:  # no storage of its own (vmap), no memory for splits, a failed launch
-                serving.hand_over(error, query, key, value, wanted, enable_gqa)
+                except WrongArguments:
+                    raise
+                except Exception as error:  # no memory for splits, a failed launch
+                    serving.hand_over(error, query, key, value, wanted, enable_gqa)
     elif _is_compiling():
         return operator.recorded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     elif (

@@ -68,6 +68,8 @@ class Serving:
 Key = tuple[object, ...]
 table: dict[Key, Serving] = {}
 _gradients: dict[Key, Gradients | None] = {}
+changes = 0
+"""How often what was decided may have changed."""
 listeners: list[Callable[[], object]] = []
 """Called when what was decided may no longer hold: somebody tuned, or a kernel was built beside the calls."""
 
@@ -215,6 +217,8 @@ def refresh() -> None:
 
 def tell() -> None:
     """Let those know who remember what was decided."""
+    global changes
+    changes += 1
     for forget in listeners:
         forget()
 

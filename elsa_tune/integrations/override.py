@@ -23,15 +23,18 @@ from elsa_tune.dispatch import exactness, handovers, ledger, meaning, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
+from elsa_tune.integrations import graphs
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
 NAME = "elsa-tune"
 """Under which the extension's override is registered, as torch tells who registered what."""
 
 _SCHEMA = (
-    "decide(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale)"
+    "(Tensor query, Tensor key, Tensor value, float dropout_p=0.0, bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None)"
     " -> (Tensor output, Tensor logsumexp)"
 )
+"""Of torch's operator, and of two of ours."""
+
 _WARNS = r"[\s\S]*" + OPERATOR
 """What torch says of an override of this operator, and only of this one."""
 
@@ -50,6 +53,7 @@ def enable() -> None:
     with _lock:
         if _on is None:
             _on = _Override()
+            graphs.install()
 
 
 def disable() -> None:
@@ -57,8 +61,14 @@ def disable() -> None:
     global _on
     with _lock:
         if _on is not None:
+            graphs.remove()
             _on.end()
             _on = None
+
+
+def is_on() -> bool:
+    """Whether enable() was called, and disable() not since."""
+    return _on is not None
 
 
 def state() -> tuple[bool, str]:
@@ -198,12 +208,14 @@ class _Override:
                 return None, wanted
             wanted = meant & wanted if is_causal else meant
             fixed = not (attn_mask.dim() == query.dim() and meaning.worth_a_look(attn_mask, query, key))
-        shelf = serving.current()
+        changes = serving.changes
         found = serving.find(query, key, value, wanted, True)
         if not found.problem:
             return None, wanted
-        if fixed and self._native and not exactness.active and shelf is serving.current():
+        if fixed and self._native and not exactness.active:
             self._bind(found, (query, key, value), is_causal, attn_mask, wanted)
+            if changes != serving.changes:  # a kernel became ready meanwhile
+                self._native.forget()
         return found, wanted
 
     def _by_kernel(
@@ -264,9 +276,11 @@ def _results(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> 
 _deciders: list[_Override] = []
 
 
-def _decide(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """What the extension cannot answer."""
-    query, key, value, dropout_p, is_causal, attn_mask, scale = arguments
+def _decide(
+    keys: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the extension cannot answer, and what compiled programs ask while nothing is enabled."""
     with _lock:
         override = _deciders[-1] if _deciders else None
     if override is None:  # taken away meanwhile
@@ -278,5 +292,10 @@ def _decide(keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 _ours = Library("elsa_tune", "FRAGMENT")
-_ours.define(_SCHEMA)
-_ours.impl("decide", _decide, "CPU", with_keyset=True)
+for _name in (
+    "decide",
+    "attend",
+):  # whom the extension asks; what compiled programs call where they would call torch's past everybody
+    _ours.define(_name + _SCHEMA)
+    _ours.impl(_name, _decide, "CPU", with_keyset=True)
+    torch.library.register_fake(f"elsa_tune::{_name}", getattr(torch.ops.aten, OPERATOR), lib=_ours)

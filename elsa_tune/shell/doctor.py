@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from torch import Tensor
 from elsa_tune import device, places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.dispatch import handovers
-from elsa_tune.errors import KernelCacheUnsafe
+from elsa_tune.errors import HookMissing, KernelCacheUnsafe
 from elsa_tune.generate import backends, incumbent, lawful
 from elsa_tune.generate.backends import Finding, Kernel
+from elsa_tune.integrations import override
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
@@ -30,7 +32,7 @@ PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
 def examine() -> Iterator[Finding]:
     """Devices, instruction sets, what each backend needs (compilers, the OpenMP runtime), a launch of each language on each GPU,
-    database layers, the kernel cache, calls that torch answered in a kernel's place, versions."""
+    database layers, the kernel cache, calls that torch answered in a kernel's place, ways to reach programs, versions."""
     here = host_cpu()
     yield _device(here)
     yield _isa(here)
@@ -41,6 +43,7 @@ def examine() -> Iterator[Finding]:
     yield from _launches()
     yield from examine_databases(here)
     yield _handovers()
+    yield from _ways()
     yield Finding(
         "versions",
         True,
@@ -164,6 +167,37 @@ def _handovers() -> Finding:
         f"kernels raised and torch answered, in {len(found)} cases; most often {often}; last {when}",
         f"answers were right, but not by the kernel that won; report it, then remove {handovers.file()}",
     )
+
+
+def _ways() -> Iterator[Finding]:
+    """How programs that are not changed reach kernels of ours: torch's operator overridden, by what, and whether a variable does it."""
+    was_on = override.is_on()
+    try:
+        override.enable()
+        good, told = override.state()
+        remedy = (
+            "" if good else "import the other package first, or call elsa_tune.enable() after it: the last one wins"
+        )
+        yield Finding("elsa_tune.enable()", good, told, remedy)
+    except HookMissing as error:
+        yield Finding("elsa_tune.enable()", False, str(error), "with elsa_tune.sdpa(): serves in this torch")
+    finally:
+        if not was_on:
+            override.disable()
+    loaded = any(one.name == "elsa_tune" for one in entry_points(group="torch.backends"))
+    if not loaded:
+        yield Finding(
+            "ELSA_TUNE=1",
+            False,
+            "torch does not find this package's entry point",
+            "install it by pip, or call elsa_tune.enable()",
+        )
+    elif os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
+        yield Finding("ELSA_TUNE=1", False, "TORCH_DEVICE_BACKEND_AUTOLOAD turns it off", "call elsa_tune.enable()")
+    else:
+        yield Finding(
+            "ELSA_TUNE=1", True, f"enables it in any program; here it is {os.environ.get('ELSA_TUNE') or 'not set'}"
+        )
 
 
 def _layers(here: Device) -> Iterator[Finding]:

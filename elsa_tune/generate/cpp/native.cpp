@@ -20,6 +20,7 @@
 #include <optional>
 #include <shared_mutex>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -34,8 +35,14 @@ constexpr size_t MOST = 4096;  // layouts before the table starts anew: a growin
 using Handle = AtenTensorHandle;
 using Kernel = int (*)(const char* call);
 
-void check(AOTITorchError error, const char* what) {
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(what);
+std::string what_went_wrong() {
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+  const std::string text = torch_exception_get_what_without_backtrace(), kind = "RuntimeError: ";
+  const size_t from = text.rfind(kind, 0) == 0 ? kind.size() : 0;
+  return text.substr(from, text.find("\n\nAt:\n") - from);  // where Python was is no part of what torch says
+#else
+  return "elsa_tune::decide failed; torch said why on stderr";
+#endif
 }
 
 /// What a call's tensors look like: dtype, is_causal, the mask's dtype or -1, then sizes and strides of query, key, value, mask.
@@ -72,7 +79,7 @@ struct Entry {
 std::shared_mutex guard;
 std::unordered_map<Layout, std::shared_ptr<const Entry>, Hash> table;
 std::deque<Row> rows;
-TorchLibraryHandle library = nullptr;
+TorchLibraryHandle of_torch = nullptr, of_ours = nullptr;  // registrations of `attend`
 std::atomic<bool> asks{false};  // whether each call is Python's to decide
 thread_local int aside = 0;
 
@@ -248,12 +255,18 @@ void attend(StableIValue* stack, uint64_t, uint64_t) {
         torch::stable::detail::from(given.is_causal),
         torch::stable::detail::from(given.mask.handle ? std::optional<Handle>(given.mask.release()) : std::nullopt),
         torch::stable::detail::from(given.scale)};
-    check(torch_call_dispatcher("elsa_tune::decide", "", passed, TORCH_ABI_VERSION), "elsa_tune::decide failed");
+    if (torch_call_dispatcher("elsa_tune::decide", "", passed, TORCH_ABI_VERSION)) throw std::runtime_error(what_went_wrong());
     results[0] = torch::stable::detail::to<Handle>(passed[0]);
     results[1] = torch::stable::detail::to<Handle>(passed[1]);
   }
   stack[0] = torch::stable::detail::from(results[0]);
   stack[1] = torch::stable::detail::from(results[1]);
+}
+
+/// In a child: nobody holds the lock, which knows threads by numbers that are others' now; and what was bound starts threads.
+void after_fork() {
+  new (&guard) std::shared_mutex;
+  table.clear();
 }
 
 }  // namespace
@@ -262,15 +275,17 @@ void attend(StableIValue* stack, uint64_t, uint64_t) {
 
 /// Put `attend` in the place of torch's kernel. 0, or what torch says went wrong.
 EXPORT int elsa_enable(const char* file) {
-  // A thread that reads the table while another forks must not leave its lock to the child, which has no pool of threads either.
-  static const int forks = pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, [] { table.clear(), guard.unlock(); });
-  if (library || forks) return forks;
-  if (int error = aoti_torch_library_init_impl("aten", "CPU", file, 1, &library)) return error;
-  return torch_library_impl(library, "_scaled_dot_product_flash_attention_for_cpu", &attend, TORCH_ABI_VERSION);
+  static const int forks = pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, after_fork);
+  if (of_torch || forks) return forks;
+  if (int error = aoti_torch_library_init_impl("aten", "CPU", file, 1, &of_torch)) return error;
+  if (int error = aoti_torch_library_init_impl("elsa_tune", "CPU", file, 1, &of_ours)) return error;
+  if (int error = torch_library_impl(of_ours, "attend", &attend, TORCH_ABI_VERSION)) return error;
+  return torch_library_impl(of_torch, "_scaled_dot_product_flash_attention_for_cpu", &attend, TORCH_ABI_VERSION);
 }
 
 EXPORT void elsa_disable() {
-  if (library) aoti_torch_delete_library_object(std::exchange(library, nullptr));
+  for (TorchLibraryHandle* library : {&of_torch, &of_ours})
+    if (*library) aoti_torch_delete_library_object(std::exchange(*library, nullptr));
 }
 
 /// From now on torch's own kernel answers this thread, `by` times more or less.

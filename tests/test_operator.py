@@ -1,0 +1,314 @@
+"""attention() in compiled code, an operator, and under torch.func, a function with derivatives: whoever serves, the answer is eager code's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import elsa_tune
+from elsa_tune import masks, scores
+from elsa_tune.dispatch import serving
+from tests.test_dispatch import VARIANT, close, record, won
+
+SHAPE = "b2.h4.q33.k33"
+FAMILIES = ("fp32.d16", "fp32.d16.causal", "fp32.d16.bias", "fp32.d16.dense", "fp32.d16.softcap")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A home in which a kernel of ours won some families at one shape, and is built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELSA_TUNE_HOME", str(tmp_path_factory.mktemp("operator") / "home"))
+        spelled = [f"{family}@{SHAPE}" + ".softcap5.0" * family.endswith("softcap") for family in FAMILIES]
+        record(*map(won, [*spelled, f"fp32.d16.window@{SHAPE}.left5.right0", "fp32.d16@b6.h4.q33.k33"]))
+        yield
+    serving.refresh()
+
+
+def tensors(gradients: bool = False) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 4, 33, 16, generator=generator).requires_grad_(gradients) for _ in range(3)]
+
+
+def ours() -> int:
+    """Calls that kernels of ours answered."""
+    return sum(r.calls for r in elsa_tune.served() if r.kernel == VARIANT)
+
+
+GENERATOR = torch.Generator().manual_seed(1)
+DENSE = torch.rand(33, 33, generator=GENERATOR) > 0.3
+BIAS = torch.randn(1, 4, 33, 33, generator=GENERATOR)
+SLOPES = torch.rand(4, generator=GENERATOR)
+WINDOW, LENGTHS, SINKS = (
+    masks.window(5),
+    masks.lengths(torch.tensor([3, 30])),
+    scores.sinks(torch.randn(4, generator=GENERATOR)),
+)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+CALLS: dict[str, Attend] = {
+    "plain": lambda q, k, v: elsa_tune.attention(q, k, v),
+    "causal": lambda q, k, v: elsa_tune.attention(q, k, v, is_causal=True, scale=0.3),
+    "bool": lambda q, k, v: elsa_tune.attention(q, k, v, DENSE),
+    "bias": lambda q, k, v: elsa_tune.attention(q, k, v, BIAS),
+    "bias and is_causal of ours": lambda q, k, v: elsa_tune.attention(q, k, v, scores.bias(BIAS), is_causal=True),
+    "window": lambda q, k, v: elsa_tune.attention(q, k, v, WINDOW),
+    "lengths": lambda q, k, v: elsa_tune.attention(q, k, v, LENGTHS),
+    "sinks": lambda q, k, v: elsa_tune.attention(q, k, v, SINKS),
+    "made inside": lambda q, k, v: elsa_tune.attention(q, k, v, masks.window(5) & scores.softcap(5.0)),
+    "lengths made inside": lambda q, k, v: elsa_tune.attention(q, k, v, masks.lengths(torch.tensor([3, 30]))),
+    "a list": lambda q, k, v: elsa_tune.attention(q, k, v, masks.lengths([3, 30])),
+    "alibi": lambda q, k, v: elsa_tune.attention(q, k, v, scores.alibi(SLOPES)),
+    "strided": lambda q, k, v: elsa_tune.attention(q, k, v, masks.strided(heads=4, local=2, stride=3, block=8)),
+    "columns": lambda q, k, v: elsa_tune.attention(q, k, v, masks.columns(torch.full((2, 1, 33, 1), 20), True)),
+    "groups": lambda q, k, v: elsa_tune.attention(q, k[:, :2], v[:, :2], is_causal=True, enable_gqa=True),
+    "value_dim": lambda q, k, v: elsa_tune.attention(q, k, v[..., :8]),
+    "3-D": lambda q, k, v: elsa_tune.attention(q[0], k[0], v[0]),
+}
+
+
+def gradients_of(attend: Attend, x: list[Tensor]) -> list[Tensor]:
+    out = attend(*x)
+    out.square().sum().backward()
+    return [out.detach(), *(t.grad for t in x if t.grad is not None)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_code_answers_as_eager_code(name: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    x = tensors()
+    assert close(compiled(*x), CALLS[name](*x))
+    got, expected = (gradients_of(f, tensors(gradients=True)) for f in (compiled, CALLS[name]))
+    assert all(torch.allclose(a, b, rtol=0, atol=2e-5) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "bool", "bias", "window"])
+def test_kernels_of_ours_serve_compiled_code(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(CALLS[name], fullgraph=True)
+    x = tensors()
+    compiled(*x)
+    before = ours()
+    compiled(*x)
+    assert ours() == before + 1
+    gradients_of(compiled, tensors(gradients=True))
+    assert ours() >= before + 2
+
+
+def test_dynamic_shapes_are_one_program() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CALLS["causal"], fullgraph=True, dynamic=True, backend=counter)
+    compiled(*tensors())
+    before = counter.frame_count
+    for n in (33, 40, 71):
+        q, k, v = (torch.randn(2, 4, n, 16) for _ in range(3))
+        assert close(compiled(q, k, v), CALLS["causal"](q, k, v))
+    assert counter.frame_count == before
+
+
+def test_exported_programs_call_the_operator() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return elsa_tune.attention(q, k, v, WINDOW)
+
+    x = tensors()
+    program = torch.export.export(Model(), tuple(x), dynamic_shapes=({2: torch.export.Dim("n")},) * 3)
+    assert "elsa_tune.attention" in program.graph_module.code
+    assert close(program.module()(*x), Model()(*x))
+    y = [torch.randn(2, 4, 50, 16) for _ in range(3)]
+    assert close(program.module()(*y), Model()(*y))
+
+
+def test_a_state_is_compiled() -> None:
+    torch._dynamo.reset()
+    x = tensors()
+    compiled = torch.compile(
+        lambda q, k, v: elsa_tune.attention_with_lse(q, k, v, attn_mask=WINDOW), fullgraph=True, backend="aot_eager"
+    )
+    assert all(
+        close(a, b) for a, b in zip(compiled(*x), elsa_tune.attention_with_lse(*x, attn_mask=WINDOW), strict=True)
+    )
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_torch_finds_nothing_wrong_with_the_operator(keeps: bool) -> None:
+    """Its schema, its fake, its derivatives registered, under AOTAutograd with and without dynamic shapes."""
+    q, k, v = tensors(gradients=keeps)
+    more = [
+        ([LENGTHS.tensors[0]], [], [], "lengths none lengths"),
+        ([], [5, 0], [], "window none left right"),
+        ([], [], [], ""),
+    ]
+    for arrays, integers, reals, spelled in more:
+        torch.library.opcheck(
+            torch.ops.elsa_tune.attention.default, (q, k, v, None, arrays, integers, reals, spelled, None, False, keeps)
+        )
+
+
+# What programs put around it.
+
+
+def test_checkpoints_autocast_and_determinism() -> None:
+    x = tensors(gradients=True)
+    expected = gradients_of(CALLS["causal"], x)
+    got = gradients_of(lambda *y: checkpoint(CALLS["causal"], *y, use_reentrant=False), tensors(gradients=True))
+    assert all(close(a, b) for a, b in zip(got, expected, strict=True))
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = CALLS["causal"](*tensors())
+        found = torch.compile(CALLS["causal"], fullgraph=True, backend="aot_eager")(*tensors())
+    assert found.dtype == wanted.dtype == torch.bfloat16 and torch.allclose(found, wanted, atol=2e-2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch._dynamo.reset()
+        compiled = torch.compile(CALLS["plain"], fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*tensors()), compiled(*tensors()))
+        assert torch.equal(CALLS["plain"](*tensors()), CALLS["plain"](*tensors()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_fake_meta_and_inference_tensors() -> None:
+    for name in ("plain", "causal", "window", "bool"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert CALLS[name](*(torch.empty(2, 4, 33, 16) for _ in range(3))).shape == (2, 4, 33, 16)
+    meta = [torch.empty(2, 4, 33, 16, device="meta") for _ in range(3)]
+    assert CALLS["plain"](*meta).shape == (2, 4, 33, 16)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        x = tensors()
+        assert close(torch.compile(CALLS["plain"], fullgraph=True, backend="aot_eager")(*x), CALLS["plain"](*x))
+
+
+# torch.func.
+
+REFERENCE: dict[str, Attend] = {}
+
+
+def by_operations(name: str) -> Attend:
+    """The same attention in torch's plain operations."""
+    left = {
+        "window": lambda: WINDOW.dense(2, 4, 33, 33),
+        "lengths": lambda: LENGTHS.dense(2, 4, 33, 33),
+        "bool": lambda: DENSE,
+    }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = q @ k.mT * (0.3 if name == "causal" else 0.25)
+        if name == "bias":
+            logits = logits + BIAS
+        if name == "softcap":
+            logits = 5.0 * (logits / 5.0).tanh()
+        if name in left:
+            logits = logits.masked_fill(~left[name](), float("-inf"))
+        if name == "causal":
+            logits = logits.masked_fill(~torch.ones(33, 33, dtype=torch.bool).tril(), float("-inf"))
+        return logits.softmax(-1) @ v
+
+    return attend
+
+
+FUNCTIONS = {name: CALLS[name] for name in ("plain", "causal", "bool", "bias", "window", "lengths")} | {
+    "softcap": lambda q, k, v: elsa_tune.attention(q, k, v, scores.softcap(5.0))
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives_and_maps(name: str) -> None:
+    attend, reference = FUNCTIONS[name], by_operations(name)
+    q, k, v = tensors()
+    t = [torch.randn_like(q) for _ in range(3)]
+    before = ours()
+
+    def of(f: Attend) -> list[Tensor]:
+        def loss(*x: Tensor) -> Tensor:
+            return f(*x).square().sum()
+
+        many = torch.stack([q, t[0], t[1]])
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(f(forward_ad.make_dual(q, t[0]), k, v)).tangent
+        return [
+            jvp(f, (q, k, v), tuple(t))[1],
+            dual,
+            *grad(loss, (0, 1, 2))(q, k, v),
+            vmap(f, (0, None, None))(many, k, v),
+            vmap(f, (1, None, 0), 1)(many.movedim(0, 1), k, many),
+            vmap(grad(loss))(many, many, many),
+            grad(lambda x: vmap(loss, (0, None, None))(x, k, v).sum())(many),
+            vmap(lambda x, d: jvp(lambda y: f(y, k, v), (x,), (d,))[1])(many, many),
+        ]
+
+    for got, expected in zip(of(attend), of(reference), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=5e-5)
+    if name in ("plain", "causal", "window"):
+        assert ours() > before, "kernels of ours take part"
+
+
+def test_jacobians() -> None:
+    q, k, v = (x[:1, :1, :3] for x in tensors())
+    for jacobian in (jacfwd, jacrev):
+        got, expected = (jacobian(f)(q, k, v) for f in (CALLS["plain"], by_operations("plain")))
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_maps_fold_into_one_call_where_they_can() -> None:
+    q, k, v = tensors()
+    many = torch.stack([q, k, v])
+    before = ours()
+    out = vmap(CALLS["plain"], (0, None, None))(many, k, v)
+    assert ours() == before + 1
+    assert all(close(out[i], CALLS["plain"](many[i], k, v)) for i in range(3))
+
+
+def test_masks_are_mapped_over() -> None:
+    q, k, v = tensors()
+    ends = torch.tensor([[3, 30], [33, 1], [8, 9]])
+    got = vmap(lambda e: elsa_tune.attention(q, k, v, masks.lengths(e)))(ends)
+    assert all(close(got[i], elsa_tune.attention(q, k, v, masks.lengths(ends[i]))) for i in range(3))
+    slopes = torch.rand(3, 4)
+    got = vmap(lambda s: elsa_tune.attention(q, k, v, scores.alibi(s)))(slopes)
+    assert all(close(got[i], elsa_tune.attention(q, k, v, scores.alibi(slopes[i]))) for i in range(3))
+    sinks = torch.randn(3, 4)
+    got = vmap(lambda s: elsa_tune.attention(q, k, v, scores.sinks(s)))(sinks)
+    assert all(close(got[i], elsa_tune.attention(q, k, v, scores.sinks(sinks[i]))) for i in range(3))
+
+
+def test_gradients_of_what_masks_and_scores_hold() -> None:
+    q, k, v = tensors()
+
+    def loss(bias: Tensor) -> Tensor:
+        return elsa_tune.attention(q, k, v, scores.bias(bias)).square().sum()
+
+    def expected(bias: Tensor) -> Tensor:
+        return ((q @ k.mT * 0.25 + bias).softmax(-1) @ v).square().sum()
+
+    assert torch.allclose(grad(loss)(BIAS), grad(expected)(BIAS), atol=5e-5)
+
+
+def test_there_are_no_second_derivatives_and_that_is_told() -> None:
+    q, k, v = tensors()
+
+    def loss(x: Tensor) -> Tensor:
+        return elsa_tune.attention(x, k, v).square().sum()
+
+    with pytest.raises(RuntimeError, match="no second ones"):
+        grad(lambda x: grad(loss)(x).sum())(q)
+
+
+def test_no_compiler_warns_of_what_we_are_made_of(recwarn: Any) -> None:
+    torch._dynamo.reset()
+    for name in ("plain", "made inside", "strided"):
+        torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")(*tensors())
+    assert not [w for w in recwarn if "elsa_tune" in str(w.message)]
