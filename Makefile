@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all lint types bench wheels-gpu clean
+.PHONY: tune test test-all test-torch lint types bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -12,6 +12,14 @@ test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
 
 test-all: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What reaches into torch, on another version of it: make test-torch VERSION=2.9.1. Its build for GPUs, where there is no other, is gigabytes.
+OF_TORCH := override operator dispatch attn_mask varlen states
+test-torch:
+	test -n "$(VERSION)" || { echo "say which: make test-torch VERSION=2.9.1"; exit 2; }
+	$(PYTHON) -m venv .venv-torch/$(VERSION)
+	.venv-torch/$(VERSION)/bin/python -m pip install --quiet torch==$(VERSION) --editable . pytest pytest-xdist
+	.venv-torch/$(VERSION)/bin/python -m pytest -n 2 --dist worksteal $(OF_TORCH:%=tests/test_%.py)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -47,4 +55,4 @@ wheels-gpu: .venv/installed
 	-rm -f $(@D)/*.whl
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-torch build dist *.egg-info

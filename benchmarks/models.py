@@ -1,8 +1,8 @@
-"""Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what a user of transformers gains.
+"""Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what ``ELSA_TUNE=1 python program.py`` gains.
 
-`make bench` runs it last. The models are transformers' own code in float32 with random weights; only the function that
-transformers calls, torch.nn.functional.scaled_dot_product_attention, is replaced, in the same model object. The problems
-the models pose are recorded and tuned first. Writes benchmarks/results/models-<device>.json and prints losses like wins.
+`make bench` runs it last. The models are transformers' own code with random weights, eager and compiled, and nothing in them is changed:
+torch's operator is overridden, as the variable does it, and for torch's rounds steps aside. The problems the models pose are recorded
+and tuned first. Writes benchmarks/results/models-<device>.json and prints losses like wins.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import meaning, serving
+from elsa_tune.integrations import override
 from elsa_tune.masks import CAUSAL, NONE
 from elsa_tune.problem import Problem
 from elsa_tune.tuning import race
@@ -50,14 +51,21 @@ class Case:
     name: str
     about: str
     make: Callable[[], Forward]
+    is_compiled: bool = False
 
 
-def encoder(kind: str, inputs: dict[str, Tensor], **options: Any) -> Forward:
+def _whole(model: Any, compiled: bool) -> Any:
+    return torch.compile(model) if compiled else model
+
+
+def encoder(kind: str, inputs: dict[str, Tensor], compiled: bool = False, **options: Any) -> Forward:
     """A transformers encoder, one batch a round."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(**options)
-    model = getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa").eval()
+    model = _whole(
+        getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa").eval(), compiled
+    )
     return lambda number: model(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
 
@@ -73,7 +81,7 @@ def vit(batch: int, size: int, **options: Any) -> Forward:
 
 
 LLAMA_1B: dict[str, Any] = dict(
-    hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=16384,
+    hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=65536,
     vocab_size=1000, num_hidden_layers=2,
 )  # fmt: skip
 """The widths of LLaMA 3.2 1B; two of its 16 equal layers, and neither its vocabulary nor the product with it."""
@@ -86,21 +94,21 @@ def _llama(**options: Any) -> Any:
     return transformers.LlamaModel._from_config(config, attn_implementation="sdpa").eval()
 
 
-def prefill(length: int, **options: Any) -> Forward:
+def prefill(length: int, compiled: bool = False, **options: Any) -> Forward:
     """A prompt that fills an empty cache, as `generate` begins."""
-    model, tokens = _llama(**options), _tokens(1, length)
+    model, tokens = _whole(_llama(**options), compiled), _tokens(1, length)
     return lambda number: model(input_ids=tokens, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
 
 
-def decoding(length: int, **options: Any) -> Forward:
+def decoding(length: int, dtype: torch.dtype = torch.float32, **options: Any) -> Forward:
     """TOKENS tokens a round, one at a time, upon a cache that grows from ``length`` as `generate`'s does."""
     import transformers
 
-    model = _llama(**options)
+    model = _llama(**options).to(dtype)
     cache = transformers.DynamicCache(config=model.config)
     for layer in range(model.config.num_hidden_layers):
         rows = 1, model.config.num_key_value_heads, length, model.config.head_dim
-        cache.update(torch.randn(rows), torch.randn(rows), layer)
+        cache.update(torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype), layer)
 
     def forward(number: int) -> Tensor:
         surplus = cache.get_seq_length() - length - TOKENS * number
@@ -119,10 +127,16 @@ def _tokens(batch: int, length: int) -> Tensor:
 CASES = (
     Case("bert-base-8x128", "BERT-base, 8 texts of 128 tokens", lambda: bert(8, 128)),
     Case("bert-base-8x512", "BERT-base, 8 texts of 512 tokens", lambda: bert(8, 512)),
+    Case("bert-base-8x512-compiled", "the same, compiled", lambda: bert(8, 512, compiled=True), True),
     Case("vit-b16-224", "ViT-B/16, 8 images of 224 px", lambda: vit(8, 224)),
     Case("vit-b16-768", "ViT-B/16, 1 image of 768 px", lambda: vit(1, 768)),
+    Case("vit-b16-768-compiled", "the same, compiled", lambda: vit(1, 768, compiled=True), True),
     Case("llama-1b-prefill-2k", "LLaMA-1B, two layers, a prompt of 2048", lambda: prefill(2048, **LLAMA_1B)),
+    Case("llama-1b-prefill-2k-compiled", "the same, compiled", lambda: prefill(2048, compiled=True, **LLAMA_1B), True),
     Case("llama-1b-decode-8k", "LLaMA-1B, two layers, a cache of 8192", lambda: decoding(8192, **LLAMA_1B)),
+    Case("llama-1b-decode-32k", "LLaMA-1B, two layers, a cache of 32768", lambda: decoding(32768, **LLAMA_1B)),
+    Case("llama-1b-decode-8k-bf16", "the same, of 8192, bfloat16", lambda: decoding(8192, torch.bfloat16, **LLAMA_1B)),
+    Case("llama-1b-decode-32k-bf16", "the same, of 32768, bfloat16", lambda: decoding(32768, torch.bfloat16, **LLAMA_1B)),
 )  # fmt: skip
 
 
@@ -178,27 +192,28 @@ class Stopwatch:
         return out
 
 
-WAYS: dict[str, Attention] = {"torch": scaled_dot_product_attention, "elsa-tune": elsa_tune.attention}
+WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {"torch": override.aside, "elsa-tune": nullcontext}
+"""Who answers torch's operator, while it is overridden."""
 
 
-def whole_seconds(forward: Forward, function: Attention, number: int) -> float:
+def whole_seconds(forward: Forward, way: str, number: int) -> float:
     """Of one round of the model."""
-    with attention_by(function):
+    with WAYS[way]():
         start = time.perf_counter()
         forward(number)
         return time.perf_counter() - start
 
 
-def attention_seconds(forward: Forward, function: Attention, number: int) -> float:
+def attention_seconds(forward: Forward, way: str, number: int) -> float:
     """Of the attention calls in one round of the model."""
-    watch = Stopwatch(function)
-    with attention_by(watch):
+    watch = Stopwatch(scaled_dot_product_attention)
+    with WAYS[way](), attention_by(watch):
         forward(number)
     return watch.seconds
 
 
 def interleaved(
-    forward: Forward, clock: Callable[[Forward, Attention, int], float], rounds: int, seconds: float
+    forward: Forward, clock: Callable[[Forward, str, int], float], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Rounds in which both ways are timed once, in random order: five of them or more until ``seconds`` have passed."""
     samples: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -207,18 +222,8 @@ def interleaved(
         if number >= 5 and time.perf_counter() > end:
             break
         for way in random.Random(number).sample(list(WAYS), len(WAYS)):
-            samples[way].append(clock(forward, WAYS[way], number))
+            samples[way].append(clock(forward, way, number))
     return samples
-
-
-def attention_share(forward: Forward) -> float:
-    """The part of the model's time that torch's profiler finds in scaled_dot_product_attention, by torch's own kernels."""
-    from torch.profiler import ProfilerActivity, profile, record_function
-
-    with profile(activities=[ProfilerActivity.CPU]) as found, record_function("whole model"):
-        forward(0)
-    total = {event.key: event.cpu_time_total for event in found.key_averages()}
-    return float(total["aten::scaled_dot_product_attention"] / total["whole model"])
 
 
 def served(problem: Problem, calls: int) -> dict[str, Any]:
@@ -241,25 +246,33 @@ def amdahl(gain: float, share: float, kernel_ratio: float) -> tuple[float, float
 
 
 @torch.inference_mode()
-def measured(case: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
-    """Everything about one model; see the fields."""
+def measured(case: Case, eager: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
+    """Everything about one model; see the fields. Attention is timed inside ``eager``, the same model as it is written."""
     torch.manual_seed(0)
-    forward, recorder = case.make(), Recorder()
+    forward, recorder = eager.make(), Recorder()
     with attention_by(recorder):
-        expected = forward(0)
+        forward(0)
     tune_first(map(str, recorder.to_tune()), tune_seconds)
     lines = [served(problem, calls) for problem, calls in recorder.problems.items()]
-    with attention_by(elsa_tune.attention):
+    override.enable()
+    try:
+        forward(0)
+        inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
+        if case.is_compiled:
+            forward = case.make()
+        with override.aside():
+            expected = forward(0)
         difference = float((forward(0) - expected).abs().max() / expected.abs().max())
-    whole = interleaved(forward, whole_seconds, rounds, SECONDS_A_MODEL / 2)
-    inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
-    attention_share(forward)  # the profiler's own first time
-    share = statistics.median(attention_share(forward) for _ in range(3))
+        whole = interleaved(forward, whole_seconds, rounds, SECONDS_A_MODEL / 2)
+        way = override.state()[1]
+    finally:
+        override.disable()
+    share = statistics.median(inside["torch"]) / statistics.median(whole["torch"])
     gain, kernels = (race.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
     possible, reached = amdahl(gain.median, share, kernels.median)
     return {
         "about": case.about, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),
-        "possible_gain": possible, "reached": reached, "difference": difference, "served": lines,
+        "possible_gain": possible, "reached": reached, "difference": difference, "served": lines, "way": way,
         "not_ours": dict(recorder.others), "seconds": whole, "attention_seconds": inside,
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
         "versions": {p: version(p) for p in ("elsa-tune", "torch", "transformers")},
@@ -297,7 +310,8 @@ def main() -> None:
     known = json.loads(path.read_text())["results"] if path.exists() else {}
     chosen = [case for case in CASES if case.name in (options.model or names)]
     for case in chosen:
-        known[case.name] = found = measured(case, ROUNDS, options.tune_seconds)
+        eager = next(one for one in CASES if one.name == case.name.removesuffix("-compiled"))
+        known[case.name] = found = measured(case, eager, ROUNDS, options.tune_seconds)
         print(f"{row(case.name, found)}", flush=True)
         for line in found["served"]:
             print(f"  {line['calls']} x {line['problem']}: {line['variant']} ({line['rung']})")

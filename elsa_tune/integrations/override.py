@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
@@ -64,6 +65,26 @@ def disable() -> None:
             graphs.remove()
             _on.end()
             _on = None
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, in this thread, whoever answered torch's operator before enable() answers it."""
+    override = _on
+    if override is None:
+        yield
+        return
+    override.step_aside(1)
+    try:
+        yield
+    finally:
+        override.step_aside(-1)
+
+
+def _by_incumbent(*arguments: Any, **named: Any) -> Tensor:
+    """torch's function, by whoever was there before."""
+    with aside():
+        return scaled_dot_product_attention(*arguments, **named)
 
 
 def is_on() -> bool:
@@ -124,7 +145,7 @@ class _Override:
             serving.listeners.append(self._native.forget)
             exactness.listeners.append(self._native.ask)
             self._native.ask(exactness.active)
-        incumbent.attention = self._by_torch
+        incumbent.attention = _by_incumbent
 
     def _extension(self, last: str) -> tuple[backends.Interposer | None, str]:
         """What answers without Python, in place already, and the way by which calls are answered, in words."""
@@ -162,15 +183,8 @@ class _Override:
         else:
             self._pythons._destroy()
 
-    def _by_torch(self, *arguments: Any, **named: Any) -> Tensor:
-        """torch's function, by the kernel that was there before."""
-        self._step_aside(1)
-        try:
-            return scaled_dot_product_attention(*arguments, **named)
-        finally:
-            self._step_aside(-1)
-
-    def _step_aside(self, by: int) -> None:
+    def step_aside(self, by: int) -> None:
+        """Let whoever was there before answer this thread, by 1, until by -1."""
         if self._native:
             self._native.aside(by)
         else:
