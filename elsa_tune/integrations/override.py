@@ -24,6 +24,7 @@ from elsa_tune.dispatch import exactness, handovers, ledger, meaning, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
+from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.integrations import graphs
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
@@ -237,10 +238,9 @@ class _Override:
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp by a kernel of ours, as torch's kernel leaves them."""
         assert found.call is not None
-        output, lse = (
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-            for x in _results(query.shape, query.stride(), query.dtype)
-        )
+        made, kept = _results(query.shape, query.stride(), query.dtype)
+        output = torch.empty_strided(made.shape, made.stride(), dtype=query.dtype)
+        lse = torch.empty_strided(kept.shape, kept.stride(), dtype=lse_dtype(query))
         sums = torch.empty(query.shape[:3], dtype=lse.dtype)
         begin = perf_counter()
         found.call(query, key, value, scale, output, sums, wanted.in_order(query, key))
@@ -281,7 +281,8 @@ class _Counted:
 
 @lru_cache(maxsize=4096)
 def _results(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """An output and a log-sum-exp, without memory, laid out as torch's kernel lays out its own: who compiles relies on it."""
+    """An output and a log-sum-exp, without memory, laid out as torch's kernel lays out its own: who compiles relies on it. Torch 2.9 says
+    a wrong dtype of the log-sum-exp."""
     like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     output, lse = getattr(torch.ops.aten, OPERATOR)(like, like, like)
     return output, lse
