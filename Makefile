@@ -31,6 +31,7 @@ types: .venv/installed-dev
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/models.py
 
 # What benchmarks/gpu.sh installs on a GPU machine that has no network.

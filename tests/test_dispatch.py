@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import masks, places, scores, space
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import exactness, fallback, handovers, ladder, serving
+from elsa_tune.dispatch import exactness, fallback, handovers, ladder, ledger, serving
 from elsa_tune.errors import BadDevice, BadProblem, KernelMissing, WrongArguments
 from elsa_tune.generate import backends, cpp
 from elsa_tune.measurement import KERNELS, Measurement
@@ -728,7 +728,7 @@ def test_a_kernel_that_raises_hands_over_and_is_told_of(home: Path, monkeypatch:
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("CUDA error: invalid device context\nsomewhere")
 
-    monkeypatch.setattr(serving, "decide", lambda *about: serving.Serving(None, call=broken))
+    monkeypatch.setattr(serving, "decide", lambda *about: serving.Serving(None, ledger.Row(), call=broken))
     q, k, v = tensors()
     expected = scaled_dot_product_attention(q, k, v)
     assert all(torch.equal(elsa_tune.attention(q, k, v), expected) for _ in range(3))

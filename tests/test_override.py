@@ -67,8 +67,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The override in place, by the extension or by Python."""
-    ledger._open.clear()
-    ledger._closed.clear()
+    ledger.forget()
     serving.refresh()
     if request.param == "Python":
 
@@ -379,7 +378,9 @@ def test_a_kernel_that_fails_hands_over(way: str, monkeypatch: pytest.MonkeyPatc
     def broken(*arguments: Any) -> Tensor:
         raise MemoryError("planted")
 
-    monkeypatch.setattr(serving, "find", lambda *about: serving.Serving(Problem.parse("fp32.d16"), call=broken))
+    monkeypatch.setattr(
+        serving, "find", lambda *about: serving.Serving(Problem.parse("fp32.d16"), ledger.Row(), call=broken)
+    )
     assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
     monkeypatch.setattr(serving, "find", broken)
     assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
@@ -456,22 +457,14 @@ def test_a_forked_child_is_served(way: str) -> None:
     assert os.read(read, 1) == b"1"
 
 
-def test_rows_add_up(home: Path) -> None:
-    class One:
-        def __init__(self, name: str) -> None:
-            self.spelled, self.calls, self.seconds = (name, "k"), 2, 0.5
-
-    before = (list(ledger._open), dict(ledger._closed))
-    try:
-        ledger._open.clear()
-        ledger._closed.clear()
-        for i in range(3 * ledger.MOST):
-            ledger.enter(One(f"p{i % (2 * ledger.MOST)}"))
-        rows = elsa_tune.served()
-        assert sum(r.calls for r in rows) == 6 * ledger.MOST and len(rows) <= ledger.MOST_PROBLEMS + 1
-        assert any(r.problem == ledger.OTHERS for r in rows)
-    finally:
-        ledger._open[:], ledger._closed = before
+def test_rows_are_not_more_than_so_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_rows", {})
+    rows = [ledger.row(f"p{i % (2 * ledger.MOST)}", "k") for i in range(3 * ledger.MOST)]
+    for row in rows:
+        row.count(time.perf_counter())
+    told = elsa_tune.served()
+    assert sum(one.calls for one in told) == 3 * ledger.MOST and len(told) == ledger.MOST + 1
+    assert next(one.calls for one in told if one.problem == ledger.OTHERS) == ledger.MOST
 
 
 # One variable: each in a process of its own.

@@ -81,7 +81,7 @@ def attention(
         if serve is None:
             if found.problem and (attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)):
                 output = fallback.by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-                found.count(begin)
+                found.row.count(begin)
                 return output
         elif type(scale) in _SCALES and not _autocast():
             if wanted.operands:
@@ -94,7 +94,7 @@ def attention(
             else:
                 try:
                     output = serve(query, key, value, scale, None, None, operands)
-                    found.count(begin)
+                    found.row.count(begin)
                     return output
                 except WrongArguments:
                     raise

@@ -6,13 +6,13 @@ import atexit
 import os
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from time import perf_counter
+from typing import NamedTuple
+
+from elsa_tune.generate.backends import Counts
 
 MOST = 4096
-"""Rows of layouts that are kept apart; older ones are added up by problem and kernel."""
-
-MOST_PROBLEMS = 4096
-"""Problems that are kept apart; others are added up: a growing key cache makes a new one at every step."""
+"""Rows that are kept apart; later ones are one row: a growing key cache poses a new problem at every step."""
 
 OTHERS = "other problems"
 
@@ -29,58 +29,58 @@ class Served(NamedTuple):
     seconds: float
 
 
-class Counted(Protocol):
-    """Somebody who answers calls of one problem and counts them."""
+class Row:
+    """A problem and who answers it, counted; ``elsewhere`` says what is counted outside Python, calls and seconds."""
 
-    @property
-    def spelled(self) -> tuple[str, str]: ...
-    @property
-    def calls(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
+    __slots__ = ("calls", "elsewhere", "seconds")
 
+    def __init__(self) -> None:
+        self.calls, self.seconds = 0, 0.0
+        self.elsewhere: Counts | None = None
 
-_open: list[Counted] = []
-_closed: dict[tuple[str, str], tuple[int, float]] = {}
+    def count(self, since: float) -> None:
+        """A call was answered that began then, by perf_counter()."""
+        self.calls += 1
+        self.seconds += perf_counter() - since
 
-
-def enter(counted: Counted) -> None:
-    """Count whoever answers from now on."""
-    if len(_open) >= MOST:
-        _add_up(_open, _closed)
-        _open.clear()
-    _open.append(counted)
+    def counts(self) -> tuple[int, float]:
+        """Calls, and their seconds."""
+        calls, seconds = self.elsewhere() if self.elsewhere else (0, 0.0)
+        return self.calls + calls, self.seconds + seconds
 
 
-def _add_up(counted: Iterable[Counted], sums: dict[tuple[str, str], tuple[int, float]]) -> None:
-    for one in counted:
-        problem, kernel = one.spelled
-        if one.calls:
-            name = (problem if (problem, kernel) in sums or len(sums) < MOST_PROBLEMS else OTHERS, kernel)
-            calls, seconds = sums.get(name, (0, 0.0))
-            sums[name] = calls + one.calls, seconds + one.seconds
+_rows: dict[tuple[str, str], Row] = {}
+
+
+def row(problem: str, kernel: str) -> Row:
+    """Where calls of a problem that a kernel answers are counted."""
+    name = (problem, kernel)
+    if name not in _rows and len(_rows) >= MOST:
+        name = (OTHERS, kernel)
+    return _rows.setdefault(name, Row())
+
+
+def forget() -> None:
+    """What was counted."""
+    _rows.clear()
 
 
 def served() -> list[Served]:
     """What elsa-tune answered in this process, by attention() and in the place of torch's function: longest first. Calls that torch keeps
     for itself before anybody is asked are in no row."""
-    sums = dict(_closed)
-    _add_up(list(_open), sums)
-    rows = [Served(*name, *counts) for name, counts in sums.items()]
-    return sorted(rows, key=lambda row: -row.seconds)
+    found = [Served(*name, *one.counts()) for name, one in list(_rows.items())]
+    return sorted((one for one in found if one.calls), key=lambda one: -one.seconds)
 
 
 def told(rows: Iterable[Served]) -> str:
     """The rows as a table of lines."""
-    lines = [f"{row.calls:9}  {row.seconds:10.3f} s  {row.kernel}  {row.problem}" for row in rows]
+    lines = [f"{one.calls:9}  {one.seconds:10.3f} s  {one.kernel}  {one.problem}" for one in rows]
     return "\n".join(["    calls        time  kernel, problem", *lines])
 
 
 def _tell() -> None:
-    if rows := served():
-        print(f"elsa-tune served\n{told(rows)}", file=sys.stderr)
-    else:
-        print("elsa-tune served nothing", file=sys.stderr)
+    found = served()
+    print(f"elsa-tune served\n{told(found)}" if found else "elsa-tune served nothing", file=sys.stderr)
 
 
 if os.environ.get("ELSA_TUNE_TRACE", "0") not in ("", "0"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from elsa_tune.device import Device, of_tensor, tf32_allowed
 from elsa_tune.dispatch import exactness, handovers, ledger, shelf
 from elsa_tune.dispatch.ladder import Choice
+from elsa_tune.dispatch.ledger import Row
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.backends import Call, Gradients, Kernel
@@ -44,25 +45,19 @@ def _place(query: Tensor, key: Tensor, value: Tensor) -> object:
 
 @dataclass(slots=True, eq=False)
 class Serving:
-    """Who serves tensors of one layout, and how often it did. ``problem`` is None where the tensors pose none, and torch may refuse
+    """Who serves tensors of one layout, and where that is counted. ``problem`` is None where the tensors pose none, and torch may refuse
     them; ``kernel``, and its ``call`` for the layout, where torch's own serves."""
 
     problem: Problem | None
-    variant: str = ledger.TORCH
+    row: Row
     kernel: Kernel | None = None
     call: Call | None = None
-    calls: int = 0
-    seconds: float = 0.0
 
-    @property
-    def spelled(self) -> tuple[str, str]:
-        """Problem and kernel, as rows of the ledger name them."""
-        return str(self.problem or "no problem of ours"), self.variant
 
-    def count(self, since: float) -> None:
-        """A call was answered that began then, by perf_counter()."""
-        self.calls += 1
-        self.seconds += perf_counter() - since
+def _serving(
+    problem: Problem | None, variant: str = ledger.TORCH, kernel: Kernel | None = None, call: Call | None = None
+) -> Serving:
+    return Serving(problem, ledger.row(str(problem or "no problem of ours"), variant), kernel, call)
 
 
 Key = tuple[object, ...]
@@ -97,7 +92,7 @@ def by_kernel(
     except Exception as error:
         hand_over(error, query, key, value, wanted, enable_gqa)
         return None
-    found.count(begin)
+    found.row.count(begin)
     return output
 
 
@@ -120,20 +115,16 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
 
     def ready(variant: str, kernel: Kernel | Gradients) -> None:
         if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
-            table[entry] = made = Serving(problem, variant, kernel, kernel.bind(*like))
-            ledger.enter(made)
+            table[entry] = _serving(problem, variant, kernel, kernel.bind(*like))
             tell()
 
     problem = problem_of(query, key, value, wanted, enable_gqa)
     variant, found = _ready_kernel(problem, query, ready)
-    serving = Serving(problem)
-    if isinstance(found, Kernel):
-        serving = Serving(problem, variant, found, found.bind(query, key, value))
     if len(table) >= MOST_SHAPES:
         table.clear()
-    if (kept := table.setdefault(entry, serving)) is serving:
-        ledger.enter(serving)
-    return kept
+    if isinstance(found, Kernel):
+        return table.setdefault(entry, _serving(problem, variant, found, found.bind(query, key, value)))
+    return table.setdefault(entry, _serving(problem))
 
 
 def gradients_for(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:

@@ -99,6 +99,14 @@ class Finding:
     remedy: str = ""
 
 
+class Counts(Protocol):
+    """How many calls somebody answered, and in how many seconds: called, it says."""
+
+    number: int
+
+    def __call__(self) -> tuple[int, float]: ...
+
+
 class Interposer(Protocol):
     """Answers torch's CPU operator for attention in its place, without Python, by kernels of a backend. What it cannot answer it asks the
     operator ``elsa_tune::decide`` of, which must be registered."""
@@ -118,13 +126,15 @@ class Interposer(Protocol):
     def aside(self, by: int) -> None:
         """Let torch's own kernel answer this thread, ``aside(1)``, until ``aside(-1)``."""
 
+    def counts(self) -> Counts:
+        """Of somebody new who answers."""
+
     def bind(
-        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, kernel: Kernel | None = None,
-        results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
-    ) -> Callable[[], tuple[int, float]] | None:  # fmt: skip
-        """Let a kernel, or torch's own where none is given, answer calls with such query, key, value and mask from now on; ``results``
-        are an output and a log-sum-exp of such a call. How many it answered and in how many seconds, to be asked at any time; None
-        where it cannot."""
+        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, counts: Counts,
+        kernel: Kernel | None = None, results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
+    ) -> None:  # fmt: skip
+        """Let a kernel, or torch's own where none is given, answer calls with such query, key, value and mask from now on, counted in
+        ``counts``; ``results`` are an output and a log-sum-exp of such a call. Nothing happens where only Python can."""
 
 
 class Asked(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.dispatch import exactness, handovers, ledger, meaning, serving
+from elsa_tune.dispatch import exactness, handovers, meaning, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
@@ -203,13 +203,13 @@ class _Override:
                 if found is not None and found.call is not None:
                     return self._by_kernel(found, query, key, value, wanted, scale)
             except Exception as error:  # no memory for splits, a failed launch, whatever is wrong with ours
-                handovers.note(found.spelled[0] if found else f"torch's {OPERATOR}", error)
+                handovers.note(str(found.problem) if found else f"torch's {OPERATOR}", error)
         begin = perf_counter()
         answer: tuple[Tensor, Tensor] = self._original.call_boxed(
             keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )
         if found is not None and found.call is None:
-            found.count(begin)
+            found.row.count(begin)
         return answer
 
     def _find(
@@ -246,7 +246,7 @@ class _Override:
         found.call(query, key, value, scale, output, sums, wanted.in_order(query, key))
         # a row that sees no key has 0: torch's backward pass takes exp(-inf - lse)
         lse.copy_(sums.masked_fill_(sums == float("-inf"), 0.0))
-        found.count(begin)
+        found.row.count(begin)
         return output, lse
 
     def _bind(
@@ -257,26 +257,9 @@ class _Override:
         assert self._native is not None
         query, key, _ = tensors
         results, operands = _results(query.shape, query.stride(), query.dtype), wanted.in_order(query, key)
-        counts = self._native.bind(tensors, is_causal, attn_mask, found.kernel, results, operands)
-        if counts is not None:
-            ledger.enter(_Counted(found.spelled, counts))
-
-
-class _Counted:
-    """A row of the ledger that the extension counts."""
-
-    def __init__(self, spelled: tuple[str, str], counts: Callable[[], tuple[int, float]]) -> None:
-        self.spelled, self._counts = spelled, counts
-
-    @property
-    def calls(self) -> int:
-        """How many were answered."""
-        return self._counts()[0]
-
-    @property
-    def seconds(self) -> float:
-        """How long they took."""
-        return self._counts()[1]
+        if found.row.elsewhere is None:
+            found.row.elsewhere = self._native.counts()
+        self._native.bind(tensors, is_causal, attn_mask, found.row.elsewhere, found.kernel, results, operands)
 
 
 @lru_cache(maxsize=4096)

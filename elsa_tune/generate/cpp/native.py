@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elsa_tune.errors import BuildFailed
 from elsa_tune.generate import kernel_cache
-from elsa_tune.generate.backends import Kernel
+from elsa_tune.generate.backends import Counts, Kernel
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import huge_pages
 from elsa_tune.generate.cpp.call import CppKernel
@@ -71,40 +71,45 @@ class Native:
         if error := self._library.elsa_enable(name.encode()):
             raise BuildFailed(f"torch's operator cannot be overridden: torch says {error}")
 
+    def counts(self) -> Counts:
+        """Of somebody new who answers."""
+        return _Row(self._library)
+
     def bind(
-        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, kernel: Kernel | None = None,
-        results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
-    ) -> Callable[[], tuple[int, float]] | None:  # fmt: skip
+        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, counts: Counts,
+        kernel: Kernel | None = None, results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
+    ) -> None:  # fmt: skip
         """As elsa_tune.generate.backends.Interposer says: C++ kernels, whose only tensor among operands is the mask itself."""
         layout = [_number_of(tensors[0].dtype), int(is_causal), _number_of(mask.dtype) if mask is not None else -1]
         for x in (*tensors, mask):
             layout += _axes(x)
         text = (_I64 * len(layout))(*layout)
         if kernel is None:
-            row = self._library.elsa_row()
-            self._library.elsa_bind(text, None, None, 0, None, None, 0.0, -1, 0, row)
-            return partial(self._counts, row)
-        if (
-            not isinstance(kernel, CppKernel)
-            or results is None
-            or any(_address(x) not in (None, _address(mask)) for x in operands)
-        ):
-            return None
+            self._library.elsa_bind(text, None, None, 0, None, None, 0.0, -1, 0, counts.number)
+            return
+        made_anew = any(_address(x) not in (None, _address(mask)) for x in operands)
+        if made_anew or results is None or not isinstance(kernel, CppKernel):
+            return
         query, key, value = tensors
         output, lse = results
         whole = kernel.whole(query, key, value, output.stride(), operands)
-        if whole is None:
-            return None
-        row, fresh = self._library.elsa_row(), output.nbytes >= huge_pages.FRESH
-        outer = (_I64 * _AXES)(*output.stride()), (_I64 * _AXES)(*lse.stride(), 0)
-        self._library.elsa_bind(
-            text, whole.function, whole.text, len(whole.text) // 8, *outer, whole.scale, whole.mask, fresh, row
-        )
-        return partial(self._counts, row)
+        if whole is not None:
+            outer = (_I64 * _AXES)(*output.stride()), (_I64 * _AXES)(*lse.stride(), 0)
+            self._library.elsa_bind(
+                text, whole.function, whole.text, len(whole.text) // 8, *outer, whole.scale, whole.mask,
+                output.nbytes >= huge_pages.FRESH, counts.number,
+            )  # fmt: skip
 
-    def _counts(self, row: int) -> tuple[int, float]:
+
+class _Row:
+    """A row of the extension: called, how many calls somebody answered, and in how many seconds."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library, self.number = library, library.elsa_row()
+
+    def __call__(self) -> tuple[int, float]:
         calls, spent = _I64(), _I64()
-        self._library.elsa_counts(row, calls, spent)
+        self._library.elsa_counts(self.number, calls, spent)
         return calls.value, spent.value / 1e9
 
 

@@ -1,0 +1,176 @@
+"""What a call costs on its way, and what decoding gains: torch's operator overridden, by the extension and by Python, beside torch's own.
+
+Run it with `make bench`, on a quiet machine. Everything is interleaved in one process and printed with its spread, losses like wins;
+writes benchmarks/results/calls-<device>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import serving
+from elsa_tune.errors import BuildFailed
+from elsa_tune.generate import cpp
+from elsa_tune.integrations import override
+from elsa_tune.tuning import race
+
+ROUNDS, CALLS = 40, 1000
+IMPORTS = 15
+MOST = {"extension": 3.0, "Python": 9.0}
+"""Microseconds that a call may take more than torch's own."""
+
+DECODING = {
+    f"{dtype} {length >> 10}K": f"{dtype}.d64@b1.h32.kv8.q1.k{length}"
+    for dtype in ("fp32", "bf16")
+    for length in (8192, 32768)
+}
+AT_LEAST = {"fp32": 1.5, "bf16": 2.5}
+
+
+def seconds(call: Callable[[], Any], times: int) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+@torch.inference_mode()
+def beside_torch(way: str) -> dict[str, dict[str, float]]:
+    """Microseconds more than torch's own call: of a problem that torch serves. Its tensors are so small that nothing else is measured."""
+    x = torch.randn(1, 2, 8, 16)
+
+    def call() -> Tensor:
+        return scaled_dot_product_attention(x, x, x)
+
+    missing = mock.patch.object(cpp, "interposer", side_effect=BuildFailed("left out"))
+    more, torchs = [], []
+    for _ in range(ROUNDS):
+        override.disable()
+        seconds(call, 50)
+        torchs.append(1e6 * seconds(call, CALLS))
+        with missing if way == "Python" else nullcontext():
+            override.enable()
+        seconds(call, 50)
+        more.append(1e6 * seconds(call, CALLS) - torchs[-1])
+    override.disable()
+    return {"more": spread(more), "torch": spread(torchs)}
+
+
+def importing() -> dict[str, float]:
+    """Milliseconds that `import torch` takes more with this package's entry point, the variable unset: the module and its function."""
+    program = "import time, torch\nt = time.perf_counter()\nimport elsa_tune_autoload\nelsa_tune_autoload.load()\nprint(time.perf_counter() - t)"
+    environment = {k: v for k, v in os.environ.items() if k != "ELSA_TUNE"}
+    runs = [
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(IMPORTS)
+    ]
+    return spread([1e3 * float(done.stdout) for done in runs])
+
+
+@torch.inference_mode()
+def decoding(problem: str) -> dict[str, Any]:
+    """One token's attention under the override, against torch's `enable_gqa`, and against torch with the group folded into the queries, as
+    a program may do by hand."""
+    posed = elsa_tune.Problem.parse(problem)
+    dtype = torch.bfloat16 if problem.startswith("bf16") else torch.float32
+    q = torch.randn(posed.batch, posed.heads, 1, posed.head_dim, dtype=dtype)
+    # as many caches as do not fit into the processor's
+    caches = [
+        [torch.randn(posed.batch, posed.kv_heads, posed.kv_len, posed.head_dim, dtype=dtype) for _ in "kv"]
+        for _ in range(4)
+    ]
+    folded = q.view(posed.batch, posed.kv_heads, posed.group, posed.head_dim)
+    override.enable()
+    for _ in range(2):
+        scaled_dot_product_attention(q, *caches[0], enable_gqa=True)
+        elsa_tune.load(problem, "cpu")
+        while serving.current()._builder is not None:
+            time.sleep(0.01)
+
+    def by_torch(k: Tensor, v: Tensor) -> Tensor:
+        with override.aside():
+            return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    def by_hand(k: Tensor, v: Tensor) -> Tensor:
+        with override.aside():
+            return scaled_dot_product_attention(folded, k, v)
+
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "elsa-tune": lambda k, v: scaled_dot_product_attention(q, k, v, enable_gqa=True), "enable_gqa": by_torch, "folded": by_hand,
+    }  # fmt: skip
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(ROUNDS):
+        for name in random.Random(number).sample(list(ways), len(ways)):
+            start = time.perf_counter()
+            for k, v in caches:
+                ways[name](k, v)
+            samples[name].append((time.perf_counter() - start) / len(caches))
+            time.sleep(0.003)
+    override.disable()
+    kernel = next((r.kernel for r in elsa_tune.served() if r.problem == problem and r.kernel != "torch"), "torch")
+    ratios = {name: asdict(race.ratio(samples[name], samples["elsa-tune"])) for name in ("enable_gqa", "folded")}
+    return {"kernel": kernel, **ratios, "seconds": samples}
+
+
+def main() -> None:
+    tune_first(DECODING.values(), 15.0)
+    found: dict[str, Any] = {"import": importing()}
+    print(
+        f"import torch, the variable unset: {found['import']['median']:.3f} ms more{' SHORT' * (found['import']['median'] > 1)}",
+        flush=True,
+    )
+    for way, most in MOST.items():
+        found[way] = times = beside_torch(way)
+        more, torchs = times["more"], times["torch"]["median"]
+        print(
+            f"a call answered by the {way}, beside torch's {torchs:.2f} us: {more['median']:.2f} [{more['low']:.2f}, {more['high']:.2f}]"
+            f" us more{' SHORT' * (more['median'] > most)}", flush=True,
+        )  # fmt: skip
+    for name, problem in DECODING.items():
+        found[name] = ratios = decoding(problem)
+        gqa, folded = ratios["enable_gqa"], ratios["folded"]
+        short = gqa["median"] < AT_LEAST[name[:4]] or folded["high"] < 1
+        print(
+            f"a token after {name}: {gqa['median']:.2f} [{gqa['low']:.2f}, {gqa['high']:.2f}] of enable_gqa, {folded['median']:.2f}"
+            f" [{folded['low']:.2f}, {folded['high']:.2f}] of folded groups, by {ratios['kernel']}{' SHORT' * short}", flush=True,
+        )  # fmt: skip
+    path = results_file("calls-")
+    versions = {p: version(p) for p in ("elsa-tune", "torch")}
+    content = {
+        "device": str(host_cpu()),
+        "name": host_cpu().name,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+        "results": found,
+    }
+    path.write_text(json.dumps(content, indent=1))
+    print(f"written to {shown(path)}")
+
+
+if __name__ == "__main__":
+    main()
