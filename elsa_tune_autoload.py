@@ -5,18 +5,29 @@ A module of its own that imports os alone: everybody who has the package install
 
 import os
 
+OPERATORS = ("attend", "decide")
+"""With torch's own operator's arguments: what compiled programs call in its place, and whom the extension asks what it does not know."""
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, float dropout_p=0.0, bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None)"
+    " -> (Tensor output, Tensor logsumexp)"
+)
+_declared: list[object] = []
+
 
 def load() -> None:
-    """Tell torch who we are, and enable the override if the environment asks for it. Whatever goes wrong is one line on stderr, and torch
-    serves."""
+    """Tell torch who we are, and enable the override if the environment asks for it. Whatever goes wrong then is one line on stderr, and
+    torch serves."""
+    is_asked = os.environ.get("ELSA_TUNE", "0") not in ("", "0")
     try:
         register()
-        if os.environ.get("ELSA_TUNE", "0") not in ("", "0"):
+        declare()
+        if is_asked:
             Enabled()
     except BaseException as error:  # not even an exit may come out of here
-        os.write(
-            2, f"elsa-tune is not enabled, torch serves: {type(error).__name__}: {error}\n".encode(errors="replace")
-        )
+        if is_asked:
+            told = f"elsa-tune is not enabled, torch serves: {type(error).__name__}: {error}\n"
+            os.write(2, told.encode(errors="replace"))
 
 
 def register() -> None:
@@ -27,16 +38,38 @@ def register() -> None:
         attention.register_flash_attention_impl("ELSA", register_fn=Enabled)
 
 
-class Enabled:
-    """The override, enabled until remove()."""
+def declare() -> None:
+    """Declare our operators, so that programs compiled while elsa-tune was enabled can be loaded while it is not; only calling one imports
+    elsa-tune."""
+    import torch
 
-    def __init__(self) -> None:
+    if _declared:
+        return
+    library = torch.library.Library("elsa_tune", "FRAGMENT")
+    for name in OPERATORS:
+        library.define(name + _SCHEMA)
+        library.impl(name, _answer, "CPU", with_keyset=True)
+    _declared.append(library)
+
+
+def _answer(keys, *arguments, **named):
+    from elsa_tune.integrations import override
+
+    return override.decide(keys, *arguments, **named)
+
+
+class Enabled:
+    """The override, enabled until remove(), unless it was enabled before."""
+
+    def __init__(self):
         from elsa_tune.integrations import override
 
+        self._was_on = override.is_on()
         override.enable()
 
-    def remove(self) -> None:
+    def remove(self):
         """Disable it."""
         from elsa_tune.integrations import override
 
-        override.disable()
+        if not self._was_on:
+            override.disable()

@@ -140,6 +140,15 @@ def _is_tensor(x: object) -> bool:
     return isinstance(x, torch.Tensor)
 
 
+def as_tensor(operand: Any, query: Tensor, key: Tensor) -> Tensor:
+    """An operand that is no number as a tensor, for a compiler to follow: what depends on lengths is made for those of the call."""
+    import torch
+
+    if isinstance(operand, _Strided):
+        return operand.made(query.shape[2], key.shape[2], query.device)
+    return torch.as_tensor(operand)
+
+
 def _is_compiled() -> bool:
     """Whether a compiler follows what is done."""
     from torch.compiler import is_compiling

@@ -147,9 +147,9 @@ def test_torch_finds_nothing_wrong_with_the_operator(keeps: bool) -> None:
     """Its schema, its fake, its derivatives registered, under AOTAutograd with and without dynamic shapes."""
     q, k, v = tensors(gradients=keeps)
     more = [
-        ([LENGTHS.tensors[0]], [], [], "lengths none lengths"),
-        ([], [5, 0], [], "window none left right"),
-        ([], [], [], ""),
+        ([LENGTHS.tensors[0]], None, None, "lengths none lengths"),
+        (None, [5, 0], None, "window none left right"),
+        (None, None, None, ""),
     ]
     for arrays, integers, reals, spelled in more:
         torch.library.opcheck(

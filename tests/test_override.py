@@ -318,7 +318,7 @@ def test_enable_and_disable_again_and_from_threads(way: str) -> None:
     for _ in range(2):
         elsa_tune.disable()
     assert not override.is_on() and "RegisterCPU" in override._registered()[0]
-    assert incumbent.attention is scaled_dot_product_attention
+    assert not incumbent.standing_in
 
 
 def test_no_warning_is_shown_and_no_other_is_hidden() -> None:

@@ -94,7 +94,9 @@ class _Gradients(_Function):  # type: ignore[misc]
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        wanted = inputs[6]
+        wanted, of_arrays = inputs[6], inputs[9]
+        if of_arrays:  # a tensor that is shared has a gradient of its own for each
+            return _one_by_one(_Gradients, info.batch_size, dims, inputs)
         return _folded(_Gradients, info.batch_size, dims, inputs, _batch_axes(6, wanted))
 
 
@@ -105,19 +107,24 @@ def _batch_axes(tensors: int, wanted: AttnMask) -> list[int | None]:
     return [*[0] * tensors, *(axes[name] for name, x in wanted.operands.items() if isinstance(x, Tensor))]
 
 
+def _one_by_one(
+    function: Any, count: int, dims: tuple[int | None, ...], inputs: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A function called ``count`` times."""
+    each = [[x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)] for i in range(count)]
+    made = zip(*(function.apply(*some) for some in each), strict=True)
+    stacked = tuple(map(torch.stack, made))
+    return stacked, (0,) * len(stacked)
+
+
 def _folded(
     function: Any, count: int, dims: tuple[int | None, ...], inputs: Sequence[Any], axes: Sequence[int | None]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """A function of ``count`` times as many batch entries in the place of one that is called ``count`` times; called one by one where a
-    tensor without batch differs."""
+    """A function of ``count`` times as many batch entries in the place of one that is called ``count`` times; called so where a tensor
+    without batch differs."""
     at = [n for n, x in enumerate(inputs) if isinstance(x, Tensor)]
     if any(axis is None and dims[n] is not None for n, axis in zip(at, axes, strict=True)):
-        made = [
-            function.apply(*(x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)))
-            for i in range(count)
-        ]
-        stacked = tuple(torch.stack(some) for some in zip(*made, strict=True))
-        return stacked, (0,) * len(stacked)
+        return _one_by_one(function, count, dims, inputs)
     given = list(inputs)
     batch = next(x.shape[0] if d is None else x.movedim(d, 0).shape[1] for x, d in ((inputs[n], dims[n]) for n in at))
     for n, axis in zip(at, axes, strict=True):

@@ -18,8 +18,7 @@ _lock = threading.Lock()
 active = 0
 """How many callers, in all threads, are inside accuracy() now: while it is 0, no call looks further."""
 
-listeners: list[Callable[[int], object]] = []
-"""Are told how many they are, whenever that changes."""
+_listeners: list[Callable[[int], object]] = []
 
 
 @contextmanager
@@ -49,8 +48,21 @@ def _count(by: int) -> None:
     global active
     with _lock:
         active += by
-        for tell in listeners:
+        for tell in _listeners:
             tell(active)
+
+
+def listen(tell: Callable[[int], object]) -> None:
+    """Be told how many callers are inside accuracy(), now and whenever that changes."""
+    with _lock:
+        _listeners.append(tell)
+        tell(active)
+
+
+def listen_no_more(tell: Callable[[int], object]) -> None:
+    """Be told no more."""
+    with _lock:
+        _listeners.remove(tell)
 
 
 def asked() -> float | None:

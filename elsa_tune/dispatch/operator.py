@@ -14,14 +14,14 @@ from torch import Tensor
 
 from elsa_tune.dispatch import fallback, meaning, passes, serving
 from elsa_tune.generate.tensors import lse_dtype
-from elsa_tune.masks import CAUSAL, NONE, AttnMask
+from elsa_tune.masks import CAUSAL, NONE, AttnMask, as_tensor, of_tensor
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 
-_MASK = (
-    "Tensor? attn_mask, Tensor[] arrays, SymInt[] integers, float[] reals, str spelled, float? scale, bool enable_gqa"
-)
+_MASK = "Tensor? attn_mask, Tensor[]? arrays, SymInt[]? integers, float[]? reals, str spelled, float? scale, bool enable_gqa"
+"""A mask: torch's tensor, or what AttnMask holds: ``spelled`` is its mask, its score and the names of its operands, in order."""
+
 _Library: Any = torch.library.Library  # without types
 _library = _Library("elsa_tune", "FRAGMENT")
 _library.define(
@@ -31,11 +31,11 @@ _library.define(
     f"attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, {_MASK})"
     " -> (Tensor, Tensor, Tensor)"
 )
-_CAUSAL = "causal"
-
 _DTYPES = frozenset(
-    getattr(torch, elements.get(name).torch) for name in elements.names() if hasattr(torch, elements.get(name).torch)
+    getattr(torch, one.torch) for one in map(elements.get, elements.names()) if hasattr(torch, one.torch)
 )
+_CAUSAL = "causal none"
+_is_transformed = torch._C._are_functorch_transforms_active
 
 
 def recorded(
@@ -43,7 +43,7 @@ def recorded(
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """attention() for a compiler to follow: the operator where it may answer, torch's function elsewhere."""
-    if not may_answer(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    if not may_answer(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) or _is_transformed():
         return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanting = query.requires_grad or key.requires_grad or value.requires_grad
     output, _ = call(query, key, value, attn_mask, is_causal, scale, enable_gqa, torch.is_grad_enabled() and wanting)
@@ -55,29 +55,29 @@ def call(
     enable_gqa: bool, keeps: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator's output, and its log-sum-exp where it is kept."""
+    mask = attn_mask if isinstance(attn_mask, Tensor) else None
     place = query.device.type
-    if torch.is_autocast_enabled(place):
-        query, key, value = (x.to(torch.get_autocast_dtype(place)) for x in (query, key, value))
-    arrays, integers, reals, spelled = [], [], [], _CAUSAL if is_causal else ""
+    if torch.amp.is_autocast_available(place) and torch.is_autocast_enabled(place) and query.dtype != torch.float64:
+        narrow = torch.get_autocast_dtype(place)
+        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+        mask = mask.to(narrow) if mask is not None and mask.dtype.is_floating_point else mask
+    arrays: list[Tensor] = []
+    integers: list[Any] = []
+    reals: list[float] = []
+    spelled = _CAUSAL if is_causal else ""
     if isinstance(attn_mask, AttnMask):
-        if is_causal:
-            attn_mask = attn_mask & CAUSAL
-        spelled = f"{attn_mask.mask} {attn_mask.score}"
-        for name, given in attn_mask.operands.items():
-            spelled += f" {name}"
+        wanted = attn_mask & CAUSAL if is_causal else attn_mask
+        spelled = " ".join([wanted.mask, wanted.score, *wanted.operands])
+        for given in wanted.operands.values():
             if isinstance(given, float):
                 reals.append(given)
             elif isinstance(given, int | torch.SymInt):
                 integers.append(given)
-            elif isinstance(given, Tensor):
-                arrays.append(given)
-            elif hasattr(given, "made"):
-                arrays.append(given.made(query.shape[2], key.shape[2], query.device))
             else:
-                arrays.append(torch.as_tensor(given))
-    mask = attn_mask if isinstance(attn_mask, Tensor) else None
+                arrays.append(as_tensor(given, query, key))
+    # an empty list is None: AOTInductor makes None of it, whatever the schema says
     found: tuple[Tensor, Tensor] = torch.ops.elsa_tune.attention(
-        query, key, value, mask, arrays, integers, reals, spelled, scale, enable_gqa, keeps
+        query, key, value, mask, arrays or None, integers or None, reals or None, spelled, scale, enable_gqa, keeps
     )
     return found
 
@@ -111,36 +111,27 @@ def may_answer(
 
 
 def _wanted(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, arrays: Sequence[Tensor], integers: Sequence[int],
-    reals: Sequence[float], spelled: str,
-) -> AttnMask | None:  # fmt: skip
-    """The mask that was recorded; None for a tensor that torch must be given as it is. Raises WrongArguments."""
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, arrays: Sequence[Tensor] | None, integers: Sequence[int] | None,
+    reals: Sequence[float] | None, spelled: str,
+) -> AttnMask:  # fmt: skip
+    """The mask that was recorded. Raises WrongArguments."""
     if attn_mask is not None:
-        return meaning.of(attn_mask, False, query, key)
-    if not spelled or spelled == _CAUSAL:
-        return CAUSAL if spelled else NONE
+        meant = meaning.of(attn_mask, False, query, key)
+        return of_tensor(attn_mask) if meant is None else meant
     if arrays:
-        return _put_together(spelled, tuple(integers), tuple(reals), arrays)
-    return _without_tensors(spelled, tuple(integers), tuple(reals))
+        return _put_together(spelled, tuple(integers or ()), tuple(reals or ()), arrays)
+    return _without_tensors(spelled, tuple(integers or ()), tuple(reals or ()))
 
 
 def _put_together(
     spelled: str, integers: tuple[int, ...], reals: tuple[float, ...], arrays: Sequence[Tensor]
 ) -> AttnMask:
+    if not spelled:
+        return NONE
     mask, score, *names = spelled.split(" ")
-    of = {name: iter(integers) for name in masks.get(mask).integers} | {
-        name: iter(reals) for name in scores.get(score).reals
-    }
-    its, whole, real = iter(arrays), iter(integers), iter(reals)
-    operands: dict[str, Any] = {}
-    for name in names:
-        if name in masks.get(mask).integers:
-            operands[name] = next(whole)
-        elif name in of:
-            operands[name] = next(real)
-        else:
-            operands[name] = next(its)
-    return AttnMask(mask, score, operands)
+    whole, real, array = iter(integers), iter(reals), iter(arrays)
+    kinds = dict.fromkeys(masks.get(mask).integers, whole) | dict.fromkeys(scores.get(score).reals, real)
+    return AttnMask(mask, score, {name: next(kinds.get(name, array)) for name in names})
 
 
 @lru_cache(maxsize=256)
@@ -155,46 +146,38 @@ def _new(query: Tensor, value: Tensor) -> Tensor:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, arrays: Sequence[Tensor], integers: Sequence[int],
-    reals: Sequence[float], spelled: str, scale: float | None, enable_gqa: bool, keeps: bool,
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, arrays: Sequence[Tensor] | None,
+    integers: Sequence[int] | None, reals: Sequence[float] | None, spelled: str, scale: float | None, enable_gqa: bool,
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """output [batch, heads, q_len, value_dim], and the log-sum-exp [batch, heads, q_len] where the backward pass needs it."""
     wanted = _wanted(query, key, attn_mask, arrays, integers, reals, spelled)
     output, lse = _new(query, value), query.new_empty(0, dtype=lse_dtype(query))
     made: Tensor | None
     if keeps:
-        if wanted is None:
-            assert attn_mask is not None
-            wanted = AttnMask(*_spelled_as_tensor(attn_mask))
         made, lse = passes.forward(query, key, value, wanted, scale, enable_gqa, output)
         lse = lse.contiguous()
     else:
-        made = serving.by_kernel(query, key, value, wanted, scale, enable_gqa, output) if wanted is not None else None
-        if made is None and wanted is not None and attn_mask is None:
+        made = serving.by_kernel(query, key, value, wanted, scale, enable_gqa, output)
+        if made is None and attn_mask is None:
             made = passes.attend(query, key, value, wanted, scale, enable_gqa)
         elif made is None:
             made = fallback.attend(query, key, value, attn_mask, 0.0, False, scale, enable_gqa)
     return output if made is output else output.copy_(made), lse
 
 
-def _spelled_as_tensor(attn_mask: Tensor) -> Any:
-    from elsa_tune.masks import of_tensor
-
-    told = of_tensor(attn_mask)
-    return told.mask, told.score, told.operands
-
-
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, attn_mask: Tensor | None,
-    arrays: Sequence[Tensor], integers: Sequence[int], reals: Sequence[float], spelled: str, scale: float | None,
-    enable_gqa: bool,
+    arrays: Sequence[Tensor] | None, integers: Sequence[int] | None, reals: Sequence[float] | None, spelled: str,
+    scale: float | None, enable_gqa: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of query, key and value, laid out as these are."""
+    """The gradients of query, key and value, laid out as these are; where no log-sum-exp was kept, as a program that was exported without
+    gradients keeps none, the forward pass is done again."""
     wanted = _wanted(query, key, attn_mask, arrays, integers, reals, spelled)
-    if wanted is None:
-        assert attn_mask is not None
-        wanted = AttnMask(*_spelled_as_tensor(attn_mask))
-    found = passes.backward(grad, query, key, value, output, lse, wanted, scale, enable_gqa)
+    if lse.numel():
+        found = passes.backward(grad, query, key, value, output, lse, wanted, scale, enable_gqa)
+    else:
+        found = passes.again(grad, query, key, value, wanted, scale, enable_gqa)[:3]
     return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), found, strict=True))
 
 
@@ -209,9 +192,10 @@ def _shapes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *a
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, attn_mask, arrays, *ctx.told, _ = inputs
+    ctx.has_arrays = arrays is not None
     ctx.mark_non_differentiable(output[1])
     ctx.none = [_nothing(x) for x in inputs[3:]]
-    ctx.save_for_backward(query, key, value, *output, attn_mask, *arrays)
+    ctx.save_for_backward(query, key, value, *output, attn_mask, *(arrays or ()))
 
 
 def _nothing(given: Any) -> Any:
@@ -222,7 +206,9 @@ def _nothing(given: Any) -> Any:
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     query, key, value, output, lse, attn_mask, *arrays = ctx.saved_tensors
-    found = torch.ops.elsa_tune.attention_backward(grad, query, key, value, output, lse, attn_mask, arrays, *ctx.told)
+    found = torch.ops.elsa_tune.attention_backward(
+        grad, query, key, value, output, lse, attn_mask, arrays if ctx.has_arrays else None, *ctx.told
+    )
     return (*found, *ctx.none)
 
 

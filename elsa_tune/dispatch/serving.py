@@ -122,9 +122,10 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
     variant, found = _ready_kernel(problem, query, ready)
     if len(table) >= MOST_SHAPES:
         table.clear()
+    serving = _serving(problem)
     if isinstance(found, Kernel):
-        return table.setdefault(entry, _serving(problem, variant, found, found.bind(query, key, value)))
-    return table.setdefault(entry, _serving(problem))
+        serving = _serving(problem, variant, found, found.bind(query, key, value))
+    return table.setdefault(entry, serving) if before is _shelf else serving
 
 
 def gradients_for(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:

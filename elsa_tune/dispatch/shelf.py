@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,6 +32,15 @@ Ready = Callable[[str, Kernel | Gradients], object]
 lock = threading.RLock()
 """Held while something is read or loaded, and while everything is forgotten."""
 
+
+def _after_fork() -> None:
+    """Whoever held it is not in this child."""
+    global lock
+    lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 BUILDER = "elsa-tune-build"
 """The name of threads that build beside calls."""

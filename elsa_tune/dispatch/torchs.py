@@ -10,7 +10,7 @@ from torch import Tensor
 from elsa_tune.dispatch import fallback
 from elsa_tune.generate.posed import attn_mask as torchs_mask
 from elsa_tune.generate.posed import posed
-from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.masks import AttnMask
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
@@ -52,7 +52,7 @@ def _lies_far(x: Tensor) -> bool:
 
 def form(query: Tensor, key: Tensor, wanted: AttnMask) -> Form:
     """What the operator is given of a mask of ours, in a call that it takes."""
-    if wanted is NONE:
+    if (wanted.mask, wanted.score) == (masks.NONE, scores.NONE):
         return Form()
     if _is_causal(wanted):
         return Form(True)
@@ -63,7 +63,9 @@ def form(query: Tensor, key: Tensor, wanted: AttnMask) -> Form:
     if wanted.score == scores.NONE:
         seen = there.dense()
         seen = seen[(None,) * (4 - seen.dim())]
-        return Form(False, torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, float("-inf")))
+        return Form(
+            False, torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
+        )
     return Form(False, torchs_mask(there).expand(-1, -1, query.shape[2], key.shape[2]))
 
 

@@ -126,6 +126,9 @@ class Interposer(Protocol):
     def aside(self, by: int) -> None:
         """Let torch's own kernel answer this thread, ``aside(1)``, until ``aside(-1)``."""
 
+    def fail(self, why: str) -> None:
+        """The call of this thread that is asked about fails, and this is to be said of it."""
+
     def counts(self) -> Counts:
         """Of somebody new who answers."""
 

@@ -7,40 +7,35 @@ kernel of ours may answer goes to the kernel that was there before.
 
 from __future__ import annotations
 
+import _thread
+import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+import elsa_tune_autoload
 from elsa_tune.dispatch import exactness, handovers, meaning, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.integrations import graphs
-from elsa_tune.masks import CAUSAL, NONE, AttnMask
+from elsa_tune.masks import CAUSAL, NONE
+from elsa_tune.parts.operand import Operands
 
 NAME = "elsa-tune"
 """Under which the extension's override is registered, as torch tells who registered what."""
 
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, float dropout_p=0.0, bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None)"
-    " -> (Tensor output, Tensor logsumexp)"
-)
-"""Of torch's operator, and of two of ours."""
-
-_WARNS = r"[\s\S]*" + OPERATOR
+_WARNS = rf"[\s\S]*{OPERATOR}\("
 """What torch says of an override of this operator, and only of this one."""
 
-Library: Any = torch.library.Library  # its methods have no types
+_Library: Any = torch.library.Library  # its methods have no types
 
 _lock = threading.RLock()
 _on: _Override | None = None
@@ -54,6 +49,7 @@ def enable() -> None:
     global _on
     with _lock:
         if _on is None:
+            elsa_tune_autoload.declare()
             _on = _Override()
             graphs.install()
 
@@ -66,26 +62,6 @@ def disable() -> None:
             graphs.remove()
             _on.end()
             _on = None
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Inside, in this thread, whoever answered torch's operator before enable() answers it."""
-    override = _on
-    if override is None:
-        yield
-        return
-    override.step_aside(1)
-    try:
-        yield
-    finally:
-        override.step_aside(-1)
-
-
-def _by_incumbent(*arguments: Any, **named: Any) -> Tensor:
-    """torch's function, by whoever was there before."""
-    with aside():
-        return scaled_dot_product_attention(*arguments, **named)
 
 
 def is_on() -> bool:
@@ -117,9 +93,8 @@ def _missing() -> str | None:
 
 def _registered() -> tuple[str, list[str]]:
     """Who answers the operator on CPUs now, and those of others than torch and us who would otherwise, as torch tells it."""
-    found = re.findall(
-        r"^CPU(?: \(inactive\))?: registered at (.*?) :: ", torch._C._dispatch_dump(f"aten::{OPERATOR}"), re.M
-    )
+    told = torch._C._dispatch_dump(f"aten::{OPERATOR}")
+    found = re.findall(r"^CPU(?: \(inactive\))?: registered at (.*?) :: ", told, re.M)
     return found[0] if found else "nobody", [one for one in found if not _is_torchs(one) and not _is_ours(one)]
 
 
@@ -138,128 +113,146 @@ class _Override:
         if (reason := _missing()) is not None:
             raise HookMissing(reason)
         last, _ = _registered()
+        self._native, self.way = _extension(last)
         self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
-        self._aside, self._pythons = threading.local(), self._override()
-        self._native, self.way = self._extension(last)
+        self._pythons = self._override()
         if self._native is not None:
-            self._pythons._destroy()
-            serving.listeners.append(self._native.forget)
-            exactness.listeners.append(self._native.ask)
-            self._native.ask(exactness.active)
-        incumbent.attention = _by_incumbent
-
-    def _extension(self, last: str) -> tuple[backends.Interposer | None, str]:
-        """What answers without Python, in place already, and the way by which calls are answered, in words."""
-        if not _is_torchs(last):
-            return None, f"by Python, for another package's override is behind it, {last}"
-        _deciders.append(self)
-        try:
-            for name in backends.candidates():
-                found = backends.get(name).interposer()
-                if found is not None:
-                    found.enable(NAME)
-                    return found, "by the extension"
-            reason = "there is no extension"
-        except Exception as error:  # no compiler, a folder that may not be written to, a torch of another interface
-            reason = f"the extension cannot be built: {error}"
-        _deciders.remove(self)
-        return None, f"by Python; {reason}"
+            incumbent.standing_in.append(self._native.aside)
+            try:
+                self._native.enable(NAME)
+            except Exception as error:  # a torch of another interface
+                incumbent.standing_in.remove(self._native.aside)
+                self._native, self.way = None, f"by Python; the extension does not fit: {error}"
+            else:
+                self._pythons._destroy()
+                serving.listeners.append(self._native.forget)
+                exactness.listen(self._native.ask)
+        if self._native is None:
+            incumbent.standing_in.append(_steps_aside)
 
     def _override(self) -> Any:
-        library = Library("aten", "IMPL")
+        library = _Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_WARNS)
-            library.impl(OPERATOR, self._attend, "CPU", with_keyset=True)
+            library.impl(OPERATOR, self.answer, "CPU", with_keyset=True)
         return library
 
     def end(self) -> None:
         """Take it away."""
-        incumbent.attention = scaled_dot_product_attention
-        if self._native:
-            self._native.disable()
-            self._native.forget()
-            serving.listeners.remove(self._native.forget)
-            exactness.listeners.remove(self._native.ask)
-            _deciders.remove(self)
-        else:
+        if self._native is None:
+            incumbent.standing_in.remove(_steps_aside)
             self._pythons._destroy()
+            return
+        self._native.disable()
+        self._native.forget()
+        incumbent.standing_in.remove(self._native.aside)
+        serving.listeners.remove(self._native.forget)
+        exactness.listen_no_more(self._native.ask)
 
-    def step_aside(self, by: int) -> None:
-        """Let whoever was there before answer this thread, by 1, until by -1."""
-        if self._native:
-            self._native.aside(by)
-        else:
-            self._aside.depth = getattr(self._aside, "depth", 0) + by
-
-    def _attend(
+    def answer(
         self, keys: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
         attn_mask: Tensor | None = None, scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The operator: [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len]."""
         found = None
-        if not dropout_p and not getattr(self._aside, "depth", 0):
+        if not dropout_p and not incumbent.is_asked():
             try:
-                found, wanted = self._find(query, key, value, is_causal, attn_mask)
+                found, operands = self._find(query, key, value, is_causal, attn_mask)
                 if found is not None and found.call is not None:
-                    return self._by_kernel(found, query, key, value, wanted, scale)
+                    return _by_kernel(found, query, key, value, operands, scale)
+            except KeyboardInterrupt:  # the extension cannot hand it on: it comes again when the call is over
+                _thread.interrupt_main()
             except Exception as error:  # no memory for splits, a failed launch, whatever is wrong with ours
                 handovers.note(str(found.problem) if found else f"torch's {OPERATOR}", error)
         begin = perf_counter()
-        answer: tuple[Tensor, Tensor] = self._original.call_boxed(
-            keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )
+        try:
+            answer = self._by_original(keys, query, key, value, dropout_p, is_causal, attn_mask, scale)
+        except Exception as error:
+            if self._native is not None:
+                self._native.fail(str(error))
+            raise
         if found is not None and found.call is None:
             found.row.count(begin)
         return answer
 
+    def _by_original(self, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """By the kernel that was there before; if its package has taken it away since, by the one before that."""
+        query, key, value, dropout_p, is_causal, attn_mask, scale = arguments
+        try:
+            answer: tuple[Tensor, Tensor] = self._original.call_boxed(
+                keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )
+        except RuntimeError as error:
+            if "invalidated" not in str(error):
+                raise
+            with _lock:
+                self._pythons._destroy()
+                self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
+                self._pythons = self._override()
+            return self._by_original(keys, *arguments)
+        return answer
+
     def _find(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None
-    ) -> tuple[serving.Serving | None, AttnMask]:
-        """Who serves such calls, from then on by the extension where it can; None where they pose no problem of ours."""
+    ) -> tuple[serving.Serving | None, Operands]:
+        """Who serves such calls, from then on by the extension where it can, and what a kernel takes beside them; nobody where they
+        pose no problem of ours."""
         wanted, fixed = CAUSAL if is_causal else NONE, True
         if attn_mask is not None:
-            meant = meaning.of(attn_mask.detach(), False, query, key)
+            attn_mask = attn_mask.detach()
+            meant = meaning.of(attn_mask, False, query, key)
             if meant is None:
-                return None, wanted
+                return None, ()
             wanted = meant & wanted if is_causal else meant
             fixed = not (attn_mask.dim() == query.dim() and meaning.worth_a_look(attn_mask, query, key))
         changes = serving.changes
         found = serving.find(query, key, value, wanted, True)
         if not found.problem:
-            return None, wanted
-        if fixed and self._native and not exactness.active:
-            self._bind(found, (query, key, value), is_causal, attn_mask, wanted)
+            return None, ()
+        operands = wanted.in_order(query, key)
+        if fixed and self._native is not None and not exactness.active:
+            if found.row.elsewhere is None:
+                found.row.elsewhere = self._native.counts()
+            results = _results(query.shape, query.stride(), query.dtype)
+            self._native.bind(
+                (query, key, value), is_causal, attn_mask, found.row.elsewhere, found.kernel, results, operands
+            )
             if changes != serving.changes:  # a kernel became ready meanwhile
                 self._native.forget()
-        return found, wanted
+        return found, operands
 
-    def _by_kernel(
-        self, found: serving.Serving, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp by a kernel of ours, as torch's kernel leaves them."""
-        assert found.call is not None
-        made, kept = _results(query.shape, query.stride(), query.dtype)
-        output = torch.empty_strided(made.shape, made.stride(), dtype=query.dtype)
-        lse = torch.empty_strided(kept.shape, kept.stride(), dtype=lse_dtype(query))
-        sums = torch.empty(query.shape[:3], dtype=lse.dtype)
-        begin = perf_counter()
-        found.call(query, key, value, scale, output, sums, wanted.in_order(query, key))
-        # a row that sees no key has 0: torch's backward pass takes exp(-inf - lse)
-        lse.copy_(sums.masked_fill_(sums == float("-inf"), 0.0))
-        found.row.count(begin)
-        return output, lse
 
-    def _bind(
-        self, found: serving.Serving, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, attn_mask: Tensor | None,
-        wanted: AttnMask,
-    ) -> None:  # fmt: skip
-        """Tell the extension who answers such calls, unless only Python can."""
-        assert self._native is not None
-        query, key, _ = tensors
-        results, operands = _results(query.shape, query.stride(), query.dtype), wanted.in_order(query, key)
-        if found.row.elsewhere is None:
-            found.row.elsewhere = self._native.counts()
-        self._native.bind(tensors, is_causal, attn_mask, found.row.elsewhere, found.kernel, results, operands)
+def _steps_aside(by: int) -> None:
+    """Python's override asks by itself."""
+
+
+def _extension(last: str) -> tuple[backends.Interposer | None, str]:
+    """What answers without Python, built, and the way by which calls are answered, in words."""
+    if not _is_torchs(last):
+        return None, f"by Python, for another package's override is behind it, {last}"
+    try:
+        found = next(filter(None, (backends.get(name).interposer() for name in backends.candidates())), None)
+    except Exception as error:  # no compiler, a folder that may not be written to
+        return None, f"by Python; the extension cannot be built: {error}"
+    return found, "by the extension" if found is not None else "by Python"
+
+
+def _by_kernel(
+    found: serving.Serving, query: Tensor, key: Tensor, value: Tensor, operands: Operands, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by a kernel of ours, as torch's kernel leaves them."""
+    assert found.call is not None
+    made, kept = _results(query.shape, query.stride(), query.dtype)
+    place: dict[str, Any] = {"device": query.device}
+    output = torch.empty_strided(made.shape, made.stride(), dtype=query.dtype, **place)
+    lse = torch.empty_strided(kept.shape, kept.stride(), dtype=lse_dtype(query), **place)
+    sums = torch.empty(query.shape[:3], dtype=lse.dtype, **place)
+    begin = perf_counter()
+    found.call(query, key, value, scale, output, sums, operands)
+    # a row that sees no key has 0: torch's backward pass takes exp(-inf - lse)
+    lse.copy_(sums.masked_fill_(sums == float("-inf"), 0.0))
+    found.row.count(begin)
+    return output, lse
 
 
 @lru_cache(maxsize=4096)
@@ -271,29 +264,25 @@ def _results(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> 
     return output, lse
 
 
-_deciders: list[_Override] = []
-
-
-def _decide(
-    keys: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
-    attn_mask: Tensor | None = None, scale: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def decide(keys: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """What the extension cannot answer, and what compiled programs ask while nothing is enabled."""
-    with _lock:
-        override = _deciders[-1] if _deciders else None
-    if override is None:  # taken away meanwhile
-        answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )
-        return answer
-    return override._attend(keys, query, key, value, dropout_p, is_causal, attn_mask, scale)
+    override = _on
+    if override is not None:
+        return override.answer(keys, *arguments, **named)
+    with incumbent.aside():  # the extension may be on its way in or out
+        answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(*arguments, **named)
+    return answer
 
 
-_ours = Library("elsa_tune", "FRAGMENT")
-for _name in (
-    "decide",
-    "attend",
-):  # whom the extension asks; what compiled programs call where they would call torch's past everybody
-    _ours.define(_name + _SCHEMA)
-    _ours.impl(_name, _decide, "CPU", with_keyset=True)
-    torch.library.register_fake(f"elsa_tune::{_name}", getattr(torch.ops.aten, OPERATOR), lib=_ours)
+def _after_fork() -> None:
+    """Whoever held it is not in this child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+elsa_tune_autoload.declare()
+if hasattr(torch.ops.aten, OPERATOR):
+    for _operator in elsa_tune_autoload.OPERATORS:
+        torch.library.register_fake(f"elsa_tune::{_operator}", getattr(torch.ops.aten, OPERATOR))

@@ -13,14 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from elsa_tune.dispatch.attention import attention
+from elsa_tune.generate import incumbent
 
 
 class _Inside(threading.local):
-    """Scopes of this thread."""
+    """Scopes of this thread, and the mode that the outermost put there."""
 
-    def __init__(self) -> None:
-        self.depth = 0
-        self.mode: Any = None
+    depth = 0
+    mode: Any = None
 
 
 _inside = _Inside()
@@ -30,24 +30,34 @@ class sdpa(ContextDecorator):
     """``with elsa_tune.sdpa():`` or ``@elsa_tune.sdpa()``: inside, in this thread, torch's scaled_dot_product_attention is answered by
     elsa_tune.attention, also where a module took the name before. Scopes nest, and end with exceptions too.
 
-    It sees what enable() does not: other devices, inputs that are not 4-D, values of another dimension, masks of other shapes. It costs every
-    torch function inside about a microsecond; where that shows, enable() is the cheaper way.
+    It sees what enable() does not: other devices, values of another dimension than keys, masks of other shapes, rows that are not contiguous. It
+    costs every torch function inside about a microsecond; where that shows, enable() is the cheaper way.
     """
 
     def __enter__(self) -> sdpa:
         if not _inside.depth:
             mode: Any = _Mode()
             _inside.mode = mode.__enter__()
+            incumbent.standing_in.append(_steps_aside)
         _inside.depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not _inside.depth:
+            raise RuntimeError(
+                "elsa_tune.sdpa() is left in a thread that did not enter it; leave it where it was entered"
+            )
         _inside.depth -= 1
-        if not _inside.depth and _inside.mode is not None:
+        if not _inside.depth:
+            incumbent.standing_in.remove(_steps_aside)
             _inside.mode.__exit__(kind, error, trace)
             _inside.mode = None
+
+
+def _steps_aside(by: int) -> None:
+    """The mode asks by itself."""
 
 
 class _Mode(TorchFunctionMode):
@@ -57,7 +67,7 @@ class _Mode(TorchFunctionMode):
         self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # fmt: skip
-        if function is scaled_dot_product_attention:
+        if function is scaled_dot_product_attention and not incumbent.is_asked():
             return _attend(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 

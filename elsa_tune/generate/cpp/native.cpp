@@ -35,16 +35,6 @@ constexpr size_t MOST = 4096;  // layouts before the table starts anew: a growin
 using Handle = AtenTensorHandle;
 using Kernel = int (*)(const char* call);
 
-std::string what_went_wrong() {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-  const std::string text = torch_exception_get_what_without_backtrace(), kind = "RuntimeError: ";
-  const size_t from = text.rfind(kind, 0) == 0 ? kind.size() : 0;
-  return text.substr(from, text.find("\n\nAt:\n") - from);  // where Python was is no part of what torch says
-#else
-  return "elsa_tune::decide failed; torch said why on stderr";
-#endif
-}
-
 /// What a call's tensors look like: dtype, is_causal, the mask's dtype or -1, then sizes and strides of query, key, value, mask.
 struct Layout {
   std::array<int64_t, 3 + 8 * AXES> words{};
@@ -82,6 +72,7 @@ std::deque<Row> rows;
 TorchLibraryHandle of_torch = nullptr, of_ours = nullptr;  // registrations of `attend`
 std::atomic<bool> asks{false};  // whether each call is Python's to decide
 thread_local int aside = 0;
+thread_local std::string failure;  // why elsa_tune::decide failed
 
 struct Tensor {  // owned
   Handle handle = nullptr;
@@ -189,9 +180,8 @@ bool by_kernel(const Entry& entry, const Layout& layout, Arguments& given, Handl
       aoti_torch_empty_strided(AXES - 1, sizes, entry.lse_strides.data(), lse_dtype, cpu, 0, &lse.handle))
     return false;
 
-  thread_local std::vector<double> scratch;
-  const int64_t count = sizes[0] * sizes[1] * sizes[2], doubles = wide ? count : (count + 1) / 2;
-  if (static_cast<int64_t>(scratch.size()) < doubles) scratch.resize(doubles);
+  const int64_t count = sizes[0] * sizes[1] * sizes[2];
+  const std::unique_ptr<double[]> scratch(new double[wide ? count : (count + 1) / 2]);
 
   thread_local std::vector<int64_t> call;
   call = entry.call;
@@ -204,7 +194,7 @@ bool by_kernel(const Entry& entry, const Layout& layout, Arguments& given, Handl
     call[i] = reinterpret_cast<int64_t>(pointer);
   }
   call[OUTPUT] = reinterpret_cast<int64_t>(of_out);
-  call[LSE] = reinterpret_cast<int64_t>(scratch.data());
+  call[LSE] = reinterpret_cast<int64_t>(scratch.get());
   const double scale = given.scale.value_or(entry.scale);
   std::memcpy(&call[SCALE], &scale, sizeof scale);
   uint32_t threads = 1;
@@ -217,9 +207,9 @@ bool by_kernel(const Entry& entry, const Layout& layout, Arguments& given, Handl
   if (entry.fresh) ask_for_huge_pages(static_cast<char*>(of_out), count * value_dim * aoti_torch_dtype_element_size(dtype));
   if (entry.kernel(reinterpret_cast<const char*>(call.data()))) return false;
   if (wide)
-    lay_out(scratch.data(), static_cast<double*>(of_lse), sizes, entry.lse_strides.data());
+    lay_out(scratch.get(), static_cast<double*>(of_lse), sizes, entry.lse_strides.data());
   else
-    lay_out(reinterpret_cast<const float*>(scratch.data()), static_cast<float*>(of_lse), sizes, entry.lse_strides.data());
+    lay_out(reinterpret_cast<const float*>(scratch.get()), static_cast<float*>(of_lse), sizes, entry.lse_strides.data());
   results[0] = out.release();
   results[1] = lse.release();
   return true;
@@ -255,7 +245,8 @@ void attend(StableIValue* stack, uint64_t, uint64_t) {
         torch::stable::detail::from(given.is_causal),
         torch::stable::detail::from(given.mask.handle ? std::optional<Handle>(given.mask.release()) : std::nullopt),
         torch::stable::detail::from(given.scale)};
-    if (torch_call_dispatcher("elsa_tune::decide", "", passed, TORCH_ABI_VERSION)) throw std::runtime_error(what_went_wrong());
+    failure = "elsa_tune::decide failed";
+    if (torch_call_dispatcher("elsa_tune::decide", "", passed, TORCH_ABI_VERSION)) throw std::runtime_error(failure);
     results[0] = torch::stable::detail::to<Handle>(passed[0]);
     results[1] = torch::stable::detail::to<Handle>(passed[1]);
   }
@@ -273,23 +264,28 @@ void after_fork() {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-/// Put `attend` in the place of torch's kernel. 0, or what torch says went wrong.
-EXPORT int elsa_enable(const char* file) {
-  static const int forks = pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, after_fork);
-  if (of_torch || forks) return forks;
-  if (int error = aoti_torch_library_init_impl("aten", "CPU", file, 1, &of_torch)) return error;
-  if (int error = aoti_torch_library_init_impl("elsa_tune", "CPU", file, 1, &of_ours)) return error;
-  if (int error = torch_library_impl(of_ours, "attend", &attend, TORCH_ABI_VERSION)) return error;
-  return torch_library_impl(of_torch, "_scaled_dot_product_flash_attention_for_cpu", &attend, TORCH_ABI_VERSION);
-}
-
 EXPORT void elsa_disable() {
   for (TorchLibraryHandle* library : {&of_torch, &of_ours})
     if (*library) aoti_torch_delete_library_object(std::exchange(*library, nullptr));
 }
 
+/// Put `attend` in the place of torch's kernel. 0, or nothing has changed.
+EXPORT int elsa_enable(const char* file) {
+  static const int forks = pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, after_fork);
+  if (of_torch || forks) return forks;
+  const bool done =
+      !aoti_torch_library_init_impl("elsa_tune", "CPU", file, 1, &of_ours) &&
+      !torch_library_impl(of_ours, "attend", &attend, TORCH_ABI_VERSION) &&
+      !aoti_torch_library_init_impl("aten", "CPU", file, 1, &of_torch) &&
+      !torch_library_impl(of_torch, "_scaled_dot_product_flash_attention_for_cpu", &attend, TORCH_ABI_VERSION);
+  if (!done) elsa_disable();
+  return !done;
+}
+
 /// From now on torch's own kernel answers this thread, `by` times more or less.
 EXPORT void elsa_aside(int by) { aside += by; }
+
+EXPORT void elsa_fail(const char* why) { failure = why; }
 
 /// Whether from now on each call is elsa_tune::decide's.
 EXPORT void elsa_ask(int always) { asks = always != 0; }

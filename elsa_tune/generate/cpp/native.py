@@ -56,6 +56,7 @@ class Native:
         self._library = library
         library.elsa_enable.argtypes, library.elsa_enable.restype = [ctypes.c_char_p], ctypes.c_int
         library.elsa_aside.argtypes = [ctypes.c_int]
+        library.elsa_fail.argtypes = [ctypes.c_char_p]
         library.elsa_row.restype = _I64
         library.elsa_counts.argtypes = [_I64, _Words, _Words]
         library.elsa_bind.argtypes = [
@@ -70,6 +71,10 @@ class Native:
         """Answer torch's operator from now on, registered under a name. Raises BuildFailed."""
         if error := self._library.elsa_enable(name.encode()):
             raise BuildFailed(f"torch's operator cannot be overridden: torch says {error}")
+
+    def fail(self, why: str) -> None:
+        """The call of this thread that is asked about fails, and this is to be said of it."""
+        self._library.elsa_fail(why.encode(errors="replace"))
 
     def counts(self) -> Counts:
         """Of somebody new who answers."""
