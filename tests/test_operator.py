@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from elsa_tune import masks, scores
 from elsa_tune.dispatch import serving
 from tests.test_dispatch import VARIANT, close, record, won
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "b2.h4.q33.k33"
 FAMILIES = ("fp32.d16", "fp32.d16.causal", "fp32.d16.bias", "fp32.d16.dense", "fp32.d16.softcap")
 
@@ -131,6 +135,61 @@ def test_exported_programs_call_the_operator() -> None:
     assert close(program.module()(*y), Model()(*y))
 
 
+def test_exported_programs_travel_and_are_differentiated(tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return elsa_tune.attention(q, k, v, WINDOW)
+
+    x = tensors()
+    program = torch.export.export(Model(), tuple(x))
+    torch.export.save(program, tmp_path / "model.pt2")
+    loading = f"from elsa_tune import attention\nimport torch\nprint(torch.export.load({str(tmp_path / 'model.pt2')!r}).module())"
+    subprocess.run([sys.executable, "-c", loading], check=True, capture_output=True, cwd=ROOT)
+    got, expected = (gradients_of(f, tensors(gradients=True)) for f in (program.module(), CALLS["window"]))
+    assert all(torch.allclose(a, b, rtol=0, atol=2e-5) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "lengths"])
+def test_packages_of_aotinductor(name: str, tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return CALLS[name](q, k, v)
+
+    x = tensors()
+    with torch.no_grad():
+        program = torch.export.export(Model(), tuple(x))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        assert close(torch._inductor.aoti_load_package(package)(*x), CALLS[name](*x))
+
+
+def test_functions_of_functions_are_compiled_as_torchs_are() -> None:
+    q, k, v = tensors()
+    many = torch.stack([q, k])
+    torch._dynamo.reset()
+    for whole in (
+        lambda x: vmap(CALLS["plain"], (0, None, None))(x, k, v),
+        lambda x: grad(lambda y: CALLS["plain"](y, k, v).square().sum())(x[0]),
+    ):
+        assert torch.allclose(torch.compile(whole, backend="aot_eager")(many), whole(many), atol=5e-5)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_jvp_is_right_or_raises(fullgraph: bool) -> None:
+    """Never silently 0, as a registered operator's is."""
+    q, k, v = tensors()
+
+    def tangent(x: Tensor) -> Tensor:
+        return jvp(lambda y: CALLS["plain"](y, k, v), (x,), (x,))[1]
+
+    torch._dynamo.reset()
+    try:
+        got = torch.compile(tangent, backend="aot_eager", fullgraph=fullgraph)(q)
+    except Exception as error:
+        assert fullgraph and "forward" in str(error).lower(), "torch's function has no jvp"
+    else:
+        assert torch.allclose(got, tangent(q), atol=1e-5)
+
+
 def test_a_state_is_compiled() -> None:
     torch._dynamo.reset()
     x = tensors()
@@ -193,8 +252,6 @@ def test_fake_meta_and_inference_tensors() -> None:
 
 
 # torch.func.
-
-REFERENCE: dict[str, Attend] = {}
 
 
 def by_operations(name: str) -> Attend:
@@ -295,6 +352,22 @@ def test_gradients_of_what_masks_and_scores_hold() -> None:
         return ((q @ k.mT * 0.25 + bias).softmax(-1) @ v).square().sum()
 
     assert torch.allclose(grad(loss)(BIAS), grad(expected)(BIAS), atol=5e-5)
+
+
+def test_gradients_of_each_sample_by_what_all_share() -> None:
+    q, k, v = tensors()
+    many = torch.stack([q, k, v])
+    for score, shared in (
+        (scores.sinks, torch.randn(4)),
+        (scores.alibi, torch.rand(4)),
+        (scores.bias, torch.randn(33, 33)),
+    ):
+
+        def loss(held: Tensor, x: Tensor, score: Any = score) -> Tensor:
+            return elsa_tune.attention(x, k, v, score(held)).square().sum()
+
+        got = vmap(grad(loss), (None, 0))(shared, many)
+        assert all(torch.allclose(got[i], grad(loss)(shared, many[i]), atol=5e-5) for i in range(3))
 
 
 def test_there_are_no_second_derivatives_and_that_is_told() -> None:

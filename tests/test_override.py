@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from elsa_tune.dispatch import exactness, ledger, serving
+from elsa_tune import masks
+from elsa_tune.dispatch import exactness, handovers, ledger, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import BuildFailed
 from elsa_tune.generate import backends, incumbent, lawful
@@ -224,6 +225,7 @@ def _by_math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_what_torch_keeps_for_itself_stays_as_it_is(name: str, way: str) -> None:
     q, k, v = tensors()
     got = LEFT_TO_TORCH[name](q, k, v)
+    assert not elsa_tune.served(), "nobody of ours was asked"
     elsa_tune.disable()
     assert close(got, LEFT_TO_TORCH[name](q, k, v))
 
@@ -354,7 +356,11 @@ def test_another_packages_override_is_noticed(home: Path) -> None:
         assert good and "by Python, for another package's override is behind it" in told and __file__ in told
         out = scaled_dot_product_attention(q, k, v)
         assert calls, "what no kernel of ours serves goes to whoever was there before"
+        library._destroy()
+        q = q[:, :, :20]
+        gone = scaled_dot_product_attention(q, k, v)
         elsa_tune.disable()
+        assert close(gone, scaled_dot_product_attention(q, k, v)), "whoever was there before may go first"
     finally:
         library._destroy()
     elsa_tune.enable()
@@ -368,7 +374,7 @@ def test_another_packages_override_is_noticed(home: Path) -> None:
     finally:
         library._destroy()
         elsa_tune.disable()
-    assert close(out, scaled_dot_product_attention(q, k, v))
+    assert close(out[:, :, :20], scaled_dot_product_attention(q, k, v))
 
 
 def test_a_kernel_that_fails_hands_over(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +390,58 @@ def test_a_kernel_that_fails_hands_over(way: str, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
     monkeypatch.setattr(serving, "find", broken)
     assert torch.equal(scaled_dot_product_attention(q, k, v), expected)
+    assert any("planted" in reason for _, reason in handovers.counts)
+
+
+def test_who_stops_a_program_stops_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a call is decided: it comes when the call, which is answered, is over."""
+    q, k, v = tensors()
+    expected = incumbent.attention(q, k, v)
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serving, "find", stopped)
+    got = None
+    with pytest.raises(KeyboardInterrupt):
+        got = scaled_dot_product_attention(q, k, v)
+        time.sleep(5)
+    assert got is None or torch.equal(got, expected)
+
+
+def test_a_default_device_is_not_where_results_are(way: str) -> None:
+    """Traced code has no mode that would say so."""
+    q, k, v = tensors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(scaled_dot_product_attention, (q, k, v))
+    expected = traced(q, k, v)
+    settle()
+    torch.set_default_device("meta")
+    try:
+        serving.refresh()
+        for _ in range(2):
+            assert close(traced(q, k, v), expected)
+            settle()
+    finally:
+        torch.set_default_device(None)
+    assert of("fp32.d16")
+
+
+def test_masks_of_halves_are_widened_once_a_call(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(dtype=torch.bfloat16)
+    mask, widened = torch.randn(50, 50).bfloat16(), []
+    scaled_dot_product_attention(q, k, v, mask)
+    settle()
+    original = masks.AttnMask.in_order
+
+    def in_order(self: Any, *arguments: Any) -> Any:
+        widened.append(self)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(masks.AttnMask, "in_order", in_order)
+    scaled_dot_product_attention(q, k, v, mask)
+    assert len(widened) == 1
 
 
 def test_torchs_errors_are_torchs(way: str) -> None:
@@ -435,6 +493,8 @@ def test_rivals_are_torchs_own(way: str) -> None:
     assert backends.role(str(rival.variant)) == "rival"
     got = rival(q, k, v)
     assert elsa_tune.served() == before
+    with elsa_tune.sdpa():
+        assert torch.equal(rival(q, k, v), got) and elsa_tune.served() == before, "in a scope, too"
     elsa_tune.disable()
     assert torch.equal(got, scaled_dot_product_attention(q, k, v))
 
@@ -448,8 +508,9 @@ def test_a_forked_child_is_served(way: str) -> None:
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        status = b"1" if close(scaled_dot_product_attention(q, k, v), expected) else b"0"
-        os.write(write, status)
+        before = of("fp32.d16")
+        served = close(scaled_dot_product_attention(q, k, v), expected) and of("fp32.d16") == before + 1
+        os.write(write, b"1" if served else b"0")
         os._exit(0)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
@@ -612,6 +673,8 @@ def test_packages_of_aotinductor_are_served(way: str, tmp_path: Path) -> None:
         assert of("fp32.d16") == before + 1
         elsa_tune.disable()
         assert close(got, _Model()(q, k, v)) and close(model(q, k, v), got)
+    elsewhere = f"import torch\nq = torch.ones(2, 4, 50, 16)\nprint(torch._inductor.aoti_load_package({package!r})(q, q, q).sum())"
+    assert "tensor(12800.)" in _run(LOAD + elsewhere, ELSA_TUNE="").stdout, "also where nothing is enabled"
 
 
 def test_the_graph_pass_keeps_who_was_there_before(home: Path) -> None:

@@ -108,7 +108,9 @@ def by_torch(
 ) -> Tensor:  # fmt: skip
     """torch's function; its math backend where the fused one errs: causal with a scale of 0 or less, a mask of another dtype, and
     gradients of rows that a mask takes far away as a whole."""
-    if not query.is_nested and query.dim() > 2 and query.shape[-3] == 0:  # heads, by whose number torch 2.9 divides
+    if (
+        isinstance(query, Tensor) and not query.is_nested and query.dim() > 2 and query.shape[-3] == 0
+    ):  # heads, by whose number torch 2.9 divides
         return query[..., :1].expand(*query.shape[:-1], value.shape[-1]).clone()
     if attn_mask is not None and attn_mask.dim() < 2:  # which torch does not count as broadcasting
         attn_mask = attn_mask[(None,) * (2 - attn_mask.dim())]

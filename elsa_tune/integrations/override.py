@@ -13,31 +13,37 @@ import re
 import threading
 import warnings
 from functools import lru_cache
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elsa_tune_autoload
 from elsa_tune.dispatch import exactness, handovers, meaning, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
+from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.integrations import graphs
-from elsa_tune.masks import CAUSAL, NONE
+from elsa_tune.masks import CAUSAL, NONE, of_tensor
 from elsa_tune.parts.operand import Operands
+from elsa_tune.problem import Problem
 
 NAME = "elsa-tune"
 """Under which the extension's override is registered, as torch tells who registered what."""
 
-_WARNS = rf"[\s\S]*{OPERATOR}\("
-"""What torch says of an override of this operator, and only of this one."""
+_WARNS = r"[\s\S]*elsa_tune::twice\("
+"""What torch says of an override of that operator of ours, and only of that one."""
+
+ENTERS, ENDS = 0.005, 10.0
+"""Seconds in which a thread gets from torch into Python, and after which a call that still lasts is taken to hang."""
 
 _Library: Any = torch.library.Library  # its methods have no types
 
-_lock = threading.RLock()
+_lock, _counting = threading.RLock(), threading.Lock()
 _on: _Override | None = None
 
 
@@ -115,32 +121,39 @@ class _Override:
         last, _ = _registered()
         self._native, self.way = _extension(last)
         self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
-        self._pythons = self._override()
+        self._inside, self._is_ended = 0, False
+        _use_up_torchs_warning()
         if self._native is not None:
             incumbent.standing_in.append(self._native.aside)
             try:
                 self._native.enable(NAME)
+                serving.listeners.append(self._native.forget)
+                exactness.listen(self._native.ask)
             except Exception as error:  # a torch of another interface
                 incumbent.standing_in.remove(self._native.aside)
                 self._native, self.way = None, f"by Python; the extension does not fit: {error}"
-            else:
-                self._pythons._destroy()
-                serving.listeners.append(self._native.forget)
-                exactness.listen(self._native.ask)
         if self._native is None:
             incumbent.standing_in.append(_steps_aside)
+            self._pythons: Any = _Library("aten", "IMPL")
+            self._pythons.impl(OPERATOR, self._counted, "CPU", with_keyset=True, allow_override=True)
 
-    def _override(self) -> Any:
-        library = _Library("aten", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_WARNS)
-            library.impl(OPERATOR, self.answer, "CPU", with_keyset=True)
-        return library
+    def _counted(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        with _counting:
+            self._inside += 1
+        try:
+            return self.answer(*arguments, **named)
+        finally:
+            with _counting:
+                self._inside -= 1
 
     def end(self) -> None:
-        """Take it away."""
+        """Take it away. Of a kernel of Python's torch must not be relieved while a thread is on its way into it: those get a while."""
         if self._native is None:
             incumbent.standing_in.remove(_steps_aside)
+            self._is_ended, end = True, perf_counter() + ENDS
+            sleep(ENTERS)
+            while self._inside and perf_counter() < end:
+                sleep(ENTERS)
             self._pythons._destroy()
             return
         self._native.disable()
@@ -155,13 +168,11 @@ class _Override:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The operator: [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len]."""
         found = None
-        if not dropout_p and not incumbent.is_asked():
+        if not (dropout_p or incumbent.is_asked() or self._is_ended):
             try:
                 found, operands = self._find(query, key, value, is_causal, attn_mask)
                 if found is not None and found.call is not None:
                     return _by_kernel(found, query, key, value, operands, scale)
-            except KeyboardInterrupt:  # the extension cannot hand it on: it comes again when the call is over
-                _thread.interrupt_main()
             except Exception as error:  # no memory for splits, a failed launch, whatever is wrong with ours
                 handovers.note(str(found.problem) if found else f"torch's {OPERATOR}", error)
         begin = perf_counter()
@@ -176,7 +187,7 @@ class _Override:
         return answer
 
     def _by_original(self, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """By the kernel that was there before; if its package has taken it away since, by the one before that."""
+        """By the kernel that was there before; if its package has taken it away since, by torch's plain operations."""
         query, key, value, dropout_p, is_causal, attn_mask, scale = arguments
         try:
             answer: tuple[Tensor, Tensor] = self._original.call_boxed(
@@ -185,11 +196,17 @@ class _Override:
         except RuntimeError as error:
             if "invalidated" not in str(error):
                 raise
-            with _lock:
-                self._pythons._destroy()
-                self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
-                self._pythons = self._override()
-            return self._by_original(keys, *arguments)
+            handovers.note(
+                f"torch's {OPERATOR}", RuntimeError("the package that was behind ours is gone; enable() again")
+            )
+            wanted = (CAUSAL if is_causal else NONE) if attn_mask is None else of_tensor(attn_mask)
+            family = wanted.of(Problem(head_dim=query.shape[3]))
+            lse = logsumexp(query, key, family, wanted.in_order(query, key), scale)
+            with sdpa_kernel(SDPBackend.MATH):
+                output = incumbent.attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+                )
+            return output, lse.masked_fill_(lse == float("-inf"), 0.0)
         return answer
 
     def _find(
@@ -224,6 +241,17 @@ class _Override:
 
 def _steps_aside(by: int) -> None:
     """Python's override asks by itself."""
+
+
+def _use_up_torchs_warning() -> None:
+    """torch warns of the first override in a process, and of no other: be that one, of an operator of ours, with this one line silenced."""
+    library = _Library("elsa_tune", "FRAGMENT")
+    library.define("twice() -> ()")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_WARNS)
+        for _ in range(2):
+            library.impl("twice", _steps_aside, "CPU", allow_override=True)
+    library._destroy()
 
 
 def _extension(last: str) -> tuple[backends.Interposer | None, str]:
@@ -267,17 +295,23 @@ def _results(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> 
 def decide(keys: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """What the extension cannot answer, and what compiled programs ask while nothing is enabled."""
     override = _on
-    if override is not None:
+    if override is None:
+        with incumbent.aside():  # the extension may be on its way in or out
+            answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(*arguments, **named)
+        return answer
+    try:
         return override.answer(keys, *arguments, **named)
-    with incumbent.aside():  # the extension may be on its way in or out
-        answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(*arguments, **named)
-    return answer
+    except KeyboardInterrupt:  # the extension cannot hand it on: it comes again when the call, then torch's, is over
+        with incumbent.aside():
+            answer = override.answer(keys, *arguments, **named)
+        threading.Timer(ENTERS, _thread.interrupt_main).start()
+        return answer
 
 
 def _after_fork() -> None:
     """Whoever held it is not in this child."""
-    global _lock
-    _lock = threading.RLock()
+    global _lock, _counting
+    _lock, _counting = threading.RLock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
