@@ -5,8 +5,9 @@ A module of its own that imports os alone: everybody who has the package install
 
 import os
 
-OPERATORS = ("attend", "decide")
-"""With torch's own operator's arguments: what compiled programs call in its place, and whom the extension asks what it does not know."""
+OPERATORS = ("attend", "decide", "torchs")
+"""With torch's own operator's arguments: what compiled programs call in its place, and whom the extension asks what it does not know, and
+what torch's own kernel refuses, for the reason."""
 
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, float dropout_p=0.0, bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None)"
@@ -18,7 +19,7 @@ _declared: list[object] = []
 def load() -> None:
     """Tell torch who we are, and enable the override if the environment asks for it. Whatever goes wrong then is one line on stderr, and
     torch serves."""
-    is_asked = os.environ.get("ELSA_TUNE", "0") not in ("", "0")
+    is_asked = os.environ.get("ELSA_TUNE", "").lower() not in ("", "0", "false", "no", "off")
     try:
         register()
         declare()
@@ -48,7 +49,7 @@ def declare() -> None:
     library = torch.library.Library("elsa_tune", "FRAGMENT")
     for name in OPERATORS:
         library.define(name + _SCHEMA)
-        library.impl(name, _answer, "CPU", with_keyset=True)
+        library.impl(name, _torchs if name == "torchs" else _answer, "CPU", with_keyset=True)
     _declared.append(library)
 
 
@@ -56,6 +57,12 @@ def _answer(keys, *arguments, **named):
     from elsa_tune.integrations import override
 
     return override.decide(keys, *arguments, **named)
+
+
+def _torchs(keys, *arguments, **named):
+    from elsa_tune.integrations import override
+
+    return override.by_torch(keys, *arguments, **named)
 
 
 class Enabled:

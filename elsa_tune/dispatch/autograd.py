@@ -44,12 +44,14 @@ class _Attention(_Function):  # type: ignore[misc]
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, ctx.wanted, ctx.scale, ctx.enable_gqa, *arrays = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(query, key, value, *output, *arrays)
-        ctx.save_for_forward(query, key, value, *output, *arrays)
+        # in the order in which torch keeps its own: a checkpoint may find another who serves when it computes again
+        kept = (*arrays, key, query, value, output[1], output[0])
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, *arrays = ctx.saved_tensors
+        *arrays, key, query, value, lse, output = ctx.saved_tensors
         of_arrays = any(ctx.needs_input_grad[6:])
         found = _Gradients.apply(
             grad, query, key, value, output, lse, ctx.wanted, ctx.scale, ctx.enable_gqa, of_arrays, *arrays
@@ -59,7 +61,7 @@ class _Attention(_Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        query, key, value, _, _, *arrays = ctx.saved_tensors  # with their tangents
+        *arrays, key, query, value, _, _ = ctx.saved_tensors  # with their tangents
         with forward_ad._set_fwd_grad_enabled(True):
             output = _by_operations(query, key, value, ctx.wanted.with_tensors(arrays), ctx.scale)
             tangent: Tensor = unpack_dual(output).tangent

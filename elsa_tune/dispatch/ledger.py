@@ -83,5 +83,5 @@ def _tell() -> None:
     print(f"elsa-tune served\n{told(found)}" if found else "elsa-tune served nothing", file=sys.stderr)
 
 
-if os.environ.get("ELSA_TUNE_TRACE", "0") not in ("", "0"):
+if os.environ.get("ELSA_TUNE_TRACE", "").lower() not in ("", "0", "false", "no", "off"):
     atexit.register(_tell)

@@ -156,6 +156,8 @@ class Shelf:
     def __init__(self) -> None:
         self.troubles: dict[str, str] = {}
         self._known = _Known(self._later)
+        self._measured: dict[tuple[str, Device], set[str]] = {}
+        self._nearby: dict[tuple[Problem, Device], Choice] = {}
         self._exact: dict[tuple[Problem, Device, float], Choice] = {}
         self._kernels: dict[tuple[str, str], Kernel | Gradients] = {}  # (family, variant)
         self._hopeless: set[tuple[str, str]] = set()  # (family, variant) that could not be built or is wrong here
@@ -176,6 +178,25 @@ class Shelf:
             return self._as_exact(problem, device, times)
         return climb(problem, device, self._known)
 
+    def _choice_nearby(self, problem: Problem, device: Device) -> Choice:
+        """The choice, or the one that was made for a length of keys within an eighth of its own: a growing key cache poses a new
+        problem at every step, of which few were measured."""
+        if exactness.active:
+            return self.choice(problem, device)
+        with lock:
+            family = (problem.family, device)
+            if family not in self._measured:
+                self._measured[family] = {winner.problem for winner in self._known.of_family(problem, device)}
+            if str(problem) in self._measured[family]:
+                return self.choice(problem, device)
+            step = 1 << max(0, problem.kv_len.bit_length() - 4)
+            rough = (problem.reshaped(kv_len=problem.kv_len // step * step), device)
+            if rough not in self._nearby:
+                if len(self._nearby) >= MOST_SHAPES:
+                    self._nearby.clear()
+                self._nearby[rough] = self.choice(problem, device)
+            return replace(self._nearby[rough], problem=problem)
+
     def _as_exact(self, problem: Problem, device: Device, times: float) -> Choice:
         entry = (problem, device, times)
         with lock:
@@ -187,7 +208,7 @@ class Shelf:
 
     def kernel(self, problem: Problem, device: Device, ready: Ready) -> tuple[str, Kernel | Gradients | None]:
         """A variant, spelled, whose kernel serves now, or None: then torch serves, until a build in the background calls ``ready``."""
-        chosen = self.choice(problem, device)
+        chosen = self._choice_nearby(problem, device)
         if chosen.variant is None or chosen.winner is None or chosen.by_sdpa:
             return "", None
         problem = chosen.problem

@@ -12,8 +12,8 @@ import os
 import re
 import threading
 import warnings
-from functools import lru_cache
-from time import perf_counter, sleep
+from functools import cache, lru_cache
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -38,12 +38,12 @@ NAME = "elsa-tune"
 _WARNS = r"[\s\S]*elsa_tune::twice\("
 """What torch says of an override of that operator of ours, and only of that one."""
 
-ENTERS, ENDS = 0.005, 10.0
-"""Seconds in which a thread gets from torch into Python, and after which a call that still lasts is taken to hang."""
+LATER = 0.005
+"""Seconds after which a call that was interrupted is over."""
 
 _Library: Any = torch.library.Library  # its methods have no types
 
-_lock, _counting = threading.RLock(), threading.Lock()
+_lock = threading.RLock()
 _on: _Override | None = None
 
 
@@ -80,12 +80,13 @@ def state() -> tuple[bool, str]:
     with _lock:
         if (reason := _missing()) is not None:
             return False, reason
-        last, others = _registered()
+        last, _ = _registered()
         if _on is None:
-            return True, f"off; {'another package answers' if others else 'torch answers'}, {last}"
+            whose = "torch answers" if _is_torchs(last) or _is_ours(last) else "another package answers"
+            return True, f"off; {whose}, {last}"
         if not _is_ours(last):
             return False, f"on, but another package overrode it later and answers, {last}"
-        return True, f"on, {_on.way}" + (f"; others behind it: {', '.join(others)}" if others else "")
+        return True, f"on, {_on.way}"
 
 
 def _missing() -> str | None:
@@ -109,6 +110,7 @@ def _is_torchs(place: str) -> bool:
 
 
 def _is_ours(place: str) -> bool:
+    """What we register stays when it is disabled, and then lets whoever was there before answer."""
     return place.startswith(NAME) or place.startswith(__file__)
 
 
@@ -118,15 +120,14 @@ class _Override:
     def __init__(self) -> None:
         if (reason := _missing()) is not None:
             raise HookMissing(reason)
-        last, _ = _registered()
-        self._native, self.way = _extension(last)
-        self._original = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
-        self._inside, self._is_ended = 0, False
+        last, others = _registered()
+        self._native, self.way = _extension(others)
         _use_up_torchs_warning()
         if self._native is not None:
             incumbent.standing_in.append(self._native.aside)
             try:
                 self._native.enable(NAME)
+                _extensions[:] = [self._native]
                 serving.listeners.append(self._native.forget)
                 exactness.listen(self._native.ask)
             except Exception as error:  # a torch of another interface
@@ -134,27 +135,17 @@ class _Override:
                 self._native, self.way = None, f"by Python; the extension does not fit: {error}"
         if self._native is None:
             incumbent.standing_in.append(_steps_aside)
-            self._pythons: Any = _Library("aten", "IMPL")
-            self._pythons.impl(OPERATOR, self._counted, "CPU", with_keyset=True, allow_override=True)
-
-    def _counted(self, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        with _counting:
-            self._inside += 1
-        try:
-            return self.answer(*arguments, **named)
-        finally:
-            with _counting:
-                self._inside -= 1
+            if not last.startswith(__file__):
+                _override_by_python(torch.library.get_kernel(f"aten::{OPERATOR}", "CPU") if others else _torchs)
+        self.behind = _torchs if self._native is not None else _behind[-1]
 
     def end(self) -> None:
-        """Take it away. Of a kernel of Python's torch must not be relieved while a thread is on its way into it: those get a while."""
+        """Answer no more."""
         if self._native is None:
             incumbent.standing_in.remove(_steps_aside)
-            self._is_ended, end = True, perf_counter() + ENDS
-            sleep(ENTERS)
-            while self._inside and perf_counter() < end:
-                sleep(ENTERS)
-            self._pythons._destroy()
+            if self.behind is not _torchs:  # another package's, which may go
+                _behind.remove(self.behind)
+                _libraries.pop()._destroy()
             return
         self._native.disable()
         self._native.forget()
@@ -168,7 +159,7 @@ class _Override:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The operator: [batch, heads, q_len, head_dim] and the log-sum-exp [batch, heads, q_len]."""
         found = None
-        if not (dropout_p or incumbent.is_asked() or self._is_ended):
+        if not (dropout_p or incumbent.is_asked()):
             try:
                 found, operands = self._find(query, key, value, is_causal, attn_mask)
                 if found is not None and found.call is not None:
@@ -177,36 +168,13 @@ class _Override:
                 handovers.note(str(found.problem) if found else f"torch's {OPERATOR}", error)
         begin = perf_counter()
         try:
-            answer = self._by_original(keys, query, key, value, dropout_p, is_causal, attn_mask, scale)
+            answer = _by(self.behind, keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
         except Exception as error:
             if self._native is not None:
                 self._native.fail(str(error))
             raise
         if found is not None and found.call is None:
             found.row.count(begin)
-        return answer
-
-    def _by_original(self, keys: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """By the kernel that was there before; if its package has taken it away since, by torch's plain operations."""
-        query, key, value, dropout_p, is_causal, attn_mask, scale = arguments
-        try:
-            answer: tuple[Tensor, Tensor] = self._original.call_boxed(
-                keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )
-        except RuntimeError as error:
-            if "invalidated" not in str(error):
-                raise
-            handovers.note(
-                f"torch's {OPERATOR}", RuntimeError("the package that was behind ours is gone; enable() again")
-            )
-            wanted = (CAUSAL if is_causal else NONE) if attn_mask is None else of_tensor(attn_mask)
-            family = wanted.of(Problem(head_dim=query.shape[3]))
-            lse = logsumexp(query, key, family, wanted.in_order(query, key), scale)
-            with sdpa_kernel(SDPBackend.MATH):
-                output = incumbent.attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
-                )
-            return output, lse.masked_fill_(lse == float("-inf"), 0.0)
         return answer
 
     def _find(
@@ -239,11 +207,59 @@ class _Override:
         return found, operands
 
 
+def _by(
+    kernel: Any, keys: Any, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator by a kernel that torch gave us; if its package has taken it away since, by torch's plain operations."""
+    try:
+        answer: tuple[Tensor, Tensor] = kernel.call_boxed(
+            keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+    except RuntimeError as error:
+        if "invalidated" not in str(error):
+            raise
+    else:
+        return answer
+    handovers.note(f"torch's {OPERATOR}", RuntimeError("the package whose override was behind ours has taken it away"))
+    wanted = (CAUSAL if is_causal else NONE) if attn_mask is None else of_tensor(attn_mask)
+    family = wanted.of(Problem(head_dim=query.shape[3]))
+    lse = logsumexp(query, key, family, wanted.in_order(query, key), scale)
+    with sdpa_kernel(SDPBackend.MATH):
+        output = incumbent.attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    _, kept = _results(query.shape, query.stride(), query.dtype)
+    sums = torch.empty_strided(kept.shape, kept.stride(), dtype=lse.dtype, device=query.device)
+    return output, sums.copy_(lse.masked_fill_(lse == float("-inf"), 0.0))
+
+
+_extensions: list[backends.Interposer] = []
+"""The one that was put in the operator's place, if any was."""
+_behind: list[Any] = []
+_libraries: list[Any] = []
+
+
+def _override_by_python(behind: Any) -> None:
+    """Put Python in the operator's place, before torch's own kernel for good: torch must not be relieved of a kernel of Python's while a
+    thread is on its way into it. While nothing is enabled, or another way than this one, whoever is behind it answers."""
+
+    def answer(keys: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        override = _on
+        if override is None or override.behind is not behind:
+            return _by(behind, keys, *arguments, **named)
+        return override.answer(keys, *arguments, **named)
+
+    library = _Library("aten", "IMPL")
+    library.impl(OPERATOR, answer, "CPU", with_keyset=True, allow_override=True)
+    _behind.append(behind)
+    _libraries.append(library)
+
+
 def _steps_aside(by: int) -> None:
     """Python's override asks by itself."""
 
 
-def _use_up_torchs_warning() -> None:
+@cache
+def _use_up_torchs_warning() -> Any:
     """torch warns of the first override in a process, and of no other: be that one, of an operator of ours, with this one line silenced."""
     library = _Library("elsa_tune", "FRAGMENT")
     library.define("twice() -> ()")
@@ -251,13 +267,13 @@ def _use_up_torchs_warning() -> None:
         warnings.filterwarnings("ignore", message=_WARNS)
         for _ in range(2):
             library.impl("twice", _steps_aside, "CPU", allow_override=True)
-    library._destroy()
+    return library
 
 
-def _extension(last: str) -> tuple[backends.Interposer | None, str]:
+def _extension(others: list[str]) -> tuple[backends.Interposer | None, str]:
     """What answers without Python, built, and the way by which calls are answered, in words."""
-    if not _is_torchs(last):
-        return None, f"by Python, for another package's override is behind it, {last}"
+    if others:
+        return None, f"by Python, for another package's override is behind it, {others[0]}"
     try:
         found = next(filter(None, (backends.get(name).interposer() for name in backends.candidates())), None)
     except Exception as error:  # no compiler, a folder that may not be written to
@@ -296,27 +312,39 @@ def decide(keys: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
     """What the extension cannot answer, and what compiled programs ask while nothing is enabled."""
     override = _on
     if override is None:
-        with incumbent.aside():  # the extension may be on its way in or out
-            answer: tuple[Tensor, Tensor] = getattr(torch.ops.aten, OPERATOR)(*arguments, **named)
-        return answer
+        return _by(_torchs, keys, *arguments, **named)
     try:
         return override.answer(keys, *arguments, **named)
     except KeyboardInterrupt:  # the extension cannot hand it on: it comes again when the call, then torch's, is over
         with incumbent.aside():
             answer = override.answer(keys, *arguments, **named)
-        threading.Timer(ENTERS, _thread.interrupt_main).start()
+        threading.Timer(LATER, _thread.interrupt_main).start()
         return answer
+
+
+def by_torch(keys: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """By the kernel that was there before any of ours. Raises what it raises, told to the extension, too."""
+    try:
+        return _by(_torchs, keys, *arguments, **named)
+    except Exception as error:
+        for extension in _extensions:
+            extension.fail(str(error))
+        raise
 
 
 def _after_fork() -> None:
     """Whoever held it is not in this child."""
-    global _lock, _counting
-    _lock, _counting = threading.RLock(), threading.Lock()
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 elsa_tune_autoload.declare()
+_torchs: Any = None
+"""The kernel that was there when this was imported, before any of ours."""
+if _missing() is None:
+    _torchs = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
 if hasattr(torch.ops.aten, OPERATOR):
     for _operator in elsa_tune_autoload.OPERATORS:
         torch.library.register_fake(f"elsa_tune::{_operator}", getattr(torch.ops.aten, OPERATOR))

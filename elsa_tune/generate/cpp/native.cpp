@@ -71,6 +71,7 @@ std::unordered_map<Layout, std::shared_ptr<const Entry>, Hash> table;
 std::deque<Row> rows;
 TorchLibraryHandle of_torch = nullptr, of_ours = nullptr;  // registrations of `attend`
 std::atomic<bool> asks{false};  // whether each call is Python's to decide
+std::atomic<bool> passive{true};   // whether torch's own kernel answers everybody
 thread_local int aside = 0;
 thread_local std::string failure;  // why elsa_tune::decide failed
 
@@ -218,7 +219,7 @@ bool by_kernel(const Entry& entry, const Layout& layout, Arguments& given, Handl
 bool answered(Arguments& given, Handle* results) {
   if (aside) return by_torch(given, results);
   Layout layout;
-  if (asks || given.dropout != 0 || !given.look_alike(layout)) return false;
+  if (passive || asks || given.dropout != 0 || !given.look_alike(layout)) return false;
   std::shared_lock lock(guard);
   const auto found = table.find(layout);
   if (found == table.end()) return false;
@@ -233,10 +234,11 @@ bool answered(Arguments& given, Handle* results) {
 
 /// aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, *,
 /// Tensor? attn_mask, float? scale) -> (Tensor output, Tensor logsumexp)
+template <bool IN_TORCHS_PLACE>
 void attend(StableIValue* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   Handle results[2];
-  if (!answered(given, results)) {
+  if (!(IN_TORCHS_PLACE && passive ? by_torch(given, results) : answered(given, results))) {
     StableIValue passed[7] = {
         torch::stable::detail::from(given.query.release()),
         torch::stable::detail::from(given.key.release()),
@@ -245,8 +247,9 @@ void attend(StableIValue* stack, uint64_t, uint64_t) {
         torch::stable::detail::from(given.is_causal),
         torch::stable::detail::from(given.mask.handle ? std::optional<Handle>(given.mask.release()) : std::nullopt),
         torch::stable::detail::from(given.scale)};
-    failure = "elsa_tune::decide failed";
-    if (torch_call_dispatcher("elsa_tune::decide", "", passed, TORCH_ABI_VERSION)) throw std::runtime_error(failure);
+    failure = "torch's kernel refuses these arguments";
+    const char* asked = aside || (IN_TORCHS_PLACE && passive) ? "elsa_tune::torchs" : "elsa_tune::decide";
+    if (torch_call_dispatcher(asked, "", passed, TORCH_ABI_VERSION)) throw std::runtime_error(failure);
     results[0] = torch::stable::detail::to<Handle>(passed[0]);
     results[1] = torch::stable::detail::to<Handle>(passed[1]);
   }
@@ -264,23 +267,28 @@ void after_fork() {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void elsa_disable() {
-  for (TorchLibraryHandle* library : {&of_torch, &of_ours})
-    if (*library) aoti_torch_delete_library_object(std::exchange(*library, nullptr));
+/// Put `attend` in the place of torch's kernel, for good: torch reads its table of kernels without a lock, so that none may go while
+/// threads call. 0, or nothing has changed.
+EXPORT int elsa_enable(const char* file) {
+  static const int failed = [file] {
+    auto take_away = [](TorchLibraryHandle& library) {
+      if (library) aoti_torch_delete_library_object(std::exchange(library, nullptr));
+    };
+    const bool done =
+        !pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, after_fork) &&
+        !aoti_torch_library_init_impl("elsa_tune", "CPU", file, 1, &of_ours) &&
+        !torch_library_impl(of_ours, "attend", &attend<false>, TORCH_ABI_VERSION) &&
+        !aoti_torch_library_init_impl("aten", "CPU", file, 1, &of_torch) &&
+        !torch_library_impl(of_torch, "_scaled_dot_product_flash_attention_for_cpu", &attend<true>, TORCH_ABI_VERSION);
+    if (!done) take_away(of_torch), take_away(of_ours);
+    return !done;
+  }();
+  passive = failed != 0;
+  return failed;
 }
 
-/// Put `attend` in the place of torch's kernel. 0, or nothing has changed.
-EXPORT int elsa_enable(const char* file) {
-  static const int forks = pthread_atfork([] { guard.lock(); }, [] { guard.unlock(); }, after_fork);
-  if (of_torch || forks) return forks;
-  const bool done =
-      !aoti_torch_library_init_impl("elsa_tune", "CPU", file, 1, &of_ours) &&
-      !torch_library_impl(of_ours, "attend", &attend, TORCH_ABI_VERSION) &&
-      !aoti_torch_library_init_impl("aten", "CPU", file, 1, &of_torch) &&
-      !torch_library_impl(of_torch, "_scaled_dot_product_flash_attention_for_cpu", &attend, TORCH_ABI_VERSION);
-  if (!done) elsa_disable();
-  return !done;
-}
+/// Let torch's own kernel answer everybody.
+EXPORT void elsa_disable() { passive = true; }
 
 /// From now on torch's own kernel answers this thread, `by` times more or less.
 EXPORT void elsa_aside(int by) { aside += by; }
