@@ -13,7 +13,7 @@ _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, float dropout_p=0.0, bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None)"
     " -> (Tensor output, Tensor logsumexp)"
 )
-_declared: list[object] = []
+_declared: dict[str, object] = {}
 
 
 def load() -> None:
@@ -22,7 +22,7 @@ def load() -> None:
     is_asked = os.environ.get("ELSA_TUNE", "").lower() not in ("", "0", "false", "no", "off")
     try:
         register()
-        declare()
+        declare("attend")
         if is_asked:
             Enabled()
     except BaseException as error:  # not even an exit may come out of here
@@ -39,18 +39,16 @@ def register() -> None:
         attention.register_flash_attention_impl("ELSA", register_fn=Enabled)
 
 
-def declare() -> None:
-    """Declare our operators, so that programs compiled while elsa-tune was enabled can be loaded while it is not; only calling one imports
-    elsa-tune."""
+def declare(*names: str) -> None:
+    """Declare operators of ours: the first, so that programs compiled while elsa-tune was enabled can be loaded while it is not. Only calling
+    one imports elsa-tune."""
     import torch
 
-    if _declared:
-        return
-    library = torch.library.Library("elsa_tune", "FRAGMENT")
-    for name in OPERATORS:
-        library.define(name + _SCHEMA)
-        library.impl(name, _torchs if name == "torchs" else _answer, "CPU", with_keyset=True)
-    _declared.append(library)
+    for name in names:
+        if name not in _declared:
+            _declared[name] = library = torch.library.Library("elsa_tune", "FRAGMENT")
+            library.define(name + _SCHEMA)
+            library.impl(name, _torchs if name == "torchs" else _answer, "CPU", with_keyset=True)
 
 
 def _answer(keys, *arguments, **named):

@@ -14,10 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,13 +25,11 @@ import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import serving
-from elsa_tune.errors import BuildFailed
-from elsa_tune.generate import cpp
+from elsa_tune.generate import incumbent
 from elsa_tune.integrations import override
 from elsa_tune.tuning import race
 
-ROUNDS, CALLS = 40, 1000
-IMPORTS = 15
+ROUNDS, PROCESSES, IMPORTS = 40, 11, 15
 MOST = {"extension": 3.0, "Python": 9.0}
 """Microseconds that a call may take more than torch's own."""
 
@@ -45,40 +41,44 @@ DECODING = {
 AT_LEAST = {"fp32": 1.5, "bf16": 2.5}
 
 
-def seconds(call: Callable[[], Any], times: int) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - start) / times
-
-
 def spread(samples: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, middle, high = statistics.quantiles(samples, n=4)
     return {"median": middle, "low": low, "high": high}
 
 
-@torch.inference_mode()
-def beside_torch(way: str) -> dict[str, dict[str, float]]:
-    """Microseconds more than torch's own call: of a problem that torch serves. Its tensors are so small that nothing else is measured."""
-    x = torch.randn(1, 2, 8, 16)
+CALL = """
+import statistics, sys, time, torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+way = sys.argv[1]
+if way != "torch":
+    from elsa_tune.generate import cpp
+    from elsa_tune.integrations import override
+    if way == "Python":
+        cpp.interposer = lambda: None
+    override.enable()
+x = torch.randn(1, 2, 8, 16)
+def seconds(times):
+    start = time.perf_counter()
+    for _ in range(times):
+        sdpa(x, x, x)
+    return (time.perf_counter() - start) / times
+with torch.inference_mode():
+    seconds(200)
+    print(1e6 * statistics.median(seconds(500) for _ in range(20)))
+"""
+"""Microseconds of a call that torch serves, whose tensors are so small that nothing else is measured."""
 
-    def call() -> Tensor:
-        return scaled_dot_product_attention(x, x, x)
 
-    missing = mock.patch.object(cpp, "interposer", side_effect=BuildFailed("left out"))
-    more, torchs = [], []
-    for _ in range(ROUNDS):
-        override.disable()
-        seconds(call, 50)
-        torchs.append(1e6 * seconds(call, CALLS))
-        with missing if way == "Python" else nullcontext():
-            override.enable()
-        seconds(call, 50)
-        more.append(1e6 * seconds(call, CALLS) - torchs[-1])
-    override.disable()
-    return {"more": spread(more), "torch": spread(torchs)}
+def beside_torch() -> dict[str, dict[str, float]]:
+    """Microseconds of torch's own call, and more than that by each way: of processes that take turns, since what was registered stays."""
+    samples: dict[str, list[float]] = {way: [] for way in ("torch", *MOST)}
+    for _ in range(PROCESSES):
+        for way, found in samples.items():
+            done = subprocess.run([sys.executable, "-c", CALL, way], capture_output=True, text=True, check=True)
+            found.append(float(done.stdout))
+    more = {way: spread([x - y for x, y in zip(samples[way], samples["torch"], strict=True)]) for way in MOST}
+    return {"torch": spread(samples["torch"]), **more}
 
 
 def importing() -> dict[str, float]:
@@ -113,11 +113,11 @@ def decoding(problem: str) -> dict[str, Any]:
             time.sleep(0.01)
 
     def by_torch(k: Tensor, v: Tensor) -> Tensor:
-        with override.aside():
+        with incumbent.aside():
             return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     def by_hand(k: Tensor, v: Tensor) -> Tensor:
-        with override.aside():
+        with incumbent.aside():
             return scaled_dot_product_attention(folded, k, v)
 
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -144,9 +144,10 @@ def main() -> None:
         f"import torch, the variable unset: {found['import']['median']:.3f} ms more{' SHORT' * (found['import']['median'] > 1)}",
         flush=True,
     )
+    found["call"] = times = beside_torch()
+    torchs = times["torch"]["median"]
     for way, most in MOST.items():
-        found[way] = times = beside_torch(way)
-        more, torchs = times["more"], times["torch"]["median"]
+        more = times[way]
         print(
             f"a call answered by the {way}, beside torch's {torchs:.2f} us: {more['median']:.2f} [{more['low']:.2f}, {more['high']:.2f}]"
             f" us more{' SHORT' * (more['median'] > most)}", flush=True,

@@ -27,6 +27,7 @@ import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import meaning, serving
+from elsa_tune.generate import incumbent
 from elsa_tune.integrations import override
 from elsa_tune.masks import CAUSAL, NONE
 from elsa_tune.problem import Problem
@@ -192,7 +193,7 @@ class Stopwatch:
         return out
 
 
-WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {"torch": override.aside, "elsa-tune": nullcontext}
+WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {"torch": incumbent.aside, "elsa-tune": nullcontext}
 """Who answers torch's operator, while it is overridden."""
 
 
@@ -260,7 +261,7 @@ def measured(case: Case, eager: Case, rounds: int, tune_seconds: float) -> dict[
         inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
         if case.is_compiled:
             forward = case.make()
-        with override.aside():
+        with incumbent.aside():
             expected = forward(0)
         difference = float((forward(0) - expected).abs().max() / expected.abs().max())
         whole = interleaved(forward, whole_seconds, rounds, SECONDS_A_MODEL / 2)

@@ -55,7 +55,7 @@ def enable() -> None:
     global _on
     with _lock:
         if _on is None:
-            elsa_tune_autoload.declare()
+            elsa_tune_autoload.declare(*elsa_tune_autoload.OPERATORS)
             _on = _Override()
             graphs.install()
 
@@ -340,7 +340,7 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-elsa_tune_autoload.declare()
+elsa_tune_autoload.declare(*elsa_tune_autoload.OPERATORS)
 _torchs: Any = None
 """The kernel that was there when this was imported, before any of ours."""
 if _missing() is None:
