@@ -21,8 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import serving
+from elsa_tune.dispatch import serving, torchs
 from elsa_tune.errors import BadDevice, FolderTaken
 from elsa_tune.generate import backends, lawful, triton
 from elsa_tune.generate.backends import Built
@@ -514,7 +513,7 @@ def test_the_doctor_says_which_launches_fail(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     """CPU tensors count as an H200's; its kernels run under Triton's interpreter."""
-    monkeypatch.setattr(dispatch, "of_tensor", lambda kind, index: H200)
+    monkeypatch.setattr(serving, "of_tensor", lambda kind, index: H200)
     monkeypatch.setattr(Device, "torch", property(lambda self: "cpu"))
     monkeypatch.setattr(triton, "compile_report", lambda module, problem, goal: {"registers": 1})
     monkeypatch.setattr(triton, "compile_kernels", lambda module, problem, goal: {})
@@ -562,7 +561,8 @@ def test_attention_and_its_gradients_by_kernels_of_a_gpu(here: Device, monkeypat
     assert torch.equal(output, plain) and lse.isfinite().all() and len(served) == 4
 
 
-def test_without_a_tuned_backward_torch_differentiates(here: Device) -> None:
+def test_without_a_tuned_backward_torch_differentiates(here: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchs, "takes", lambda *about: False)  # as of tensors on a GPU
     triton.build(parse(FORWARD), Problem.parse("fp32.d16"), here)
     record(gpu_won("fp32.d16@b2.h4.q50.k50", FORWARD))
     q, k, v = (x.requires_grad_() for x in tensors())

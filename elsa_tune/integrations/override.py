@@ -120,7 +120,10 @@ class _Override:
     def __init__(self) -> None:
         if (reason := _missing()) is not None:
             raise HookMissing(reason)
+        global _torchs
         last, others = _registered()
+        if _is_torchs(last):
+            _torchs = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
         self._native, self.way = _extension(others)
         _use_up_torchs_warning()
         if self._native is not None:
@@ -342,7 +345,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 elsa_tune_autoload.declare(*elsa_tune_autoload.OPERATORS)
 _torchs: Any = None
-"""The kernel that was there when this was imported, before any of ours."""
+"""torch's own kernel, or what was there in its place when this was imported."""
 if _missing() is None:
     _torchs = torch.library.get_kernel(f"aten::{OPERATOR}", "CPU")
 if hasattr(torch.ops.aten, OPERATOR):
