@@ -87,8 +87,8 @@ def attention(
             if wanted.operands:
                 operands = wanted.in_order(query, key)
             wanting = query.requires_grad or key.requires_grad or value.requires_grad
-            if _grad_enabled() and (wanting or (operands and needs_grad(*operands))):
-                of_operands = operands and needs_grad(*operands)
+            of_operands = bool(operands) and needs_grad(*operands)
+            if (wanting or of_operands) and _grad_enabled():
                 if not of_operands and passes.has_backward(query, key, value, wanted, scale, enable_gqa):
                     return differentiable(query, key, value, wanted, scale, enable_gqa)
             else:

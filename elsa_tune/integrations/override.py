@@ -168,7 +168,7 @@ class _Override:
                 if found is not None and found.call is not None:
                     return _by_kernel(found, query, key, value, operands, scale)
             except Exception as error:  # no memory for splits, a failed launch, whatever is wrong with ours
-                handovers.note(str(found.problem) if found else f"torch's {OPERATOR}", error)
+                handovers.note(found.problem.family if found and found.problem else f"torch's {OPERATOR}", error)
         begin = perf_counter()
         try:
             answer = _by(self.behind, keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)

@@ -134,10 +134,8 @@ def _axes(x: Tensor | None) -> list[int]:
 @cache
 def _number_of(dtype: torch.dtype) -> int:
     """What torch's C interface calls a dtype."""
-    names = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    function = getattr(
-        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), f"aoti_torch_dtype_{names[dtype]}"
-    )
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    function = getattr(library, f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")
     function.restype = ctypes.c_int32
     return int(function())
 
