@@ -1,0 +1,59 @@
+"""Tensors that are made when somebody looks: torch and every program see what they stand for, and who knows them asks for more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+class Deferred(Tensor):
+    """A tensor of a shape, dtype and device whose contents ``make`` gives when an operation wants them: then it is that tensor."""
+
+    _make: Callable[[], Tensor]
+    _made: Tensor | None = None
+    is_shared = False
+    """Whether somebody holds its memory, and may write to it."""
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+        """``make`` is called once, if at all."""
+        new: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        new._make = make
+        return new
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Any operation, upon what it stands for."""
+        aliases = any(one.alias_info is not None for one in function._schema.arguments)
+
+        def made(x: Deferred) -> Tensor:
+            x.is_shared |= aliases
+            return x.made()
+
+        args, kwargs = tree_map_only(Deferred, made, (args, dict(kwargs or {})))
+        return function(*args, **kwargs)
+
+    def made(self) -> Tensor:
+        """What it stands for."""
+        if self._made is None:
+            with torch.no_grad():
+                self._made = self._make()
+        return self._made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.made().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.made().clone()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
