@@ -72,6 +72,13 @@ class Rows:
         return (first, end) if first < end else (0, max(end, 1))
 
     @property
+    def told(self) -> AttnMask:
+        """The mask that says so bound by bound: key padding, of one query."""
+        if self.low.shape[1] == 1:
+            return lengths(self.high[:, 0], self.low[:, 0])
+        return ranges(self.low, self.high)
+
+    @property
     def closed(self) -> AttnMask | None:
         """The mask of its reach that is told by numbers alone; None where there is none. Causality and windows begin at the top left of as
         many queries as keys, at the lower right of others."""
@@ -126,18 +133,15 @@ class Seen:
         closed, first, end = self.rows.closed, *self.rows.reach
         rows = self.rows.of_keys(first, end)
         if self.tokens is None or bool(self.tokens[:, first:end].all()):
-            return ranges(rows.low, rows.high) if closed is None else closed
+            return rows.told if closed is None else closed
         tokens = self.tokens[:, first:end]
         start, count, together = _runs(tokens)
         if not together:
-            return (ranges(rows.low, rows.high) if closed is None else closed) & dense(tokens[:, None, None])
+            return (rows.told if closed is None else closed) & dense(tokens[:, None, None])
         if closed is not None:
-            start, stop = start.to(_LENGTH), (start + count).to(_LENGTH)
-            return closed & lengths(stop, start if bool(start.any()) else None)
+            return closed & lengths(start + count, start if bool(start.any()) else None)
         within = rows.between(start[:, None], (start + count)[:, None])
-        if within is None:
-            return ranges(rows.low, rows.high) & lengths((start + count).to(_LENGTH), start.to(_LENGTH))
-        return ranges(within.low, within.high)
+        return within.told if within is not None else rows.told & dense(tokens[:, None, None])
 
     @lru_cache(maxsize=1)  # noqa: B019 - of what is asked in every layer of a model
     def packed(self, batch: int) -> tuple[Tensor, Tensor, AttnMask] | None:

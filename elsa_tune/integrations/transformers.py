@@ -236,9 +236,14 @@ def _refuse(module: torch.nn.Module, named: dict[str, Any]) -> None:
             )
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def _heeded(kind: type) -> frozenset[str]:
     """What the attention that a model is written with reads by name, beyond what attend() does."""
+    return _heeded_by(kind)
+
+
+@lru_cache(maxsize=256)
+def _heeded_by(kind: type) -> frozenset[str]:
     eager = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
     known = {*signature(attend).parameters, "sliding_window"}  # which a mask says, too
     return frozenset(signature(eager).parameters) - known if eager is not None else frozenset()
