@@ -66,6 +66,10 @@ class FolderTaken(ElsaTuneError):
     """A folder to be written holds something else."""
 
 
+class NoRoom(ElsaTuneError, OSError):
+    """A folder has no room for keys and values, or may not be written to."""
+
+
 class BadMeasurements(ElsaTuneError, ValueError):
     """A file of measurements cannot be read, or holds none that this version understands."""
 

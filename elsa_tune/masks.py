@@ -89,6 +89,8 @@ class AttnMask:
         from elsa_tune.generate.tensors import one_of_each
 
         value = self._made(array, query.shape[2], key.shape[2], query.device)
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            value = _plain(array, value)
         value = value.resolve_neg() if value.is_neg() else value
         wanted: torch.dtype = getattr(torch, array.dtype)
         if array.is_float and value.dtype not in (torch.float32, query.dtype):
@@ -147,6 +149,16 @@ def as_tensor(operand: Any, query: Tensor, key: Tensor) -> Tensor:
     if isinstance(operand, _Strided):
         return operand.made(query.shape[2], key.shape[2], query.device)
     return torch.as_tensor(operand)
+
+
+def _plain(array: Array, value: Tensor) -> Tensor:
+    """A tensor with memory of its own, of one that only stands for it. Raises WrongArguments where that cannot be had."""
+    import torch
+
+    made = value.clone()
+    if type(made) is not torch.Tensor:
+        raise WrongArguments(f"{array.name} is a {type(value).__name__}; it must be a plain torch.Tensor")
+    return made
 
 
 def _is_compiled() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from elsa_tune.masks import NONE, AttnMask, causal, dense, lengths, ranges, wind
 _LENGTH = torch.int64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Of query i the keys [low[i], high[i]), int64 [1 or batch, q_len] that grow or stay; none where both are equal."""
 
@@ -99,7 +99,7 @@ class Rows:
         sides = causal(last) if right == 0 else NONE
         return sides if left is None and right == 0 else sides & window(left, right, last)
 
-    @property
+    @cached_property
     def sequences(self) -> tuple[Tensor, AttnMask] | None:
         """Of queries that are as many as keys, int64 [1 or batch, q_len], where each one's sequence begins, and what is seen within each,
         causality or all of it; None where they are one sequence, or others are seen."""
@@ -116,7 +116,7 @@ class Rows:
         return (low, NONE) if ends and bool((high > position).all()) and bool(same.all()) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """Which keys queries see: those of their rows that are none of padding, bool [batch, kv_len], true where there is a token."""
 
@@ -125,7 +125,19 @@ class Seen:
 
     def of_keys(self, first: int, end: int) -> Seen:
         """The same of the keys from ``first`` to before ``end`` alone."""
-        return Seen(self.rows.of_keys(first, end), None if self.tokens is None else self.tokens[:, first:end])
+        if (first, end) not in self._parts:
+            tokens = None if self.tokens is None else self.tokens[:, first:end]
+            self._parts[first, end] = Seen(self.rows.of_keys(first, end), tokens)
+        return self._parts[first, end]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[int, int], Seen]:
+        return {}
+
+    @cached_property
+    def is_nothing(self) -> bool:
+        """Whether no query sees any key."""
+        return not bool((self.rows.low < self.rows.high).any()) or not (self.tokens is None or bool(self.tokens.any()))
 
     @cached_property
     def attn_mask(self) -> AttnMask:
@@ -143,11 +155,10 @@ class Seen:
         within = rows.between(start[:, None], (start + count)[:, None])
         return within.told if within is not None else rows.told & dense(tokens[:, None, None])
 
-    @lru_cache(maxsize=1)  # noqa: B019 - of what is asked in every layer of a model
     def packed(self, batch: int) -> tuple[Tensor, Tensor, AttnMask] | None:
-        """Sequences that follow one another in each row of a batch without padding: where each begins and the last ends, int64, in the batch
-        as one row, of queries and of keys; and what is seen within each. None where there are none."""
-        found = None if self.tokens is not None else self.rows.sequences
+        """Sequences that follow one another in each row of a batch without padding, of the keys within reach: where each begins and the last
+        ends, int64, in the batch as one row, of queries and of keys; and what is seen within each. None where there are none."""
+        found = None if self.tokens is not None else self.rows.of_keys(*self.rows.reach).sequences
         if found is None:
             return None
         first, within = found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,31 +15,28 @@ class Deferred(Tensor):
 
     _make: Callable[[], Tensor]
     _made: Tensor | None = None
-    is_shared = False
+    is_held = False
     """Whether somebody holds its memory, and may write to it."""
 
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
         """``make`` is called once, if at all."""
-        new: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        new: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         new._make = make
         return new
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # fmt: skip
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Any operation, upon what it stands for."""
         aliases = any(one.alias_info is not None for one in function._schema.arguments)
 
         def made(x: Deferred) -> Tensor:
-            x.is_shared |= aliases
+            x.is_held |= aliases
             return x.made()
 
-        args, kwargs = tree_map_only(Deferred, made, (args, dict(kwargs or {})))
+        args, kwargs = tree_map_only(Deferred, made, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def made(self) -> Tensor:
@@ -50,10 +47,10 @@ class Deferred(Tensor):
         return self._made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.made().__reduce_ex__(protocol)
+        return self.made().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.made().clone()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"

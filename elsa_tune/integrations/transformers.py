@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -22,7 +22,10 @@ from elsa_tune.dispatch.varlen import attention_varlen
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.tensors import needs_grad
+from elsa_tune.integrations import offloaded
 from elsa_tune.integrations.deferred import Deferred
+from elsa_tune.integrations.offloaded import OffloadedCache as OffloadedCache
+from elsa_tune.integrations.offloaded import Parted
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
 NAME = "elsa"
@@ -30,15 +33,17 @@ NAME = "elsa"
 PAIRS = 1 << 24
 """(query, key) pairs of which a mask function is asked at once, a byte each."""
 
-_torchs: Callable[..., tuple[Tensor, None]] = AttentionInterface()["sdpa"]
-_torchs_mask: Callable[..., Tensor | None] = AttentionMaskInterface()["sdpa"]
+_attentions: Any = AttentionInterface  # whose methods have no types
+_masks: Any = AttentionMaskInterface
+_torchs: Callable[..., tuple[Tensor, None]] = _attentions()["sdpa"]
+_by_torch: Callable[..., Tensor | None] = _masks()["sdpa"]
 
 
 def register() -> None:
     """Let every model of this process be loaded, or set, with ``attn_implementation="elsa"``. Nothing else changes, and doing it again
     changes nothing."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, mask)
+    _attentions.register(NAME, attend)
+    _masks.register(NAME, mask)
 
 
 class Mask(Deferred):
@@ -57,28 +62,35 @@ def mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask,
     )  # fmt: skip
-    if _is_watched():
-        return _torchs_mask(**asked, **named)
-    asked["q_offset"] = q_offset = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
     device = torch.device(named.get("device", "cpu"))
+    if _is_watched(device.type == "cuda") or not q_length or not kv_length:
+        return _by_torch(**asked, **named)
+    asked["q_offset"] = q_offset = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
     rows = _rows(asked, named, device)
     if rows is None:
-        return _torchs_mask(**asked, **named)
+        return _by_torch(**asked, **named)
     seen = Seen(rows, _tokens(attention_mask, kv_offset, kv_length))
     if _needs_none(seen, kv_length, q_length, **named):
         return None
     always = named | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     made: Mask = Mask(
-        lambda: _torchs_mask(**asked, **always), (batch_size, 1, q_length, kv_length), torch.bool, device
+        partial(_made, asked | always), (batch_size, 1, q_length, kv_length), torch.bool, device
     )  # fmt: skip
     made.seen = seen
     return made
 
 
-def _is_watched() -> bool:
+def _made(asked: dict[str, Any]) -> Tensor:
+    """The bools themselves."""
+    bools = _by_torch(**asked)
+    assert bools is not None  # None was not allowed
+    return bools
+
+
+def _is_watched(on_gpu: bool) -> bool:
     """Whether a compiler, a tracer or fake tensors follow what is done, or a graph is being captured: contents cannot be asked for."""
     followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
-    return bool(followed) or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return bool(followed) or (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
 def _rows(asked: dict[str, Any], named: dict[str, Any], device: torch.device) -> Rows | None:
@@ -94,8 +106,7 @@ def _rows(asked: dict[str, Any], named: dict[str, Any], device: torch.device) ->
     def pieces() -> Iterator[Tensor]:
         for first in range(0, q_len, step):
             some = dict(q_length=min(step, q_len - first), q_offset=asked["q_offset"] + first, attention_mask=None)
-            seen = _torchs_mask(**asked | some, **always)
-            assert seen is not None
+            seen = _made(asked | some | always)
             yield (seen[:1] if seen.stride(0) == 0 else seen)[:, 0]
 
     return Rows.of(pieces()) if q_len else None
@@ -140,44 +151,52 @@ def attend(
     _refuse(module, named)
     grouped, q_len = query.shape[1] != key.shape[1], query.shape[2]
     causal = q_len > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    seen = attention_mask.seen if isinstance(attention_mask, Mask) and not attention_mask.is_shared else None
+    seen = attention_mask.seen if isinstance(attention_mask, Mask) and not attention_mask.is_held else None
+    if isinstance(attention_mask, Deferred) and seen is None:
+        attention_mask = attention_mask.made()
     hidden, added = _split(attention_mask if seen is None else None, position_bias)
-    if _is_watched():
+    if _is_watched(query.is_cuda):
         wanted = _together(NONE if hidden is None else masks.dense(hidden), added, softcap, s_aux)
         top_left = causal and attention_mask is None
         output = attention(query, key, value, None if wanted is NONE else wanted, dropout, top_left, scaling, grouped)
         return output.transpose(1, 2).contiguous(), None
+    if isinstance(key, Parted) and not dropout:
+        if attention_mask is None and causal:
+            seen = Seen(Rows.causal(q_len, key.shape[2], device=query.device))
+        asked = partial(_of_part, seen, hidden, added, softcap)
+        return offloaded.attend(query, key.parts, asked, s_aux, scaling).transpose(1, 2).contiguous(), None
     first, end = 0, key.shape[2]
     if seen is not None:
         first, end = seen.rows.reach
     elif attention_mask is None and causal:
         end = min(end, q_len)
-    cropped = [x if (first, end) == (0, x.shape[2]) else x[:, :, first:end] for x in (key, value)]
-    added = added if added is None or added.shape[-1] == 1 else added[..., first:end]
+    keys, values = (x if (first, end) == (0, x.shape[2]) else x[:, :, first:end] for x in (key, value))
+    added = added if added is None else _of_keys(added, first, end)
     wanted = _together(_mask(seen, hidden, causal and attention_mask is None, query, key), added, softcap, s_aux)
     packed = None
     if added is None and not dropout and (attention_mask is None or (seen is not None and seen.tokens is None)):
         told = cu_seq_lens_q, cu_seq_lens_k, named.get("sliding_window")
         packed = _packed(*told, causal) or (seen and seen.packed(len(query)))
     if packed:
-        tokens = (x.transpose(1, 2).flatten(0, 1) for x in (query, *cropped))
-        within = _together(packed[2], None, softcap, s_aux)
-        output = attention_varlen(*tokens, *packed[:2], within, scaling, grouped)
-        return output.unflatten(0, (len(query), q_len)).contiguous(), None
+        tokens, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, keys, values))
+        cu_q, cu_k, within = packed
+        within = _together(within, None, softcap, s_aux)
+        flat = attention_varlen(tokens, keys, values, cu_q, cu_k, within, scaling, grouped)
+        return flat.view(len(query), q_len, *flat.shape[1:]), None
     begin = perf_counter()
-    output = None if dropout else _by_ours(query, *cropped, wanted, scaling, grouped)
-    if output is None and softcap is None and s_aux is None:
+    answer = None if dropout else _by_ours(query, keys, values, wanted, scaling, grouped)
+    if answer is None and softcap is None and s_aux is None:
         given = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
         with incumbent.aside():
-            answer = _torchs(
+            output, _ = _torchs(
                 module, query, key, value, given, dropout, scaling, is_causal, position_bias=position_bias, **named
             )
         if not dropout:
-            serving.find(query, *cropped, wanted, grouped).row.count(begin)
-        return answer
-    if output is None:
-        output = attention(query, *cropped, wanted, dropout, False, scaling, grouped)
-    return output.transpose(1, 2).contiguous(), None
+            serving.find(query, keys, values, wanted, grouped).row.count(begin)
+        return output, None
+    if answer is None:
+        answer = attention(query, keys, values, wanted, dropout, False, scaling, grouped)
+    return answer.transpose(1, 2).contiguous(), None
 
 
 def _by_ours(
@@ -211,6 +230,23 @@ def _packed(
     return cu_q, cu_k, within if wide is None else within & masks.window(wide - 1, 0 if causal else wide - 1, late)
 
 
+def _of_part(
+    seen: Seen | None, hidden: Tensor | None, added: Tensor | None, softcap: float | None, first: int, end: int
+) -> tuple[int, int, AttnMask] | None:
+    """The keys from ``first`` to before ``end`` that are seen, and the mask for them; None where none are."""
+    mask = NONE if hidden is None else masks.dense(hidden[..., first:end])
+    if seen is not None:
+        part = seen.of_keys(first, end)
+        if part.is_nothing:
+            return None
+        mask, (first, end) = part.attn_mask, (first + bound for bound in part.rows.reach)
+    return first, end, _together(mask, added if added is None else _of_keys(added, first, end), softcap, None)
+
+
+def _of_keys(added: Tensor, first: int, end: int) -> Tensor:
+    return added if added.shape[-1] == 1 else added[..., first:end]
+
+
 def _split(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """What a mask of bools hides, and what is added to scores."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
@@ -228,7 +264,9 @@ def _together(mask: AttnMask, added: Tensor | None, softcap: float | None, s_aux
 def _refuse(module: torch.nn.Module, named: dict[str, Any]) -> None:
     """Raise WrongArguments for what the model's own attention would heed, and nobody here does."""
     if named.get("output_attentions"):
-        raise WrongArguments("output_attentions is true, and no fused attention has weights; load with attn_implementation='eager'")
+        raise WrongArguments(
+            "output_attentions is true, and no fused attention has weights; load with attn_implementation='eager'"
+        )
     for name in _heeded(type(module)):
         if named.get(name) is not None:
             raise WrongArguments(
@@ -236,7 +274,7 @@ def _refuse(module: torch.nn.Module, named: dict[str, Any]) -> None:
             )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _heeded(kind: type) -> frozenset[str]:
     """What the attention that a model is written with reads by name, beyond what attend() does."""
     return _heeded_by(kind)
