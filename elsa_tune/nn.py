@@ -29,7 +29,9 @@ class Attention(Module):
         if num_heads % kv_heads:
             raise WrongArguments(f"num_heads is {num_heads}, kv_heads {kv_heads}; kv_heads must divide it")
         if head_dim is None and embed_dim % num_heads:
-            raise WrongArguments(f"embed_dim is {embed_dim}, num_heads {num_heads}; give a head_dim, or one that it divides")
+            raise WrongArguments(
+                f"embed_dim is {embed_dim}, num_heads {num_heads}; give a head_dim, or one that it divides"
+            )
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         if type(head_dim) is not int or head_dim < 1:
             raise WrongArguments(f"head_dim is {shown(head_dim)}; it must be a whole number, 1 or more")
@@ -55,10 +57,10 @@ class Attention(Module):
         elsa_tune.attention takes them: of bools, True is seen, unlike torch.nn.MultiheadAttention's."""
         key = query if key is None else key
         value = key if value is None else value
-        heads = (
+        query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for projection, x in ((self.query, query), (self.key, key), (self.value, value))
         )
         dropout = self.dropout if self.training else 0.0
-        made = attention(*heads, attn_mask, dropout, is_causal, enable_gqa=self.shared)
+        made = attention(query, key, value, attn_mask, dropout, is_causal, enable_gqa=self.shared)
         return self.out(made.transpose(-3, -2).flatten(-2))  # type: ignore[no-any-return]

@@ -71,7 +71,7 @@ class _Mode(TorchFunctionMode):
     ) -> Any:  # fmt: skip
         if function is scaled_dot_product_attention and not incumbent.is_asked():
             return attend(*args, **(kwargs or {}))
-        if function is multi_head_attention_forward and not types and not incumbent.is_asked():
+        if function is multi_head_attention_forward and set(types) <= {Tensor} and not incumbent.is_asked():
             return _of_module(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 

@@ -85,18 +85,18 @@ def _by_cosine(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Swin v2's attention of windows x [windows batch, length, dim], mask [windows, length, length]: of unit queries and keys, times a
     number of each head, plus a bias of relative positions (Liu et al. 2022, equations 2 and 4)."""
     batch, length, dim = x.shape
-    bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-    if bias is not None and self.qkv_bias_separate:
-        projected = self.qkv(x) + bias
+    if self.q_bias is None:
+        projected = self.qkv(x)
     else:
-        projected = linear(x, self.qkv.weight, bias)
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        projected = self.qkv(x) + bias if self.qkv_bias_separate else linear(x, self.qkv.weight, bias)
     query, key, value = projected.reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     scale = torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
     table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
     added = table[self.relative_position_index.view(-1)].view(length, length, self.num_heads).permute(2, 0, 1)
     added = 16 * torch.sigmoid(added.contiguous())[None]
     if mask is not None:
-        added = (added + mask[:, None]).repeat(batch // mask.shape[0], 1, 1, 1)
+        added = (added + mask[:, None]).expand(batch // mask.shape[0], *mask.shape[:1], -1, -1, -1).flatten(0, 1)
     dropout = self.attn_drop.p if self.training else 0.0
     made = attend(normalize(query, dim=-1) * scale, normalize(key, dim=-1), value, added, dropout, scale=1.0)
     projected = self.proj(made.transpose(1, 2).reshape(batch, length, dim))
