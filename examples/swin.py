@@ -8,9 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from in_turns import compare
 
 from elsa_tune.integrations.timm import patch
+from in_turns import compare
 
 SMALL: dict[str, Any] = dict(img_size=32, patch_size=2, window_size=4, embed_dim=32, depths=(2, 2), num_heads=(2, 4))
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 
 import torch
-from in_turns import compare
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
 import elsa_tune
+from in_turns import compare
 
-SMALL = dict(image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+SMALL = dict(
+    image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
 
 
 def main(small: bool) -> None:

@@ -184,11 +184,11 @@ def test_projections_of_swin_v2(biases: dict[str, bool], home: Path) -> None:
     from timm.models.swin_transformer_v2 import WindowAttention
 
     torch.manual_seed(0)
-    attention = WindowAttention(32, (4, 4), 2, **biases)
+    attention = WindowAttention(32, (4, 4), 2, dtype=torch.float64, **biases)
     for weight in attention.parameters():
         weight.add_(torch.randn_like(weight))
     attention.logit_scale[0] = 9.0  # which is clamped
-    x, mask = torch.randn(6, 16, 32), torch.where(torch.rand(3, 16, 16) > 0.5, -100.0, 0.0)
+    x, mask = torch.randn(6, 16, 32).double(), torch.where(torch.rand(3, 16, 16) > 0.5, -100.0, 0.0).double()
     expected = attention(x), attention(x, mask)
     patch(attention)
     assert close(attention(x), expected[0]) and close(attention(x, mask), expected[1])
