@@ -51,7 +51,7 @@ wheels-gpu: .venv/installed
 
 # timm alone: it asks for torchvision, whose wheels on PyPI do not import beside a torch for CPUs, and its models use nothing of it.
 .venv/installed-timm: .venv/installed-dev
-	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.20,<2'
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.31,<2'
 	touch $@
 
 # NVIDIA's last disassembler that reads sm_50 to sm_72, from the wheel of an old Triton; without it those tests skip.

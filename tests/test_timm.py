@@ -218,6 +218,23 @@ def test_hooks_and_names_of_a_module_stay(home: Path) -> None:
     )
 
 
+@torch.no_grad()
+def test_traced_and_exported(home: Path) -> None:
+    model, x = create("ViT"), images()
+    expected = model(x)
+    patch(model)
+    assert close(torch.jit.trace(model, x)(x), expected)
+    assert close(torch.export.export(model, (x,)).module()(x), expected)
+
+
+def test_what_others_made_of_a_patched_module_is_left(home: Path) -> None:
+    """As torch's parametrizations do, they made a class of ours."""
+    attention = patch(create("ViT").get_submodule("blocks.0.attn"))
+    kind = type("Theirs", (type(attention),), {})
+    attention.__class__ = kind
+    assert type(unpatch(attention)) is kind
+
+
 @pytest.fixture(params=["no attention", "no module"])
 def nothing(request: pytest.FixtureRequest) -> Iterator[tuple[Any, str]]:
     if request.param == "no module":

@@ -48,7 +48,7 @@ def unpatch(model: _Model) -> _Model:
 
 
 def _plain(kind: type) -> type:
-    plain: type = getattr(kind, _PLAIN, kind)
+    plain: type = vars(kind).get(_PLAIN, kind)
     return plain
 
 
@@ -62,18 +62,17 @@ def _served(plain: type) -> type | None:
         forward = _by_cosine
     else:
         return None
+
+    def reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
+        """By which copies and pickles are made: no file holds the class."""
+        reduce: Any = plain.__reduce_ex__
+        return (_blank, (plain,), *reduce(module, 2)[2:])
+
     members = {
-        "forward": forward, "fused_attn": property(lambda module: True), "__reduce_ex__": _reduced, "__doc__": plain.__doc__,
+        "forward": forward, "fused_attn": property(lambda module: True), "__reduce_ex__": reduced, "__doc__": plain.__doc__,
         "__module__": plain.__module__, "__qualname__": plain.__qualname__, _PLAIN: plain,
     }  # fmt: skip
     return type(plain.__name__, (plain,), members)
-
-
-def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """What copies and pickles a module of a class that no file holds."""
-    plain = _plain(type(module))
-    reduced: Any = super(type(module), module).__reduce_ex__(2)
-    return (_blank, (plain,), *reduced[2:])
 
 
 def _blank(plain: type) -> Any:
