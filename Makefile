@@ -7,14 +7,14 @@ BIN := .venv/bin
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
 
-test: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
+test: .venv/installed-timm .venv/share/nvdisasm-12.8/nvdisasm
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
-test-all: .venv/installed-dev .venv/share/nvdisasm-12.8/nvdisasm
+test-all: .venv/installed-timm .venv/share/nvdisasm-12.8/nvdisasm
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What reaches into torch, on another version of it: make test-torch VERSION=2.9.1. Its build for GPUs, where there is no other, is gigabytes.
-OF_TORCH := override operator dispatch attn_mask varlen states
+OF_TORCH := override operator dispatch attn_mask varlen states modules
 test-torch:
 	test -n "$(VERSION)" || { echo "say which: make test-torch VERSION=2.9.1"; exit 2; }
 	$(PYTHON) -m venv .venv-torch/$(VERSION)
@@ -47,6 +47,11 @@ wheels-gpu: .venv/installed
 
 .venv/installed-%: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# timm alone: it asks for torchvision, whose wheels on PyPI do not import beside a torch for CPUs, and its models use nothing of it.
+.venv/installed-timm: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.31,<2'
 	touch $@
 
 # NVIDIA's last disassembler that reads sm_50 to sm_72, from the wheel of an old Triton; without it those tests skip.

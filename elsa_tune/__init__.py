@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elsa_tune import masks as masks
+    from elsa_tune import nn as nn
     from elsa_tune import scores as scores
     from elsa_tune.device import Device as Device
     from elsa_tune.dispatch.attention import attention as attention
@@ -42,10 +43,10 @@ _HOME = {
     "merge": "dispatch.states",
     "tune": "tuning.tune",
 }
-_MODULES = "masks", "scores"
+_MODULES = "masks", "nn", "scores"
 __all__ = [
     "Device", "Problem", "Variant", "__version__",
-    "accuracy", "attention", "attention_varlen", "attention_with_lse", "disable", "enable", "load", "masks", "merge", "scores", "sdpa",
+    "accuracy", "attention", "attention_varlen", "attention_with_lse", "disable", "enable", "load", "masks", "merge", "nn", "scores", "sdpa",
     "served", "tune",
 ]  # fmt: skip
 

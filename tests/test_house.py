@@ -52,6 +52,7 @@ OWNERS = {
     "cuda": {"generate/cuda/drivers.py"},
     "pyopencl": {"device.py", "generate/cuda/opencl.py"},  # which devices there are; compiling and launching
     "threadpoolctl": {"generate/cpp/pool.py"},
+    "timm": {"integrations/timm.py"},
 }
 """Who may import what others wrote, by path."""
 
@@ -97,7 +98,7 @@ def test_every_foreign_library_has_an_owner() -> None:
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 FOLDERS = (
     {"shell"},
-    {"integrations"},
+    {"integrations", "nn"},  # nn: what people build models of
     {"tuning", "dispatch", "ship"},
     {"remember", "prove"},
     {"scores"},  # what people write
