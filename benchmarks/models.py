@@ -1,8 +1,9 @@
-"""Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what ``ELSA_TUNE=1 python program.py`` gains.
+"""Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what ``ELSA_TUNE=1 python program.py`` gains, and
+``attn_implementation="elsa"``.
 
 `make bench` runs it last. The models are transformers' own code with random weights, eager and compiled, and nothing in them is changed:
-torch's operator is overridden, as the variable does it, and for torch's rounds steps aside. The problems the models pose are recorded
-and tuned first. Writes benchmarks/results/models-<device>.json and prints losses like wins.
+torch's operator is overridden, as the variable does it, and for torch's rounds steps aside; or attention is registered, and "sdpa" is set for
+torch's rounds. The problems the models pose are recorded and tuned first. Writes benchmarks/results/models-<device>.json and prints losses like wins.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from _side_by_side import results_file, shown, tune_first, version
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import meaning, serving
+from elsa_tune.dispatch import ledger, meaning, serving
 from elsa_tune.generate import incumbent
 from elsa_tune.integrations import override
 from elsa_tune.masks import CAUSAL, NONE
@@ -40,18 +42,28 @@ SECONDS_A_MODEL = 60.0
 TOKENS = 4
 """Tokens that a round of decoding adds to the cache."""
 
-Attention = Callable[..., Tensor]
-Forward = Callable[[int], Tensor]
-"""Round -> the model's last hidden state. Rounds are called in order and may be repeated from 0."""
+Attention = Callable[..., Any]
+
+
+@dataclass
+class Forward:
+    """A model and its rounds: number -> the last hidden state. Rounds are called in order and may be repeated from 0."""
+
+    model: Any
+    round: Callable[[int], Tensor]
+
+    def __call__(self, number: int) -> Tensor:
+        return self.round(number)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its input; ``make`` builds it with random weights."""
+    """A model and its input; ``make`` builds it with random weights, and ``way`` names who serves it, one of WAYS."""
 
     name: str
     about: str
     make: Callable[[], Forward]
+    way: str = "override"
     is_compiled: bool = False
 
 
@@ -67,13 +79,25 @@ def encoder(kind: str, inputs: dict[str, Tensor], compiled: bool = False, **opti
     model = _whole(
         getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa").eval(), compiled
     )
-    return lambda number: model(**inputs).last_hidden_state  # type: ignore[no-any-return]
+    return Forward(model, lambda number: model(**inputs).last_hidden_state)
 
 
 def bert(batch: int, length: int, **options: Any) -> Forward:
     """BERT-base. The tokenizer's mask of ones is given: transformers looks at it and calls attention without a mask."""
     inputs = {"input_ids": _tokens(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
     return encoder("Bert", inputs, **options)
+
+
+def padded_bert(batch: int, length: int, **options: Any) -> Forward:
+    """BERT-base on texts of a sixteenth, three sixteenths and so on of the length, half of it on average."""
+    ends = length * (2 * torch.arange(batch) + 1) // (2 * batch)
+    mask = (torch.arange(length) < ends[:, None]).long()
+    return encoder("Bert", {"input_ids": _tokens(batch, length), "attention_mask": mask}, **options)
+
+
+def swin(batch: int, **options: Any) -> Forward:
+    """Swin-T at 224 px."""
+    return encoder("Swin", {"pixel_values": torch.randn(batch, 3, 224, 224)}, **options)
 
 
 def vit(batch: int, size: int, **options: Any) -> Forward:
@@ -98,15 +122,17 @@ def _llama(**options: Any) -> Any:
 def prefill(length: int, compiled: bool = False, **options: Any) -> Forward:
     """A prompt that fills an empty cache, as `generate` begins."""
     model, tokens = _whole(_llama(**options), compiled), _tokens(1, length)
-    return lambda number: model(input_ids=tokens, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+    return Forward(model, lambda number: model(input_ids=tokens, use_cache=True).last_hidden_state)
 
 
-def decoding(length: int, dtype: torch.dtype = torch.float32, **options: Any) -> Forward:
-    """TOKENS tokens a round, one at a time, upon a cache that grows from ``length`` as `generate`'s does."""
+def decoding(length: int, dtype: torch.dtype = torch.float32, is_offloaded: bool = False, **options: Any) -> Forward:
+    """TOKENS tokens a round, one at a time, upon a cache that grows from ``length`` as `generate`'s does; in files, where it is offloaded."""
     import transformers
 
+    from elsa_tune.integrations.transformers import OffloadedCache
+
     model = _llama(**options).to(dtype)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = OffloadedCache(0) if is_offloaded else transformers.DynamicCache(config=model.config)
     for layer in range(model.config.num_hidden_layers):
         rows = 1, model.config.num_key_value_heads, length, model.config.head_dim
         cache.update(torch.randn(rows, dtype=dtype), torch.randn(rows, dtype=dtype), layer)
@@ -118,7 +144,7 @@ def decoding(length: int, dtype: torch.dtype = torch.float32, **options: Any) ->
         last = [model(input_ids=_tokens(1, 1), past_key_values=cache).last_hidden_state for _ in range(TOKENS)]
         return torch.cat(last)
 
-    return forward
+    return Forward(model, forward)
 
 
 def _tokens(batch: int, length: int) -> Tensor:
@@ -128,15 +154,18 @@ def _tokens(batch: int, length: int) -> Tensor:
 CASES = (
     Case("bert-base-8x128", "BERT-base, 8 texts of 128 tokens", lambda: bert(8, 128)),
     Case("bert-base-8x512", "BERT-base, 8 texts of 512 tokens", lambda: bert(8, 512)),
-    Case("bert-base-8x512-compiled", "the same, compiled", lambda: bert(8, 512, compiled=True), True),
+    Case("bert-base-8x512-compiled", "the same, compiled", lambda: bert(8, 512, compiled=True), is_compiled=True),
+    Case("bert-base-8x512-padded", "the same, of which half is padding", lambda: padded_bert(8, 512), "registered"),
+    Case("swin-t-224", "Swin-T, 4 images of 224 px", lambda: swin(4), "registered"),
     Case("vit-b16-224", "ViT-B/16, 8 images of 224 px", lambda: vit(8, 224)),
     Case("vit-b16-768", "ViT-B/16, 1 image of 768 px", lambda: vit(1, 768)),
-    Case("vit-b16-768-compiled", "the same, compiled", lambda: vit(1, 768, compiled=True), True),
+    Case("vit-b16-768-compiled", "the same, compiled", lambda: vit(1, 768, compiled=True), is_compiled=True),
     Case("llama-1b-prefill-2k", "LLaMA-1B, two layers, a prompt of 2048", lambda: prefill(2048, **LLAMA_1B)),
-    Case("llama-1b-prefill-2k-compiled", "the same, compiled", lambda: prefill(2048, compiled=True, **LLAMA_1B), True),
+    Case("llama-1b-prefill-2k-compiled", "the same, compiled", lambda: prefill(2048, compiled=True, **LLAMA_1B), is_compiled=True),
     Case("llama-1b-decode-8k", "LLaMA-1B, two layers, a cache of 8192", lambda: decoding(8192, **LLAMA_1B)),
     Case("llama-1b-decode-32k", "LLaMA-1B, two layers, a cache of 32768", lambda: decoding(32768, **LLAMA_1B)),
     Case("llama-1b-decode-8k-bf16", "the same, of 8192, bfloat16", lambda: decoding(8192, torch.bfloat16, **LLAMA_1B)),
+    Case("llama-1b-offloaded-32k", "a cache of 32768 in files; torch loads it first", lambda: decoding(32768, is_offloaded=True, **LLAMA_1B), "registered"),
     Case("llama-1b-decode-32k-bf16", "the same, of 32768, bfloat16", lambda: decoding(32768, torch.bfloat16, **LLAMA_1B)),
 )  # fmt: skip
 
@@ -171,59 +200,142 @@ class Recorder:
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    def to_tune(self) -> list[Problem]:
-        """One for each that differ only in their keys: a growing cache poses a new one with every token."""
-        first: dict[Problem, Problem] = {}
-        for posed in self.problems:
-            first.setdefault(posed.reshaped(kv_len=1), posed)
-        return list(first.values())
+
+def to_tune(posed: Iterable[Problem]) -> list[Problem]:
+    """One for each that differ only in their keys: a growing cache poses a new one with every token."""
+    first: dict[Problem, Problem] = {}
+    for problem in posed:
+        first.setdefault(problem.reshaped(kv_len=1), problem)
+    return list(first.values())
 
 
 @dataclass
 class Stopwatch:
-    """Adds up the seconds spent in an attention function."""
+    """Adds up the seconds spent in attention functions."""
 
-    serve: Attention
     seconds: float = 0.0
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        start = time.perf_counter()
-        out = self.serve(*arguments, **options)
-        self.seconds += time.perf_counter() - start
-        return out
+    def of(self, serve: Attention) -> Attention:
+        """The function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            out = serve(*arguments, **options)
+            self.seconds += time.perf_counter() - start
+            return out
+
+        return timed
 
 
-WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {"torch": incumbent.aside, "elsa-tune": nullcontext}
-"""Who answers torch's operator, while it is overridden."""
+@contextmanager
+def implementation(model: Any, name: str) -> Iterator[None]:
+    """A transformers model with its attention set."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
-def whole_seconds(forward: Forward, way: str, number: int) -> float:
+class Override:
+    """torch's operator overridden, as ELSA_TUNE=1 does it."""
+
+    @contextmanager
+    def on(self) -> Iterator[str]:
+        """In place, and by which way."""
+        override.enable()
+        try:
+            yield override.state()[1]
+        finally:
+            override.disable()
+
+    def by(self, who: str, forward: Forward) -> AbstractContextManager[None]:
+        """Attention answered by torch or elsa-tune."""
+        return incumbent.aside() if who == TORCH else nullcontext()
+
+    def watched(self, watch: Stopwatch) -> AbstractContextManager[None]:
+        """Attention timed."""
+        return attention_by(watch.of(scaled_dot_product_attention))
+
+    def posed(self, forward: Forward) -> tuple[Counter[Problem], Counter[str]]:
+        """The problems of a round, and by reason its calls that pose none."""
+        recorder = Recorder()
+        with attention_by(recorder):
+            forward(0)
+        return recorder.problems, recorder.others
+
+
+class Registered:
+    """attn_implementation="elsa", beside transformers' own "sdpa"."""
+
+    @contextmanager
+    def on(self) -> Iterator[str]:
+        """Registered."""
+        from elsa_tune.integrations.transformers import register
+
+        register()
+        yield "registered"
+
+    def by(self, who: str, forward: Forward) -> AbstractContextManager[None]:
+        """Attention answered by torch or elsa-tune."""
+        return implementation(forward.model, "sdpa" if who == TORCH else "elsa")
+
+    @contextmanager
+    def watched(self, watch: Stopwatch) -> Iterator[None]:
+        """Attention timed."""
+        import transformers
+
+        known = transformers.AttentionInterface()
+        before = {name: known[name] for name in ("sdpa", "elsa")}
+        try:
+            for name, function in before.items():
+                transformers.AttentionInterface.register(name, watch.of(function))
+            yield
+        finally:
+            for name, function in before.items():
+                transformers.AttentionInterface.register(name, function)
+
+    def posed(self, forward: Forward) -> tuple[Counter[Problem], Counter[str]]:
+        """The problems of a round."""
+        ledger.forget()
+        serving.refresh()
+        with self.by("elsa-tune", forward):
+            forward(0)
+        return Counter({Problem.parse(row.problem): row.calls for row in elsa_tune.served()}), Counter()
+
+
+TORCH = "torch"
+ANSWERERS = (TORCH, "elsa-tune")
+WAYS: dict[str, Override | Registered] = {"override": Override(), "registered": Registered()}
+"""By which elsa-tune is reached."""
+
+
+def whole_seconds(way: Override | Registered, forward: Forward, who: str, number: int) -> float:
     """Of one round of the model."""
-    with WAYS[way]():
+    with way.by(who, forward):
         start = time.perf_counter()
         forward(number)
         return time.perf_counter() - start
 
 
-def attention_seconds(forward: Forward, way: str, number: int) -> float:
+def attention_seconds(way: Override | Registered, forward: Forward, who: str, number: int) -> float:
     """Of the attention calls in one round of the model."""
-    watch = Stopwatch(scaled_dot_product_attention)
-    with WAYS[way](), attention_by(watch):
+    watch = Stopwatch()
+    with way.by(who, forward), way.watched(watch):
         forward(number)
     return watch.seconds
 
 
-def interleaved(
-    forward: Forward, clock: Callable[[Forward, str, int], float], rounds: int, seconds: float
-) -> dict[str, list[float]]:
-    """Rounds in which both ways are timed once, in random order: five of them or more until ``seconds`` have passed."""
-    samples: dict[str, list[float]] = {way: [] for way in WAYS}
+def interleaved(clock: Callable[[str, int], float], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Rounds in which both answerers are timed once, in random order: five of them or more until ``seconds`` have passed."""
+    samples: dict[str, list[float]] = {who: [] for who in ANSWERERS}
     end = time.perf_counter() + seconds
     for number in range(rounds):
         if number >= 5 and time.perf_counter() > end:
             break
-        for way in random.Random(number).sample(list(WAYS), len(WAYS)):
-            samples[way].append(clock(forward, way, number))
+        for who in random.Random(number).sample(ANSWERERS, len(ANSWERERS)):
+            samples[who].append(clock(who, number))
     return samples
 
 
@@ -250,31 +362,30 @@ def amdahl(gain: float, share: float, kernel_ratio: float) -> tuple[float, float
 def measured(case: Case, eager: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
     """Everything about one model; see the fields. Attention is timed inside ``eager``, the same model as it is written."""
     torch.manual_seed(0)
-    forward, recorder = eager.make(), Recorder()
-    with attention_by(recorder):
-        forward(0)
-    tune_first(map(str, recorder.to_tune()), tune_seconds)
-    lines = [served(problem, calls) for problem, calls in recorder.problems.items()]
-    override.enable()
-    try:
-        forward(0)
-        inside = interleaved(forward, attention_seconds, rounds, SECONDS_A_MODEL / 2)
+    forward, way = eager.make(), WAYS[case.way]
+    with way.on():
+        posed, others = way.posed(forward)
+    tune_first(map(str, to_tune(posed)), tune_seconds)
+    lines = [served(problem, calls) for problem, calls in posed.items()]
+    with way.on() as told:
+        with way.by("elsa-tune", forward):
+            forward(0)
+        inside = interleaved(partial(attention_seconds, way, forward), rounds, SECONDS_A_MODEL / 2)
         if case.is_compiled:
             forward = case.make()
-        with incumbent.aside():
-            expected = forward(0)
-        difference = float((forward(0) - expected).abs().max() / expected.abs().max())
-        whole = interleaved(forward, whole_seconds, rounds, SECONDS_A_MODEL / 2)
-        way = override.state()[1]
-    finally:
-        override.disable()
+        found = []
+        for who in ANSWERERS:
+            with way.by(who, forward):
+                found.append(forward(0))
+        difference = float((found[1] - found[0]).abs().max() / found[0].abs().max())
+        whole = interleaved(partial(whole_seconds, way, forward), rounds, SECONDS_A_MODEL / 2)
     share = statistics.median(inside["torch"]) / statistics.median(whole["torch"])
     gain, kernels = (race.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
     possible, reached = amdahl(gain.median, share, kernels.median)
     return {
         "about": case.about, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),
-        "possible_gain": possible, "reached": reached, "difference": difference, "served": lines, "way": way,
-        "not_ours": dict(recorder.others), "seconds": whole, "attention_seconds": inside,
+        "possible_gain": possible, "reached": reached, "difference": difference, "served": lines, "way": told,
+        "not_ours": dict(others), "seconds": whole, "attention_seconds": inside,
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
         "versions": {p: version(p) for p in ("elsa-tune", "torch", "transformers")},
     }  # fmt: skip

@@ -38,6 +38,7 @@ def test_every_kind_of_model_is_measured(
     cases = (
         benchmarks.Case("encoder", "", lambda: benchmarks.bert(2, 24, **TINY)),
         benchmarks.Case("decoding", "", lambda: benchmarks.decoding(24, **TINY, **GROUPED)),
+        benchmarks.Case("padded", "", lambda: benchmarks.padded_bert(2, 24, **TINY), "registered"),
     )
     monkeypatch.setattr(benchmarks, "CASES", cases)
     monkeypatch.setattr(sys, "argv", ["models.py", "--tune-seconds", "1"])
@@ -45,12 +46,13 @@ def test_every_kind_of_model_is_measured(
     printed = capsys.readouterr().out
     (path,) = tmp_path.glob("models-*.json")
     results = json.loads(path.read_text())["results"]
-    assert list(results) == ["encoder", "decoding"]
+    assert list(results) == ["encoder", "decoding", "padded"]
     for name, found in results.items():
         assert f"\n{name} | " in printed
         assert not found["not_ours"] and found["difference"] < 1e-5 and 0 < found["attention_share"] < 1
         assert all(len(samples) == 1 for samples in found["seconds"].values())
-    assert printed.count("tuning 1 problems first") == 2
+    assert printed.count("tuning 1 problems first") == 3
+    assert ".lengths@" in results["padded"]["served"][0]["problem"]
     assert [line["rung"] for line in results["encoder"]["served"]] == ["exact"]
     assert len(results["decoding"]["served"]) == benchmarks.TOKENS
 

@@ -211,14 +211,16 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
         """Forget the last tokens, whose number is given below zero. Raises WrongArguments."""
         if tokens_to_remove > 0:
             raise WrongArguments(f"tokens_to_remove is {tokens_to_remove}; give minus the number of tokens to remove")
-        kept, parts = self.get_seq_length() + tokens_to_remove, []
-        if not tokens_to_remove or not self.is_initialized:
+        surplus = -tokens_to_remove
+        if surplus >= self.get_seq_length():
+            self.reset()
             return
-        for states in self._now:
-            if kept > 0:
-                parts.append(states.each(lambda x: x[:, :, :kept]))  # noqa: B023 - called at once
-            kept -= len(states)
-        self._replace(parts)
+        while surplus > self._filled:  # a full chunk is filled again
+            surplus -= self._filled
+            last = self._full.pop()
+            self._store.held -= 0 if last.is_elsewhere else last.bytes
+            self._last, self._filled = last.each(lambda x: x.to(self.device, copy=True)), len(last)
+        self._filled -= surplus
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> None:
         self._replace([states.each(change) for states in self._now])
