@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from inspect import signature
 from time import perf_counter
 from typing import Any
@@ -25,7 +26,7 @@ from elsa_tune.generate.tensors import needs_grad
 from elsa_tune.integrations import offloaded
 from elsa_tune.integrations.deferred import Deferred
 from elsa_tune.integrations.offloaded import OffloadedCache as OffloadedCache
-from elsa_tune.integrations.offloaded import Parted
+from elsa_tune.integrations.offloaded import Parted, States
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
 NAME = "elsa"
@@ -149,116 +150,175 @@ def attend(
     own "sdpa" does. Raises WrongArguments for what means something to the model's own attention and cannot be done.
     """
     _refuse(module, named)
-    grouped, q_len = query.shape[1] != key.shape[1], query.shape[2]
-    causal = q_len > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    seen = attention_mask.seen if isinstance(attention_mask, Mask) and not attention_mask.is_held else None
-    if isinstance(attention_mask, Deferred) and seen is None:
-        attention_mask = attention_mask.made()
-    hidden, added = _split(attention_mask if seen is None else None, position_bias)
+    call = _Call.of(module, query, key, value, attention_mask, is_causal, position_bias, softcap, s_aux, scaling)
+    told = cu_seq_lens_q, cu_seq_lens_k, named.get("sliding_window")
     if _is_watched(query.is_cuda):
-        wanted = _together(NONE if hidden is None else masks.dense(hidden), added, softcap, s_aux)
-        top_left = causal and attention_mask is None
-        output = attention(query, key, value, None if wanted is NONE else wanted, dropout, top_left, scaling, grouped)
-        return output.transpose(1, 2).contiguous(), None
-    if isinstance(key, Parted) and not dropout:
-        if attention_mask is None and causal:
-            seen = Seen(Rows.causal(q_len, key.shape[2], device=query.device))
-        asked = partial(_of_part, seen, hidden, added, softcap)
-        return offloaded.attend(query, key.parts, asked, s_aux, scaling).transpose(1, 2).contiguous(), None
-    first, end = 0, key.shape[2]
-    if seen is not None:
-        first, end = seen.rows.reach
-    elif attention_mask is None and causal:
-        end = min(end, q_len)
-    keys, values = (x if (first, end) == (0, x.shape[2]) else x[:, :, first:end] for x in (key, value))
-    added = added if added is None else _of_keys(added, first, end)
-    wanted = _together(_mask(seen, hidden, causal and attention_mask is None, query, key), added, softcap, s_aux)
-    packed = None
-    if added is None and not dropout and (attention_mask is None or (seen is not None and seen.tokens is None)):
-        told = cu_seq_lens_q, cu_seq_lens_k, named.get("sliding_window")
-        packed = _packed(*told, causal) or (seen and seen.packed(len(query)))
-    if packed:
-        tokens, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, keys, values))
-        cu_q, cu_k, within = packed
-        within = _together(within, None, softcap, s_aux)
-        flat = attention_varlen(tokens, keys, values, cu_q, cu_k, within, scaling, grouped)
-        return flat.view(len(query), q_len, *flat.shape[1:]), None
-    begin = perf_counter()
-    answer = None if dropout else _by_ours(query, keys, values, wanted, scaling, grouped)
-    if answer is None and softcap is None and s_aux is None:
+        output = call.recorded(dropout)
+    elif dropout:
+        output = None
+    elif isinstance(key, Parted):
+        output = call.in_parts(key.parts)
+    elif (packed := call.packed(*told)) is not None:
+        output = call.in_sequences(*packed)
+    else:
+        output = call.by_ours()
+    if output is None and call.is_torchs:
         given = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
+        begin = perf_counter()
         with incumbent.aside():
-            output, _ = _torchs(
+            answer = _torchs(
                 module, query, key, value, given, dropout, scaling, is_causal, position_bias=position_bias, **named
             )
         if not dropout:
-            serving.find(query, keys, values, wanted, grouped).row.count(begin)
-        return output, None
-    if answer is None:
-        answer = attention(query, keys, values, wanted, dropout, False, scaling, grouped)
-    return answer.transpose(1, 2).contiguous(), None
+            call.count(begin)
+        return answer
+    output = call.by_operations(dropout) if output is None else output
+    return output.transpose(1, 2).contiguous(), None
 
 
-def _by_ours(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, grouped: bool
-) -> Tensor | None:
-    """The output by a kernel that is ready, with gradients where it saves what they are computed from; None where torch must answer."""
-    if not (torch.is_grad_enabled() and needs_grad(query, key, value, *wanted.tensors)):
-        return served(query, key, value, wanted, scale, grouped)
-    if needs_grad(*wanted.tensors) or not passes.has_backward(query, key, value, wanted, scale, grouped):
-        return None
-    return attention(query, key, value, None if wanted is NONE else wanted, scale=scale, enable_gqa=grouped)
+@dataclass(eq=False)
+class _Call:
+    """One call of a model's attention. Which keys are seen is told by rows (``seen``), by bools (``hidden``), or is all up to a query's own
+    (``causal``), or all; what is done to scores, in transformers' order: a cap, what is ``added``, sinks. ``directed``: whether the model's
+    queries see what comes before them alone, whoever tells it."""
 
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Seen | None
+    hidden: Tensor | None
+    directed: bool
+    causal: bool
+    added: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    scale: float | None
 
-def _mask(seen: Seen | None, hidden: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> AttnMask:
-    if seen is not None:
-        return seen.attn_mask
-    if hidden is not None:
-        return meaning.of(hidden, False, query, key) or masks.dense(hidden)
-    return CAUSAL if causal else NONE
+    @classmethod
+    def of(
+        cls, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        is_causal: bool | None, position_bias: Tensor | None, softcap: float | None, sinks: Tensor | None, scale: float | None,
+    ) -> _Call:  # fmt: skip
+        """What the arguments mean; a mask of floats is added."""
+        seen = attention_mask.seen if isinstance(attention_mask, Mask) and not attention_mask.is_held else None
+        hidden, added = None, position_bias
+        directed = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if attention_mask is not None and seen is None:
+            plain = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
+            if plain.dtype == torch.bool:
+                hidden = plain
+            else:
+                added = plain if position_bias is None else position_bias + plain
+        causal = directed and attention_mask is None
+        return cls(query, key, value, seen, hidden, directed, causal, added, softcap, sinks, scale)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether heads of the query share those of key and value."""
+        return self.query.shape[1] != self.key.shape[1]
 
-def _packed(
-    cu_q: Tensor | None, cu_k: Tensor | None, wide: int | None, causal: bool
-) -> tuple[Tensor, Tensor, AttnMask] | None:
-    """Sequences as flash attention is told of them: where they begin and end, of queries and of keys, and what is seen within each, of
-    which the last query sees the last key."""
-    if cu_q is None or cu_k is None:
-        return None
-    late = not torch.equal(cu_q, cu_k)
-    within = masks.causal(late) if causal else NONE
-    return cu_q, cu_k, within if wide is None else within & masks.window(wide - 1, 0 if causal else wide - 1, late)
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's function does what is done to scores."""
+        return self.softcap is None and self.sinks is None
 
+    def scored(self, mask: AttnMask, added: Tensor | None, sinks: Tensor | None) -> AttnMask:
+        """The mask with what is done to scores."""
+        chain = mask if self.softcap is None else mask & scores.softcap(self.softcap)
+        chain = chain if added is None else chain & scores.bias(added)
+        return chain if sinks is None else chain & scores.sinks(sinks)
 
-def _of_part(
-    seen: Seen | None, hidden: Tensor | None, added: Tensor | None, softcap: float | None, first: int, end: int
-) -> tuple[int, int, AttnMask] | None:
-    """The keys from ``first`` to before ``end`` that are seen, and the mask for them; None where none are."""
-    mask = NONE if hidden is None else masks.dense(hidden[..., first:end])
-    if seen is not None:
-        part = seen.of_keys(first, end)
-        if part.is_nothing:
+    def recorded(self, dropout: float) -> Tensor:
+        """For a compiler to follow."""
+        mask = self.scored(NONE if self.hidden is None else masks.dense(self.hidden), self.added, self.sinks)
+        given = None if mask is NONE else mask
+        return attention(self.query, self.key, self.value, given, dropout, self.causal, self.scale, self.grouped)
+
+    def in_parts(self, parts: list[States]) -> Tensor:
+        """Each part of the keys where it is."""
+        if self.causal:
+            self.seen = Seen(Rows.causal(self.query.shape[2], self.key.shape[2], device=self.query.device))
+        return offloaded.attend(self.query, parts, self._of_part, self.sinks, self.scale)
+
+    def _of_part(self, first: int, end: int) -> tuple[int, int, AttnMask] | None:
+        mask = NONE if self.hidden is None else masks.dense(self.hidden[..., first:end])
+        if self.seen is not None:
+            part = self.seen.of_keys(first, end)
+            if part.is_nothing:
+                return None
+            mask, (first, end) = part.attn_mask, (first + bound for bound in part.rows.reach)
+        return first, end, self.scored(mask, _of_keys(self.added, first, end), None)
+
+    @cached_property
+    def _reach(self) -> tuple[int, int]:
+        """The keys that are seen at all, from and to before: of a static cache those that are used."""
+        if self.seen is not None:
+            return self.seen.rows.reach
+        return 0, min(self.key.shape[2], self.query.shape[2]) if self.causal else self.key.shape[2]
+
+    @cached_property
+    def _within(self) -> tuple[Tensor, Tensor, AttnMask]:
+        """Keys and values within reach, and the mask for them."""
+        key, value = (_within(x, *self._reach) for x in (self.key, self.value))
+        if self.seen is not None:
+            mask = self.seen.attn_mask
+        elif self.hidden is not None:
+            mask = meaning.of(self.hidden, False, self.query, key) or masks.dense(self.hidden)
+        else:
+            mask = CAUSAL if self.causal else NONE
+        return key, value, self.scored(mask, _of_keys(self.added, *self._reach), self.sinks)
+
+    def packed(
+        self, cu_q: Tensor | None, cu_k: Tensor | None, wide: int | None
+    ) -> tuple[Tensor, Tensor, AttnMask] | None:
+        """Sequences that are packed into rows: where they begin and end, of queries and of keys, and what is seen within each. They are told
+        as flash attention is told of them, where the last query sees the last key, or are seen in the mask; None where there are none."""
+        if (
+            self.added is not None
+            or self.hidden is not None
+            or (self.seen is not None and self.seen.tokens is not None)
+        ):
             return None
-        mask, (first, end) = part.attn_mask, (first + bound for bound in part.rows.reach)
-    return first, end, _together(mask, added if added is None else _of_keys(added, first, end), softcap, None)
+        if cu_q is None or cu_k is None:
+            return None if self.seen is None else self.seen.packed(len(self.query))
+        late = not torch.equal(cu_q, cu_k)
+        within = masks.causal(late) if self.directed else NONE
+        around = 0 if self.directed else None if wide is None else wide - 1
+        return cu_q, cu_k, within if wide is None else within & masks.window(wide - 1, around, late)
+
+    def in_sequences(self, cu_q: Tensor, cu_k: Tensor, within: AttnMask) -> Tensor:
+        """Each sequence on its own."""
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *self._within[:2]))
+        mask = self.scored(within, None, self.sinks)
+        flat = attention_varlen(query, key, value, cu_q, cu_k, mask, self.scale, self.grouped)
+        return flat.view(len(self.query), -1, *flat.shape[1:]).transpose(1, 2)
+
+    def by_ours(self) -> Tensor | None:
+        """By a kernel that is ready, with gradients where it saves what they are computed from; None where torch must answer."""
+        query, (key, value, mask) = self.query, self._within
+        if not (torch.is_grad_enabled() and needs_grad(query, key, value, *mask.tensors)):
+            return served(query, key, value, mask, self.scale, self.grouped)
+        if needs_grad(*mask.tensors) or not passes.has_backward(query, key, value, mask, self.scale, self.grouped):
+            return None
+        return attention(query, key, value, None if mask is NONE else mask, scale=self.scale, enable_gqa=self.grouped)
+
+    def by_operations(self, dropout: float) -> Tensor:
+        """By torch's plain operations."""
+        key, value, mask = self._within
+        return attention(self.query, key, value, mask, dropout, False, self.scale, self.grouped)
+
+    def count(self, begin: float) -> None:
+        """Torch answered what a kernel of ours might."""
+        key, value, mask = self._within
+        serving.find(self.query, key, value, mask, self.grouped).row.count(begin)
 
 
-def _of_keys(added: Tensor, first: int, end: int) -> Tensor:
-    return added if added.shape[-1] == 1 else added[..., first:end]
+def _within(x: Tensor, first: int, end: int) -> Tensor:
+    return x if (first, end) == (0, x.shape[2]) else x[:, :, first:end]
 
 
-def _split(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a mask of bools hides, and what is added to scores."""
-    if attention_mask is None or attention_mask.dtype == torch.bool:
-        return attention_mask, position_bias
-    return None, attention_mask if position_bias is None else position_bias + attention_mask
-
-
-def _together(mask: AttnMask, added: Tensor | None, softcap: float | None, s_aux: Tensor | None) -> AttnMask:
-    """The mask, and what is done to scores in transformers' order."""
-    chain = mask if softcap is None else mask & scores.softcap(softcap)
-    chain = chain if added is None else chain & scores.bias(added)
-    return chain if s_aux is None else chain & scores.sinks(s_aux)
+def _of_keys(added: Tensor | None, first: int, end: int) -> Tensor | None:
+    return added if added is None or added.shape[-1] == 1 else added[..., first:end]
 
 
 def _refuse(module: torch.nn.Module, named: dict[str, Any]) -> None:
