@@ -178,25 +178,28 @@ def test_sequences_may_be_told_as_flash_attention_is_told_them(ours: None) -> No
     close(found, torch.cat(each, 1))
 
 
-ENCODERS: dict[str, tuple[str, str, dict[str, Any], dict[str, int]]] = {
-    "bert": ("BertModel", "BertConfig", COMMON, {"lengths": 2}),
-    "modernbert": (
-        "ModernBertModel",
-        "ModernBertConfig",
-        dict(COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
-        {"lengths": 1, "lengths+window": 1},
-    ),
-}
+def _bert() -> tuple[Any, dict[str, Any]]:
+    model = transformers.BertModel._from_config(transformers.BertConfig(**COMMON), attn_implementation="eager")
+    return model, dict(input_ids=TOKENS, attention_mask=RIGHT)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+def _modernbert() -> tuple[Any, dict[str, Any]]:
+    config = transformers.ModernBertConfig(
+        **COMMON, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
+    )
+    model = transformers.ModernBertModel._from_config(config, attn_implementation="eager")
+    return model, dict(input_ids=TOKENS, attention_mask=RIGHT)
+
+
+@pytest.mark.parametrize("make, right", [(_bert, {"lengths": 2}), (_modernbert, {"lengths": 1, "lengths+window": 1})])
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_encoders_compute_what_they_are_written_to(ours: None, name: str, padding: str) -> None:
-    model_kind, config_kind, options, right = ENCODERS[name]
+def test_encoders_compute_what_they_are_written_to(
+    ours: None, make: Callable[[], tuple[Any, dict[str, Any]]], right: dict[str, int], padding: str
+) -> None:
     torch.manual_seed(1)
-    config = getattr(transformers, config_kind)(**options)
-    model = getattr(transformers, model_kind)._from_config(config, attn_implementation="eager").eval()
-    inputs = dict(input_ids=TOKENS, attention_mask=PADDINGS[padding])
+    model, inputs = make()
+    model.eval()
+    inputs["attention_mask"] = PADDINGS[padding]
     expected, found = (of(model, one, **inputs).last_hidden_state for one in ("eager", "elsa"))
     seen = PADDINGS[padding].bool()
     close(found[seen], expected[seen])
@@ -206,7 +209,7 @@ def test_encoders_compute_what_they_are_written_to(ours: None, name: str, paddin
 
 def _t5() -> tuple[Any, dict[str, Any]]:
     config = transformers.T5Config(
-        d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, pad_token_id=0, decoder_start_token_id=0
+        d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
     inputs = dict(input_ids=TOKENS, attention_mask=RIGHT, decoder_input_ids=TOKENS[:, :9])
     return transformers.T5Model._from_config(config, attn_implementation="eager"), inputs
@@ -265,6 +268,45 @@ def test_models_of_other_kinds_compute_what_they_are_written_to(
     expected, found = (of(model, one, **inputs)[0] for one in ("eager", "elsa"))
     close(found, expected)
     assert families() == calls
+
+
+@pytest.mark.parametrize("make", [_bert, _modernbert, _t5, _vit, _clip, _whisper, _swin])
+def test_a_training_step_of_other_models_is_the_same(
+    ours: None, make: Callable[[], tuple[Any, dict[str, Any]]]
+) -> None:
+    """Biases that are learned among them, which get gradients, too."""
+    torch.manual_seed(1)
+    model, inputs = make()
+    for part in model.modules():  # which is random
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    model.train()
+    seen = RIGHT.bool() if make in (_bert, _modernbert) else slice(None)
+    found = {}
+    for one in ("eager", "elsa"):
+        model.set_attn_implementation(one)
+        model.zero_grad()
+        loss = model(**inputs)[0][seen].square().mean()
+        loss.backward()
+        found[one] = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found["eager"].keys() == found["elsa"].keys() and len(found["eager"]) > 10
+    for name, expected in found["eager"].items():
+        scale = max(1.0, float(expected.abs().max()))
+        close(found["elsa"][name] / scale, expected / scale)
+
+
+def test_an_encoder_and_decoder_choose_the_same_tokens(ours: None) -> None:
+    torch.manual_seed(1)
+    options = dict(d_model=64, vocab_size=99, pad_token_id=0, decoder_start_token_id=0)
+    config = transformers.T5Config(**options, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
+    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    asked: dict[str, Any] = dict(
+        input_ids=TOKENS, attention_mask=RIGHT, max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
+    expected = model.generate(**asked)
+    model.set_attn_implementation("elsa")
+    assert torch.equal(model.generate(**asked), expected)
+    assert families()["lengths.bias"] == 2 + 2 * 9
 
 
 @pytest.mark.parametrize("name", DECODERS)
