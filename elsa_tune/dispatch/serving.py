@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device, of_tensor, tf32_allowed
-from elsa_tune.dispatch import exactness, handovers, ledger, shelf
+from elsa_tune.dispatch import exactness, handovers, ledger, notice, recording, shelf
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.ledger import Row
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
@@ -55,9 +56,11 @@ class Serving:
 
 
 def _serving(
-    problem: Problem | None, variant: str = ledger.TORCH, kernel: Kernel | None = None, call: Call | None = None
-) -> Serving:
-    return Serving(problem, ledger.row(str(problem or "no problem of ours"), variant), kernel, call)
+    problem: Problem | None, place: torch.device, variant: str = ledger.TORCH, kernel: Kernel | None = None,
+    call: Call | None = None,
+) -> Serving:  # fmt: skip
+    row = ledger.row(problem or "no problem of ours", variant, str(of_tensor(place.type, place.index) or place))
+    return Serving(problem, row, kernel, call)
 
 
 Key = tuple[object, ...]
@@ -115,16 +118,16 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
 
     def ready(variant: str, kernel: Kernel | Gradients) -> None:
         if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
-            table[entry] = _serving(problem, variant, kernel, kernel.bind(*like))
+            table[entry] = _serving(problem, query.device, variant, kernel, kernel.bind(*like))
             tell()
 
     problem = problem_of(query, key, value, wanted, enable_gqa)
     variant, found = _ready_kernel(problem, query, ready)
     if len(table) >= MOST_SHAPES:
         table.clear()
-    serving = _serving(problem)
+    serving = _serving(problem, query.device)
     if isinstance(found, Kernel):
-        serving = _serving(problem, variant, found, found.bind(query, key, value))
+        serving = _serving(problem, query.device, variant, found, found.bind(query, key, value))
     return table.setdefault(entry, serving) if before is _shelf else serving
 
 
@@ -195,6 +198,8 @@ def asks_for(problem: Problem, device: Device) -> bool:
 
 
 _shelf = Shelf()
+if not recording.active:
+    atexit.register(lambda: notice.tell(_shelf))
 
 
 def refresh() -> None:
