@@ -40,7 +40,11 @@ class Traffic:
     @property
     def said(self) -> dict[str, Any]:
         """Each field as JSON has it."""
-        return {**{name: getattr(self, name) for name in FIELDS}, "device": str(self.device), "problem": str(self.problem)}
+        return {
+            **{name: getattr(self, name) for name in FIELDS},
+            "device": str(self.device),
+            "problem": str(self.problem),
+        }
 
     @property
     def line(self) -> str:
@@ -88,6 +92,16 @@ def worth_tuning(asked: Iterable[Asked]) -> dict[Problem, float]:
         counts = problem if seconds >= LEAST_SHARE * total else largest[problem.family]
         weights[counts] = weights.get(counts, 0.0) + seconds
     return {problem: seconds for problem, seconds in weights.items() if seconds >= LEAST_SHARE * total}
+
+
+def of(device: Device, found: Iterable[Traffic]) -> list[Traffic]:
+    """What was asked of a device; if nothing was, of others of its kind; else of any."""
+    every = list(found)
+    return (
+        [one for one in every if one.device == device]
+        or [one for one in every if one.device.kind == device.kind]
+        or every
+    )
 
 
 def wall_of(found: Iterable[Traffic]) -> float:

@@ -5,6 +5,7 @@ The hot path is one dictionary look-up and one foreign call. Everything else hap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -81,7 +82,7 @@ def attention(
         if serve is None:
             if found.problem and not _autocast():  # which would make another problem of it
                 plain = attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)
-                by_torch = fallback.by_torch if plain else fallback.attend
+                by_torch: Callable[..., Tensor] = fallback.by_torch if plain else fallback.attend
                 output = by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 found.row.count(begin)
                 return output

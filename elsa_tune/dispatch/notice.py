@@ -26,7 +26,11 @@ def tell(shelf: Shelf) -> None:
     """One line on stderr of all such problems, with the command to type; none from children, nor where ELSA_TUNE_TRACE is off. Never
     raises."""
     with suppress(Exception):
-        if sys.stderr is None or _is_a_child() or os.environ.get("ELSA_TUNE_TRACE", "").lower() in ("0", "false", "no", "off"):
+        if (
+            sys.stderr is None
+            or _is_a_child()
+            or os.environ.get("ELSA_TUNE_TRACE", "").lower() in ("0", "false", "no", "off")
+        ):
             return
         if found := unknown(shelf):
             print(told(found), file=sys.stderr, flush=True)
@@ -44,7 +48,9 @@ def unknown(shelf: Shelf) -> list[Asked]:
     found = []
     for device, asked in ledger.left_to_torch(ledger.served()).items():
         often = [one for one in asked if one.calls >= OFTEN and one.seconds >= LONG]
-        found += [one for one in often if _could_be_served(one.problem, device) and not shelf.knows(one.problem, device)]
+        found += [
+            one for one in often if _could_be_served(one.problem, device) and not shelf.knows(one.problem, device)
+        ]
     return sorted(found, key=lambda one: -one.seconds)
 
 

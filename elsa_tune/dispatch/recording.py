@@ -57,7 +57,9 @@ def write() -> None:
         _append("".join(f"{line}\n" for line in _lines()).encode())
     except Exception as error:
         with suppress(Exception):  # nobody may be there to be told
-            print(f"elsa-tune: what this process asked is not recorded: {type(error).__name__}: {error}", file=sys.stderr)
+            print(
+                f"elsa-tune: what this process asked is not recorded: {type(error).__name__}: {error}", file=sys.stderr
+            )
 
 
 def _append(text: bytes) -> None:

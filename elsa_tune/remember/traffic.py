@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,17 +46,19 @@ def _sound(found: _Line) -> Traffic:
     return Traffic(**{**said, "device": Device.parse(found.device), "problem": Problem.parse(found.problem)})
 
 
-def read(path: Path, begin: int = 0) -> list[Traffic]:
-    """What a file holds, JSON lines from a byte on, or a database; each line once. Raises BadWorkload, DatabaseUnusable."""
+def read(path: Path) -> list[Traffic]:
+    """What a file holds, JSON lines or a database; each line once. Raises BadWorkload, DatabaseUnusable."""
     try:
         with path.open("rb") as file:
             if file.read(16).startswith(b"SQLite format 3"):
                 return list(_numbered(path, _rows(path)))
-            file.seek(begin)
+            file.seek(0)
             lines = (line.decode(errors="replace") for line in iter(lambda: file.readline(MOST_LINE), b""))
             return list(dict.fromkeys(_numbered(path, (parse(line) for line in lines if line.strip()))))
     except OSError as error:
-        raise BadWorkload(f"traffic {path}: {error.strerror or error}; name a file that elsa-tune run -o wrote, or a database") from error
+        raise BadWorkload(
+            f"traffic {path}: {error.strerror or error}; name a file that elsa-tune run -o wrote, or a database"
+        ) from error
 
 
 def _rows(path: Path) -> Iterator[Traffic]:
@@ -75,7 +77,9 @@ def _numbered(path: Path, each: Iterator[Traffic]) -> Iterator[Traffic]:
         except StopIteration:
             return
         except ValueError as error:
-            raise BadWorkload(f"traffic {path}, line {number}: {_sentence(error)}; remove that line, or record anew with elsa-tune run") from None
+            raise BadWorkload(
+                f"traffic {path}, line {number}: {_sentence(error)}; remove that line, or record anew with elsa-tune run"
+            ) from None
     raise BadWorkload(f"traffic {path} has more than {MOST_LINES} lines; give a part of it")
 
 
@@ -84,9 +88,3 @@ def _sentence(error: ValueError) -> str:
         return str(error)
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{ascii(first['loc'][0])[1:-1] if first['loc'] else 'not JSON'}: {first['msg']}"[:160]
-
-
-def of_devices(found: Iterable[Traffic], device: Device) -> list[Traffic]:
-    """What was asked of a device, or else of others of its kind."""
-    kin = [one for one in found if one.device.kind == device.kind]
-    return [one for one in kin if one.device == device] or kin
