@@ -59,8 +59,16 @@ def _serving(
     problem: Problem | None, place: torch.device, variant: str = ledger.TORCH, kernel: Kernel | None = None,
     call: Call | None = None,
 ) -> Serving:  # fmt: skip
-    row = ledger.row(problem or "no problem of ours", variant, str(of_tensor(place.type, place.index) or place))
-    return Serving(problem, row, kernel, call)
+    return Serving(problem, ledger.row(problem or "no problem of ours", variant, _spelled(place)), kernel, call)
+
+
+def _spelled(place: torch.device) -> str:
+    return str(of_tensor(place.type, place.index) or place)
+
+
+def row_nearby(problem: Problem, place: torch.device) -> Row:
+    """Where torch's calls of problems are counted that are served as this one is, but for their length of keys."""
+    return ledger.row(problem.nearby, ledger.TORCH, _spelled(place))
 
 
 Key = tuple[object, ...]

@@ -71,6 +71,7 @@ std::unordered_map<Layout, std::shared_ptr<const Entry>, Hash> table;
 std::deque<Row> rows;
 TorchLibraryHandle of_torch = nullptr, of_ours = nullptr;  // registrations of `attend`
 std::atomic<bool> asks{false};  // whether each call is Python's to decide
+std::atomic<bool> roughly{false};  // whether lengths of keys that are served alike are counted together
 std::atomic<bool> passive{true};   // whether torch's own kernel answers everybody
 thread_local int aside = 0;
 thread_local std::string failure;  // why elsa_tune::decide failed
@@ -128,6 +129,26 @@ void lay_out(const Real* sums, Real* to, const int64_t* sizes, const int64_t* st
       Real* there = to + b * strides[0] + h * strides[1];
       for (int64_t i = 0; i < sizes[2]; ++i) there[i * strides[2]] = sums[i] == none ? Real(0) : sums[i];
     }
+}
+
+/// The least length of keys that is served as `length` is, as Problem.nearby has it.
+int64_t least_nearby(int64_t length) {
+  int64_t step = 1;
+  while (length / step >= 16) step *= 2;
+  return length / step * step;
+}
+
+/// With the least length of keys that is served alike; strides that are so many lengths are as many of that.
+Layout nearby(const Layout& layout) {
+  Layout found = layout;
+  int64_t *key = &found.words[3 + 2 * AXES], *mask = key + 4 * AXES;
+  const int64_t length = key[2], least = length > 0 ? least_nearby(length) : length;
+  if (least == length) return found;
+  for (int64_t* word = key; word < mask + 2 * AXES; ++word) {
+    const int64_t axis = (word - key) % (2 * AXES), of_keys = word < mask ? 2 : 3;
+    if (axis >= AXES ? *word % length == 0 : axis == of_keys && *word == length) *word = *word / length * least;
+  }
+  return found;
 }
 
 struct Arguments {
@@ -221,7 +242,8 @@ bool answered(Arguments& given, Handle* results) {
   Layout layout;
   if (passive || asks || given.dropout != 0 || !given.look_alike(layout)) return false;
   std::shared_lock lock(guard);
-  const auto found = table.find(layout);
+  auto found = table.find(layout);
+  if (found == table.end() && roughly) found = table.find(nearby(layout));
   if (found == table.end()) return false;
   const std::shared_ptr<const Entry> entry = found->second;
   lock.unlock();
@@ -331,6 +353,17 @@ EXPORT void elsa_bind(const int64_t* layout, Kernel kernel, const char* call, in
   entry->row = &rows[row];
   if (table.size() >= MOST) table.clear();
   table[key] = std::move(entry);
+}
+
+/// From now on torch's own kernel answers tensors whose layout is not known too, where one that is served alike is known, and `row` counts them.
+EXPORT void elsa_bind_roughly(const int64_t* layout, int64_t row) {
+  Layout key;
+  std::memcpy(key.words.data(), layout, sizeof key.words);
+  auto entry = std::make_shared<Entry>();
+  std::unique_lock lock(guard);
+  entry->row = &rows[row];
+  table.emplace(nearby(key), std::move(entry));
+  roughly = true;
 }
 
 EXPORT void elsa_forget() {
