@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -138,16 +139,19 @@ int64_t least_nearby(int64_t length) {
   return length / step * step;
 }
 
-/// With the least length of keys that is served alike; strides that are so many lengths are as many of that.
+/// With the least length of keys that is served alike, and without the strides that a problem does not tell.
 Layout nearby(const Layout& layout) {
   Layout found = layout;
-  int64_t *key = &found.words[3 + 2 * AXES], *mask = key + 4 * AXES;
+  int64_t *key = &found.words[3 + 2 * AXES], *value = key + 2 * AXES, *mask = value + 2 * AXES;
   const int64_t length = key[2], least = length > 0 ? least_nearby(length) : length;
-  if (least == length) return found;
-  for (int64_t* word = key; word < mask + 2 * AXES; ++word) {
-    const int64_t axis = (word - key) % (2 * AXES), of_keys = word < mask ? 2 : 3;
-    if (axis >= AXES ? *word % length == 0 : axis == of_keys && *word == length) *word = *word / length * least;
+  for (int64_t* x : {key, value}) {
+    int64_t* strides = x + AXES;
+    strides[0] = 0;
+    if (strides[1] == length * x[3]) strides[1] = least * x[3];
+    if (x[2] == length) x[2] = least;
   }
+  if (mask[3] == length) mask[3] = least;
+  std::fill_n(mask + AXES, AXES, 0);
   return found;
 }
 
@@ -243,10 +247,15 @@ bool answered(Arguments& given, Handle* results) {
   if (passive || asks || given.dropout != 0 || !given.look_alike(layout)) return false;
   std::shared_lock lock(guard);
   auto found = table.find(layout);
-  if (found == table.end() && roughly) found = table.find(nearby(layout));
+  const bool is_new = found == table.end();
+  if (is_new && roughly) found = table.find(nearby(layout));
   if (found == table.end()) return false;
   const std::shared_ptr<const Entry> entry = found->second;
   lock.unlock();
+  if (is_new) {  // from now on it is known itself
+    std::unique_lock more(guard);
+    if (table.size() < MOST) table.emplace(layout, entry);
+  }
   const int64_t begin = nanoseconds();
   if (!(entry->kernel ? by_kernel(*entry, layout, given, results) : by_torch(given, results))) return false;
   ++entry->row->calls;
