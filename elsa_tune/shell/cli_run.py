@@ -21,8 +21,6 @@ from elsa_tune.errors import BadWorkload, ElsaTuneError
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from elsa_tune.traffic import Traffic
 
 PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -168,7 +166,7 @@ def _add(lines: bytes, output: Path | None) -> None:
 
 
 def tune_for(
-    console: Console, traffic: Sequence[Traffic], source: str, *, wall: float = 0.0, as_json: bool = False, device: str = "auto",
+    console: Any, traffic: Sequence[Traffic], source: str, *, wall: float = 0.0, as_json: bool = False, device: str = "auto",
     **options: Any,
 ) -> int:  # fmt: skip
     """Say what was asked, tune for it, and print what that gains; the exit status. ``source`` is where the traffic is kept."""

@@ -184,10 +184,10 @@ def print_traffic(console: Console, traffic: Iterable[Traffic], device: Device, 
             )
     console.print(table, highlight=False)
     calls = sum(one.calls for one in asked)
-    told = f"{calls} calls of {len(asked)} problems took {total:.3f} s of {lasted:.1f} s"
+    told = f"{calls} calls of {len(asked)} problem{'s' * (len(asked) > 1)} took {total:.3f} s of {lasted:.1f} s"
     if rest := [one for one in asked if one.problem not in tuned]:
         seconds = sum(one.seconds for one in rest)
-        told += f"; {len(rest)} problems of less than {LEAST_SHARE:.0%} each are not tuned, {seconds:.3f} s together"
+        told += f"; not tuned: {len(rest)} of less than {LEAST_SHARE:.0%} each, {seconds:.3f} s together"
     console.print(told, highlight=False, soft_wrap=True)
 
 
