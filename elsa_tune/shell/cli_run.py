@@ -23,8 +23,8 @@ from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_a
 if TYPE_CHECKING:
     from elsa_tune.traffic import Traffic
 
-PASSED_ON = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""Signals that whoever starts the command means for the program; a terminal sends SIGINT and SIGQUIT to both."""
+PASSED_ON, OF_TERMINALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), ("SIGINT", "SIGQUIT")
+"""Signals that who sends them to this process means for the program, and those that a terminal sends to both."""
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -110,10 +110,10 @@ def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
     """Inside, signals are the program's."""
 
     def pass_on(number: int, frame: object) -> None:
-        if number != signal.SIGINT:
+        if signal.Signals(number).name in PASSED_ON:
             program.send_signal(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", *PASSED_ON) if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in (*OF_TERMINALS, *PASSED_ON) if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         yield

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
 
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
@@ -76,8 +75,8 @@ def tune(
 
 def _weighted(given: Sequence[Problem | str] | Mapping[Problem, float]) -> dict[Problem, float]:
     """Each problem once, with a weight that is 1 on average. Raises BadProblem, ElsaTuneError."""
-    each: Mapping[Any, float] = given if isinstance(given, Mapping) else dict.fromkeys(given, 1.0)
-    weights = {p if isinstance(p, Problem) else Problem.parse(p): weight for p, weight in each.items()}
+    each = given.items() if isinstance(given, Mapping) else ((problem, 1.0) for problem in given)
+    weights = {p if isinstance(p, Problem) else Problem.parse(p): weight for p, weight in each}
     if wrong := [weight for weight in weights.values() if not 0 < weight < float("inf")]:
         raise ElsaTuneError(f"problems have the weight {shown(wrong[0])}; give each a number above 0")
     mean = sum(weights.values()) / len(weights)
