@@ -1,4 +1,5 @@
-"""What torch calls when it is imported (entry point group torch.backends): ELSA_TUNE=1 enables elsa-tune in any program.
+"""What torch calls when it is imported (entry point group torch.backends): ELSA_TUNE=1 enables elsa-tune in any program, and
+ELSA_TUNE_RECORD=FILE lets it write down what the program asks.
 
 A module of its own that imports os alone: everybody who has the package installed waits for it, and torch ends where it raises.
 """
@@ -19,7 +20,8 @@ _declared: dict[str, object] = {}
 def load() -> None:
     """Tell torch who we are, and enable the override if the environment asks for it. Whatever goes wrong then is one line on stderr, and
     torch serves."""
-    is_asked = os.environ.get("ELSA_TUNE", "").lower() not in ("", "0", "false", "no", "off")
+    is_served = os.environ.get("ELSA_TUNE", "").lower() not in ("", "0", "false", "no", "off")
+    is_asked = is_served or bool(os.environ.get("ELSA_TUNE_RECORD"))
     try:
         register()
         declare("attend")

@@ -212,6 +212,7 @@ def test_a_database_of_format_2_is_rewritten(home: Path) -> None:
             "texts",
             "recorded",
             "about",
+            "traffic",
             "recorded_by_problem",
             "recorded_finals",
             "measurements",

@@ -5,6 +5,7 @@ The hot path is one dictionary look-up and one foreign call. Everything else hap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -79,8 +80,10 @@ def attention(
         found = _table.get(entry) or serving.decide(entry, query, key, value, wanted, enable_gqa)
         serve, begin = found.call, perf_counter()
         if serve is None:
-            if found.problem and (attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)):
-                output = fallback.by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            if found.problem and not _autocast():  # which would make another problem of it
+                plain = attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)
+                by_torch: Callable[..., Tensor] = fallback.by_torch if plain else fallback.attend
+                output = by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 found.row.count(begin)
                 return output
         elif type(scale) in _SCALES and not _autocast():

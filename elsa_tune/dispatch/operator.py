@@ -159,10 +159,12 @@ def _forward(
         lse = lse.contiguous()
     else:
         made = serving.by_kernel(query, key, value, wanted, scale, enable_gqa, output)
-        if made is None and attn_mask is None:
-            made = passes.attend(query, key, value, wanted, scale, enable_gqa)
-        elif made is None:
-            made = fallback.attend(query, key, value, attn_mask, 0.0, False, scale, enable_gqa)
+        if made is None:
+            with serving.left_to_torch(query, key, value, wanted, enable_gqa):
+                if attn_mask is None:
+                    made = passes.attend(query, key, value, wanted, scale, enable_gqa)
+                else:
+                    made = fallback.attend(query, key, value, attn_mask, 0.0, False, scale, enable_gqa)
     return output if made is output else output.copy_(made), lse
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import atexit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.device import Device, of_tensor, tf32_allowed
-from elsa_tune.dispatch import exactness, handovers, ledger, shelf
+from elsa_tune.dispatch import exactness, handovers, ledger, notice, recording, shelf
 from elsa_tune.dispatch.ladder import Choice
 from elsa_tune.dispatch.ledger import Row
 from elsa_tune.dispatch.shelf import MOST_SHAPES, Ready, Shelf
@@ -55,9 +56,19 @@ class Serving:
 
 
 def _serving(
-    problem: Problem | None, variant: str = ledger.TORCH, kernel: Kernel | None = None, call: Call | None = None
-) -> Serving:
-    return Serving(problem, ledger.row(str(problem or "no problem of ours"), variant), kernel, call)
+    problem: Problem | None, place: torch.device, variant: str = ledger.TORCH, kernel: Kernel | None = None,
+    call: Call | None = None,
+) -> Serving:  # fmt: skip
+    return Serving(problem, ledger.row(problem or "no problem of ours", variant, _spelled(place)), kernel, call)
+
+
+def _spelled(place: torch.device) -> str:
+    return str(of_tensor(place.type, place.index) or place)
+
+
+def row_nearby(problem: Problem, place: torch.device) -> Row:
+    """Where torch's calls of problems are counted that are served as this one is, but for their length of keys."""
+    return ledger.row(problem.nearby, ledger.TORCH, _spelled(place))
 
 
 Key = tuple[object, ...]
@@ -96,6 +107,15 @@ def by_kernel(
     return output
 
 
+@contextmanager
+def left_to_torch(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Iterator[None]:
+    """Inside, torch answers such a call, and is counted if no kernel of ours was to."""
+    found, begin = find(query, key, value, wanted, enable_gqa), perf_counter()
+    yield
+    if found.problem and found.call is None:
+        found.row.count(begin)
+
+
 def hand_over(error: Exception, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> None:
     """Count that torch answers in a kernel's place."""
     with suppress(Exception):
@@ -115,16 +135,16 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
 
     def ready(variant: str, kernel: Kernel | Gradients) -> None:
         if before is _shelf and isinstance(kernel, Kernel):  # nothing was tuned meanwhile
-            table[entry] = _serving(problem, variant, kernel, kernel.bind(*like))
+            table[entry] = _serving(problem, query.device, variant, kernel, kernel.bind(*like))
             tell()
 
     problem = problem_of(query, key, value, wanted, enable_gqa)
     variant, found = _ready_kernel(problem, query, ready)
     if len(table) >= MOST_SHAPES:
         table.clear()
-    serving = _serving(problem)
+    serving = _serving(problem, query.device)
     if isinstance(found, Kernel):
-        serving = _serving(problem, variant, found, found.bind(query, key, value))
+        serving = _serving(problem, query.device, variant, found, found.bind(query, key, value))
     return table.setdefault(entry, serving) if before is _shelf else serving
 
 
@@ -195,6 +215,8 @@ def asks_for(problem: Problem, device: Device) -> bool:
 
 
 _shelf = Shelf()
+if not recording.active:
+    atexit.register(lambda: notice.tell(_shelf))
 
 
 def refresh() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from elsa_tune.device import Device
-from elsa_tune.dispatch import exactness, handovers
+from elsa_tune.dispatch import exactness, handovers, recording
 from elsa_tune.dispatch.ladder import Choice, climb, climb_as_exact
 from elsa_tune.errors import KernelMissing
 from elsa_tune.generate import backends, lawful
@@ -66,8 +66,8 @@ class _Known:
     def __init__(self, beside: Callable[[Callable[[], object]], None]) -> None:
         self._beside = beside  # runs a job beside the calls
         self._opened: list[layers.Layer] = []
-        self._others = layers.nearest_first()
-        self._sees_all = False
+        self._others = iter(()) if recording.active else layers.nearest_first()
+        self._sees_all = recording.active
         self._winners: dict[tuple[object, ...], list[Winner]] = {}
         self._slower: dict[Device, set[tuple[str, str]]] = {}
 
@@ -178,6 +178,10 @@ class Shelf:
             return self._as_exact(problem, device, times)
         return climb(problem, device, self._known)
 
+    def knows(self, problem: Problem, device: Device) -> bool:
+        """Whether anybody is known to be the fastest for calls of a problem, be it torch's own kernel."""
+        return self._choice_nearby(problem, device).winner is not None
+
     def _choice_nearby(self, problem: Problem, device: Device) -> Choice:
         """The choice, or the one that was made for a length of keys within an eighth of its own: a growing key cache poses a new
         problem at every step, of which few were measured."""
@@ -189,8 +193,7 @@ class Shelf:
                 self._measured[family] = {winner.problem for winner in self._known.of_family(problem, device)}
             if str(problem) in self._measured[family]:
                 return self.choice(problem, device)
-            step = 1 << max(0, problem.kv_len.bit_length() - 4)
-            rough = (problem.reshaped(kv_len=problem.kv_len // step * step), device)
+            rough = (problem.nearby, device)
             if rough not in self._nearby:
                 if len(self._nearby) >= MOST_SHAPES:
                     self._nearby.clear()

@@ -139,6 +139,12 @@ class Interposer(Protocol):
         """Let a kernel, or torch's own where none is given, answer calls with such query, key, value and mask from now on, counted in
         ``counts``; ``results`` are an output and a log-sum-exp of such a call. Nothing happens where only Python can."""
 
+    def bind_roughly(
+        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, counts: Counts
+    ) -> None:
+        """Let torch's own kernel also answer calls that nobody is bound to and that differ from such in their length of keys alone, where
+        it is served alike (Problem.nearby), counted in ``counts``."""
+
 
 class Asked(Protocol):
     """What a backend may be asked, and what one answers that says nothing else."""

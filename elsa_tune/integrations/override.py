@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elsa_tune_autoload
-from elsa_tune.dispatch import exactness, handovers, meaning, serving
+from elsa_tune.dispatch import exactness, handovers, ledger, meaning, recording, serving
 from elsa_tune.dispatch.torchs import OPERATOR
 from elsa_tune.errors import HookMissing
 from elsa_tune.generate import backends, incumbent
@@ -180,6 +180,13 @@ class _Override:
             found.row.count(begin)
         return answer
 
+    def _counts(self, row: ledger.Row) -> backends.Counts:
+        """What the extension counts for a row."""
+        assert self._native is not None
+        if row.elsewhere is None:
+            row.elsewhere = self._native.counts()
+        return row.elsewhere
+
     def _find(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None
     ) -> tuple[serving.Serving | None, Operands]:
@@ -199,12 +206,11 @@ class _Override:
             return None, ()
         operands = wanted.in_order(query, key)
         if fixed and self._native is not None and not exactness.active:
-            if found.row.elsewhere is None:
-                found.row.elsewhere = self._native.counts()
+            like = (query, key, value), is_causal, attn_mask
             results = _results(query.shape, query.stride(), query.dtype)
-            self._native.bind(
-                (query, key, value), is_causal, attn_mask, found.row.elsewhere, found.kernel, results, operands
-            )
+            self._native.bind(*like, self._counts(found.row), found.kernel, results, operands)
+            if recording.active:
+                self._native.bind_roughly(*like, self._counts(serving.row_nearby(found.problem, query.device)))
             if changes != serving.changes:  # a kernel became ready meanwhile
                 self._native.forget()
         return found, operands

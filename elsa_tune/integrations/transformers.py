@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from inspect import signature
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def mask(
         mask_function=mask_function, attention_mask=attention_mask,
     )  # fmt: skip
     device = torch.device(named.get("device", "cpu"))
-    if _is_watched(device.type == "cuda") or not q_length or not kv_length:
+    if _is_watched(device.type != "cpu") or not q_length or not kv_length:
         return _by_torch(**asked, **named)
     asked["q_offset"] = q_offset = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
     rows = _rows(asked, named, device)
@@ -152,7 +152,7 @@ def attend(
     _refuse(module, named)
     call = _Call.of(module, query, key, value, attention_mask, is_causal, position_bias, softcap, s_aux, scaling)
     told = cu_seq_lens_q, cu_seq_lens_k, named.get("sliding_window")
-    if _is_watched(query.is_cuda):
+    if _is_watched(not query.is_cpu):
         output = call.recorded(dropout)
     elif dropout:
         output = None
@@ -164,14 +164,10 @@ def attend(
         output = call.by_ours()
     if output is None and call.is_torchs:
         given = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
-        begin = perf_counter()
-        with incumbent.aside():
-            answer = _torchs(
+        with nullcontext() if dropout else call.left_to_torch(), incumbent.aside():
+            return _torchs(
                 module, query, key, value, given, dropout, scaling, is_causal, position_bias=position_bias, **named
             )
-        if not dropout:
-            call.count(begin)
-        return answer
     output = call.by_operations(dropout) if output is None else output
     return output.transpose(1, 2).contiguous(), None
 
@@ -307,10 +303,10 @@ class _Call:
         key, value, mask = self._within
         return attention(self.query, key, value, mask, dropout, False, self.scale, self.grouped)
 
-    def count(self, begin: float) -> None:
-        """Torch answered what a kernel of ours might."""
+    def left_to_torch(self) -> AbstractContextManager[None]:
+        """Inside, torch answers what a kernel of ours might."""
         key, value, mask = self._within
-        serving.find(self.query, key, value, mask, self.grouped).row.count(begin)
+        return serving.left_to_torch(self.query, key, value, mask, self.grouped)
 
 
 def _within(x: Tensor, first: int, end: int) -> Tensor:

@@ -18,6 +18,8 @@ from elsa_tune.errors import DatabaseUnusable
 from elsa_tune.measurement import Measurement
 from elsa_tune.remember import earlier, salvage, schema
 from elsa_tune.remember.reading import Reader
+from elsa_tune.traffic import FIELDS as TRAFFIC_FIELDS
+from elsa_tune.traffic import Traffic
 
 T = TypeVar("T")
 
@@ -164,6 +166,7 @@ class Database(Reader):
                 if not self.installation:
                     self._note("installation", secrets.token_hex(8))
                 self._connection.execute(f"PRAGMA user_version = {schema.FORMAT}")
+            self._connection.execute(schema.TRAFFIC)
             for name, select in schema.VIEWS.items():
                 self._tables.view(name, select)
         if version not in (0, schema.FORMAT):
@@ -215,6 +218,11 @@ class Database(Reader):
         while portion := list(islice(each, at_once)):
             new += self._lastingly(partial(self._insert, portion))
         return new
+
+    def keep_traffic(self, found: Iterable[Traffic]) -> None:
+        """Append what programs asked; the same line twice is one row. Durable when this returns."""
+        rows = [[*one.said.values()] for one in found]
+        self._lastingly(lambda: self._tables.insert("traffic", TRAFFIC_FIELDS, rows))
 
     def pack(self) -> None:
         """Forget texts that no measurement uses, and give back the space."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from elsa_tune.errors import DatabaseUnusable, ElsaTuneError
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.remember import earlier, evidence, schema
+from elsa_tune.traffic import FIELDS as TRAFFIC_FIELDS
 
 UNREADABLE = (sqlite3.DatabaseError, *schema.UNREADABLE)
 """What reading a row that nobody recorded may raise."""
@@ -131,6 +132,15 @@ class Reader:
     def damaged(self) -> list[int]:
         """Row numbers whose content is not what was recorded: each row's name is the digest of its content."""
         return [row["number"] for row in self._rows(*self._select([], [])) if self._sound(row) is None]
+
+    @_remembered
+    def traffic(self) -> list[dict[str, Any]]:
+        """What programs asked: rows of the fields of elsa_tune.traffic.Traffic, as somebody wrote them, oldest first."""
+        if not self._connection.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'traffic' AND type = 'table'"
+        ).fetchone():
+            return []  # an earlier version's, or somebody's view
+        return list(self._rows(f"SELECT {', '.join(TRAFFIC_FIELDS)} FROM traffic ORDER BY number", []))
 
     # Evidence.
 

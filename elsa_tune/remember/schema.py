@@ -44,6 +44,14 @@ CREATE INDEX recorded_finals ON recorded (device, family, problem) WHERE status 
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
+TRAFFIC = """CREATE TABLE IF NOT EXISTS traffic (
+  number INTEGER PRIMARY KEY, device TEXT NOT NULL, problem TEXT NOT NULL, calls INTEGER NOT NULL, seconds REAL NOT NULL,
+  process TEXT NOT NULL, wall REAL NOT NULL, torch TEXT NOT NULL, threads INTEGER NOT NULL,
+  UNIQUE (process, device, problem, wall)
+)"""
+"""What programs asked (elsa_tune.traffic), beside the measurements and of no format of theirs: a database that has no such table gains it
+when it is written to."""
+
 
 def _content(name: str) -> str:
     return f"(SELECT content FROM texts WHERE number = r.{name}) AS {name}"

@@ -12,12 +12,10 @@ import click
 from click_default_group import DefaultGroup
 
 import elsa_tune
-from elsa_tune.shell import cli_db
-from elsa_tune.shell.cli_db import EXIT_INCOMPLETE
+from elsa_tune.errors import ElsaTuneError
+from elsa_tune.shell import cli_db, cli_run
+from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED
 from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
-
-EXIT_INTERRUPTED = 130
-
 
 _Group: type[click.Group] = DefaultGroup
 
@@ -38,6 +36,12 @@ def main() -> None:
 @click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to tune.")
 @click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Tune this instead; repeatable.")
 @click.option(
+    "--from-traffic",
+    type=click.Path(path_type=Path),
+    metavar="FILE|DATABASE",
+    help="Tune what programs asked instead, as elsa-tune run recorded it.",
+)
+@click.option(
     "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds, compiling included."
 )
 @click.option(
@@ -57,8 +61,8 @@ def main() -> None:
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_mistakes_are_messages
-def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, effort: str, seed: int, sampler: str,
-         exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
+def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Path | None, budget: float, effort: str,
+         seed: int, sampler: str, exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
@@ -69,6 +73,16 @@ def tune(device: str, workload: str, problems: tuple[str, ...], budget: float, e
     from elsa_tune.tuning import tune as tuning
 
     console = screen.console(stderr=as_json)
+    if from_traffic is not None:
+        if problems or offline or workload != "default":
+            raise ElsaTuneError(
+                "--from-traffic says which problems to tune; leave out --problem, --workload and --offline"
+            )
+        traffic = cli_run.recorded(from_traffic)
+        sys.exit(cli_run.tune_for(
+            console, traffic, str(from_traffic), as_json=as_json, device=device, budget=budget, effort=effort, seed=seed, sampler=sampler,
+            exhaustive=exhaustive, storage=storage,
+        ))  # fmt: skip
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
@@ -222,6 +236,7 @@ def export(problem: str, device: str, output: Path | None) -> None:
 
 
 main.add_command(cli_db.db)
+main.add_command(cli_run.run)
 
 
 @main.command()

@@ -15,7 +15,7 @@ from elsa_tune.errors import ElsaTuneError
 if TYPE_CHECKING:
     from elsa_tune.remember.foreign import Imported
 
-EXIT_INCOMPLETE, EXIT_MISTAKE = 1, 2
+EXIT_INCOMPLETE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
 
 P = ParamSpec("P")
 R = TypeVar("R")

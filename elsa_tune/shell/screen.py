@@ -24,8 +24,11 @@ from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.remember.foreign import Difference
 from elsa_tune.shell import whole_models
+from elsa_tune.traffic import LEAST_SHARE, Traffic, merged, of, wall_of, worth_tuning
 from elsa_tune.tuning.fleet import Member
+from elsa_tune.tuning.forecast import Forecast
 from elsa_tune.tuning.offline import Ranking, Target, occupancy
+from elsa_tune.tuning.race import Ratio
 from elsa_tune.tuning.report import Outcome, Report
 from elsa_tune.tuning.task import Progress, Task
 
@@ -168,7 +171,59 @@ def winner_json(found: Evidence) -> dict[str, Any]:
     return {**{f.name: newest[f.name] for f in fields(Measurement) if f.init}, **pooled}
 
 
-def report_json(report: Report) -> str:
+def print_traffic(console: Console, traffic: Iterable[Traffic], device: Device, wall: float) -> None:
+    """What programs asked of a device, what of it is tuned, and what is not."""
+    found = of(device, traffic)
+    asked, tuned = merged(one.asked for one in found), worth_tuning(one.asked for one in found)
+    lasted, total = max(wall, wall_of(found)), sum(one.seconds for one in asked)
+    table = _table("asked", "calls", "seconds", "of the program")
+    for one in asked:
+        if one.problem in tuned:
+            table.add_row(
+                str(one.problem), str(one.calls), f"{one.seconds:.3f}", f"{one.seconds / lasted:.1%}" if lasted else "-"
+            )
+    console.print(table, highlight=False)
+    calls = sum(one.calls for one in asked)
+    told = f"{calls} calls of {len(asked)} problem{'s' * (len(asked) > 1)} took {total:.3f} s of {lasted:.1f} s"
+    if rest := [one for one in asked if one.problem not in tuned]:
+        seconds = sum(one.seconds for one in rest)
+        told += f"; not tuned: {len(rest)} of less than {LEAST_SHARE:.0%} each, {seconds:.3f} s together"
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def print_forecast(console: Console, found: Forecast) -> None:
+    """What traffic will gain by the winners of a device."""
+    table = _table("forecast", "calls", "seconds by torch", "ratio [95 %]", "saved")
+    for gain in found.gains:
+        if gain.saved > 0:
+            table.add_row(
+                str(gain.problem), str(gain.calls), f"{gain.before:.3f}", _interval(gain.ratio), f"{gain.saved:.3f}"
+            )
+    if table.row_count:
+        console.print(table, highlight=False)
+    after = found.after
+    console.print(
+        f"attention on {found.device}: {found.before:.3f} s by torch, {after.median:.3f} [{after.low:.3f}, {after.high:.3f}] s by the winners,"
+        f" {_interval(found.attention)} times as fast", highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if found.whole is not None:
+        told = f"the program as a whole: {found.wall:.1f} s, {_interval(found.whole)} times as fast"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def forecast_json(found: Forecast) -> dict[str, Any]:
+    """A forecast as JSON types; ``whole`` is null where nobody knows what the programs took."""
+    gains = [{**asdict(gain), "problem": str(gain.problem), "saved": gain.saved} for gain in found.gains]
+    said = {"device": str(found.device), "wall": found.wall, "before": found.before, "gains": gains}
+    intervals = {"after": found.after, "attention": found.attention, "whole": found.whole}
+    return {**said, **{name: value and asdict(value) for name, value in intervals.items()}}
+
+
+def report_json(report: Report, forecasts: Iterable[Forecast] = ()) -> str:
     """A run's report for programs."""
     lines = [
         {
@@ -184,6 +239,7 @@ def report_json(report: Report) -> str:
     gains = {g.model.name: {"attention": g.attention, "whole": g.whole} for g in whole_models.gains(report.outcomes)}
     content = {
         "complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines, "models": gains,
+        "forecasts": [forecast_json(one) for one in forecasts],
     }  # fmt: skip
     return json.dumps(content, indent=2)
 

@@ -23,12 +23,12 @@ class Effort:
     seconds: float
     final_rounds: int
 
-    def target(self, call: float, is_gpu: bool) -> int:
-        """Trials a problem deserves: fewer where one takes long."""
+    def target(self, call: float, is_gpu: bool, weight: float = 1.0) -> int:
+        """Trials a problem deserves: fewer where one takes long, ``weight`` times as many as one of weight 1."""
         affordable, most = int(self.seconds / (1.0 + 8 * call)), self.trials
         if is_gpu:  # a trial takes a fraction of a second, and the space has more corners
             affordable, most = GPU_TRIALS * affordable, GPU_TRIALS * most
-        return max(self.fewest, min(most, affordable))
+        return max(self.fewest, round(weight * min(most, affordable)))
 
     def rounds(self, call: float) -> int:
         """Rounds of a final: more of fast calls."""

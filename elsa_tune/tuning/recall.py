@@ -31,7 +31,7 @@ def recall(run: Run, task: Task) -> None:
         elif m.status == "ok":
             suggest(run, task, m.variant)
     pool(run, task)
-    task.target = run.effort.target(task.seconds, device.is_gpu) if task.searches else 0
+    task.target = run.effort.target(task.seconds, device.is_gpu, task.weight) if task.searches else 0
     for winner in known_winners(device, layers(), family=problem.family):
         suggest(run, task, winner.variant)
     for m in database.measurements(local=False, problem=str(problem), status="ok"):

@@ -19,6 +19,7 @@ class Task:
 
     problem: Problem
     searches: list[Search]
+    weight: float = 1.0  # how much it matters beside the others, 1 on average
     incumbent: Incumbent | None = None
     trials: int = 0
     target: int = 0

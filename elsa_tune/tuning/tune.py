@@ -6,13 +6,13 @@ recall -> incumbent -> ask -> build -> check -> race -> record, again and again 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device, detect, host_cpu
-from elsa_tune.errors import ElsaTuneError
+from elsa_tune.errors import ElsaTuneError, shown
 from elsa_tune.problem import Problem
 from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import listeners, refresh_all
@@ -35,7 +35,7 @@ BUDGET = 180.0
 
 
 def tune(
-    problems: Sequence[Problem | str] | None = None,
+    problems: Sequence[Problem | str] | Mapping[Problem, float] | None = None,
     *,
     workload: str = "default",
     device: str = "auto",
@@ -49,10 +49,11 @@ def tune(
 ) -> Report:
     """Find the fastest exact kernel for each problem on each device, and record everything that was measured.
 
-    ``problems`` are Problems or their spellings; without them the workload's. ``budget`` is wall seconds, compiling
-    included. ``effort`` is quick or full; ``sampler`` local, tpe or random; ``exhaustive`` walks the whole space instead.
-    ``storage`` shares the search with every machine of this model that names it (elsa_tune.tuning.fleet.open_storage).
-    Raises FleetUnreachable, BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any moment: what is recorded stays.
+    ``problems`` are Problems or their spellings, or a mapping from Problems to weights, to which their trials are proportional; without them
+    the workload's. ``budget`` is wall seconds, compiling included. ``effort`` is quick or full; ``sampler`` local, tpe or random;
+    ``exhaustive`` walks the whole space instead. ``storage`` shares the search with every machine of this model that names it
+    (elsa_tune.tuning.fleet.open_storage). Raises FleetUnreachable, BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any
+    moment: what is recorded stays.
     """
     if effort not in EFFORTS:
         raise ElsaTuneError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORTS)}")
@@ -61,18 +62,25 @@ def tune(
     notes += refresh_all()
     with Database.for_writing() as database:
         for number, here in enumerate(devices):
-            given = [
-                p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, here)
-            ]
-            wanted = list(dict.fromkeys(given))
+            wanted = _weighted(problems or workloads.read(workload, here))
             share = (budget - (time.monotonic() - start)) / (len(devices) - number)
             with ExitStack() as stack:
                 fleet = stack.enter_context(Fleet(storage, database.installation, here)) if storage else None
                 look = partial(searches, device=here, notes=notes, sampler=sampler, seed=seed, exhaustive=exhaustive)
-                tasks = [Task(p, look(p, fleet=fleet)) for p in wanted]
+                tasks = [Task(p, look(p, fleet=fleet), weight) for p, weight in wanted.items()]
                 _tune(stack.enter_context(running(database, here, effort, share, watch, notes, tasks)))
             outcomes += [Outcome.of(database, p, here) for p in wanted]
     return _reported(outcomes, start, notes)
+
+
+def _weighted(given: Sequence[Problem | str] | Mapping[Problem, float]) -> dict[Problem, float]:
+    """Each problem once, with a weight that is 1 on average. Raises BadProblem, ElsaTuneError."""
+    each = given.items() if isinstance(given, Mapping) else ((problem, 1.0) for problem in given)
+    weights = {p if isinstance(p, Problem) else Problem.parse(p): weight for p, weight in each}
+    if wrong := [weight for weight in weights.values() if not 0 < weight < float("inf")]:
+        raise ElsaTuneError(f"problems have the weight {shown(wrong[0])}; give each a number above 0")
+    mean = sum(weights.values()) / len(weights)
+    return {problem: weight / mean for problem, weight in weights.items()}
 
 
 def settle(
@@ -150,7 +158,7 @@ def _find_incumbent(run: Run, task: Task) -> None:
             task.incumbent = incumbent
     except WorkerFailed as error:
         run.notes.append(f"{task.problem}: torch's own kernels could not be timed: {error.reason}")
-    task.target = run.effort.target(task.seconds, run.device.is_gpu) if task.searches else 0
+    task.target = run.effort.target(task.seconds, run.device.is_gpu, task.weight) if task.searches else 0
 
 
 def _search(run: Run, reserve: float) -> None:

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -71,6 +72,7 @@ std::unordered_map<Layout, std::shared_ptr<const Entry>, Hash> table;
 std::deque<Row> rows;
 TorchLibraryHandle of_torch = nullptr, of_ours = nullptr;  // registrations of `attend`
 std::atomic<bool> asks{false};  // whether each call is Python's to decide
+std::atomic<bool> roughly{false};  // whether lengths of keys that are served alike are counted together
 std::atomic<bool> passive{true};   // whether torch's own kernel answers everybody
 thread_local int aside = 0;
 thread_local std::string failure;  // why elsa_tune::decide failed
@@ -128,6 +130,29 @@ void lay_out(const Real* sums, Real* to, const int64_t* sizes, const int64_t* st
       Real* there = to + b * strides[0] + h * strides[1];
       for (int64_t i = 0; i < sizes[2]; ++i) there[i * strides[2]] = sums[i] == none ? Real(0) : sums[i];
     }
+}
+
+/// The least length of keys that is served as `length` is, as Problem.nearby has it.
+int64_t least_nearby(int64_t length) {
+  int64_t step = 1;
+  while (length / step >= 16) step *= 2;
+  return length / step * step;
+}
+
+/// With the least length of keys that is served alike, and without the strides that a problem does not tell.
+Layout nearby(const Layout& layout) {
+  Layout found = layout;
+  int64_t *key = &found.words[3 + 2 * AXES], *value = key + 2 * AXES, *mask = value + 2 * AXES;
+  const int64_t length = key[2], least = length > 0 ? least_nearby(length) : length;
+  for (int64_t* x : {key, value}) {
+    int64_t* strides = x + AXES;
+    strides[0] = 0;
+    if (strides[1] == length * x[3]) strides[1] = least * x[3];
+    if (x[2] == length) x[2] = least;
+  }
+  if (mask[3] == length) mask[3] = least;
+  std::fill_n(mask + AXES, AXES, 0);
+  return found;
 }
 
 struct Arguments {
@@ -221,10 +246,16 @@ bool answered(Arguments& given, Handle* results) {
   Layout layout;
   if (passive || asks || given.dropout != 0 || !given.look_alike(layout)) return false;
   std::shared_lock lock(guard);
-  const auto found = table.find(layout);
+  auto found = table.find(layout);
+  const bool is_new = found == table.end();
+  if (is_new && roughly) found = table.find(nearby(layout));
   if (found == table.end()) return false;
   const std::shared_ptr<const Entry> entry = found->second;
   lock.unlock();
+  if (is_new) {  // from now on it is known itself
+    std::unique_lock more(guard);
+    if (table.size() < MOST) table.emplace(layout, entry);
+  }
   const int64_t begin = nanoseconds();
   if (!(entry->kernel ? by_kernel(*entry, layout, given, results) : by_torch(given, results))) return false;
   ++entry->row->calls;
@@ -331,6 +362,17 @@ EXPORT void elsa_bind(const int64_t* layout, Kernel kernel, const char* call, in
   entry->row = &rows[row];
   if (table.size() >= MOST) table.clear();
   table[key] = std::move(entry);
+}
+
+/// From now on torch's own kernel answers tensors whose layout is not known too, where one that is served alike is known, and `row` counts them.
+EXPORT void elsa_bind_roughly(const int64_t* layout, int64_t row) {
+  Layout key;
+  std::memcpy(key.words.data(), layout, sizeof key.words);
+  auto entry = std::make_shared<Entry>();
+  std::unique_lock lock(guard);
+  entry->row = &rows[row];
+  table.emplace(nearby(key), std::move(entry));
+  roughly = true;
 }
 
 EXPORT void elsa_forget() {

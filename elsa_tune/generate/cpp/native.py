@@ -62,6 +62,7 @@ class Native:
         library.elsa_bind.argtypes = [
             _Words, ctypes.c_void_p, ctypes.c_char_p, _I64, _Words, _Words, ctypes.c_double, _I64, ctypes.c_int, _I64,
         ]  # fmt: skip
+        library.elsa_bind_roughly.argtypes = [_Words, _I64]
         library.elsa_ask.argtypes = [ctypes.c_int]
         self.disable, self.forget, self.ask = library.elsa_disable, library.elsa_forget, library.elsa_ask
         self.aside = ctypes.PyDLL(str(path)).elsa_aside
@@ -85,10 +86,7 @@ class Native:
         kernel: Kernel | None = None, results: tuple[Tensor, Tensor] | None = None, operands: Operands = (),
     ) -> None:  # fmt: skip
         """As elsa_tune.generate.backends.Interposer says: C++ kernels, whose only tensor among operands is the mask itself."""
-        layout = [_number_of(tensors[0].dtype), int(is_causal), _number_of(mask.dtype) if mask is not None else -1]
-        for x in (*tensors, mask):
-            layout += _axes(x)
-        text = (_I64 * len(layout))(*layout)
+        text = _layout(tensors, is_causal, mask)
         if kernel is None:
             self._library.elsa_bind(text, None, None, 0, None, None, 0.0, -1, 0, counts.number)
             return
@@ -105,6 +103,12 @@ class Native:
                 output.nbytes >= huge_pages.FRESH, counts.number,
             )  # fmt: skip
 
+    def bind_roughly(
+        self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, counts: Counts
+    ) -> None:
+        """As elsa_tune.generate.backends.Interposer says."""
+        self._library.elsa_bind_roughly(_layout(tensors, is_causal, mask), counts.number)
+
 
 class _Row:
     """A row of the extension: called, how many calls somebody answered, and in how many seconds."""
@@ -116,6 +120,16 @@ class _Row:
         calls, spent = _I64(), _I64()
         self._library.elsa_counts(self.number, calls, spent)
         return calls.value, spent.value / 1e9
+
+
+def _layout(
+    tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None
+) -> ctypes.Array[ctypes.c_int64]:
+    """What a call's tensors look like, in the words of native.cpp."""
+    words = [_number_of(tensors[0].dtype), int(is_causal), _number_of(mask.dtype) if mask is not None else -1]
+    for x in (*tensors, mask):
+        words += _axes(x)
+    return (_I64 * len(words))(*words)
 
 
 def _address(x: object) -> int | None:

@@ -1,0 +1,193 @@
+"""The command line's part for programs: `elsa-tune run -- COMMAND`, and tuning from what programs asked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elsa_tune.errors import BadWorkload, ElsaTuneError
+from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
+
+if TYPE_CHECKING:
+    from elsa_tune.traffic import Traffic
+
+PASSED_ON, OF_TERMINALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), ("SIGINT", "SIGQUIT")
+"""Signals that who sends them to this process means for the program, and those that a terminal sends to both."""
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
+@click.option(
+    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds of tuning."
+)
+@click.option(
+    "--effort",
+    default="quick",
+    show_default=True,
+    type=click.Choice(["quick", "full"]),
+    help="How many trials a problem deserves.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Add what was recorded to this file too, JSON lines."
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@mistakes_are_messages
+def run(device: str, budget: float, effort: str, output: Path | None, command: tuple[str, ...]) -> None:
+    """Run COMMAND as it is, record what it asks of torch's attention, and tune that.
+
+    Write it as in: elsa-tune run -- python program.py. What was recorded is kept in the database before anything is tuned.
+    """
+    from elsa_tune import places
+    from elsa_tune.remember.database import Database
+    from elsa_tune.shell import screen
+
+    with Database.for_writing():  # what cannot be kept is better told before
+        _add(b"", output)
+    _prepare()
+    with tempfile.TemporaryDirectory(prefix="traffic-", dir=places.home()) as folder:
+        file = Path(folder) / "traffic.jsonl"
+        ended = _run(command, file)
+        traffic = _kept(file, output, ended)
+    console = screen.console(stderr=True)
+    console.print(f"{shlex.join(command)}: {ended}", highlight=False, markup=False, soft_wrap=True)
+    source = output or places.database()
+    status = tune_for(console, traffic, str(source), device=device, budget=budget, effort=effort, wall=ended.wall)
+    if status != EXIT_INTERRUPTED:
+        use = f"Use it: ELSA_TUNE=1 {shlex.join(command)}"
+        console.print(use, highlight=False, markup=False, soft_wrap=True)
+    sys.exit(status or (EXIT_INCOMPLETE if ended.status else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """How a program ended: its exit status, negative for a signal, and the wall seconds that it took."""
+
+    status: int
+    wall: float
+
+    def __str__(self) -> str:
+        told = f"ended by {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
+        return f"{told}, {self.wall:.1f} s"
+
+
+def _prepare() -> None:
+    """Build what counts calls without Python now: its seconds are not the program's."""
+    from elsa_tune.generate import backends
+
+    with suppress(Exception):  # without a compiler Python counts them
+        for name in backends.candidates():
+            backends.get(name).interposer()
+
+
+def _run(command: Sequence[str], file: Path) -> _Ended:
+    """Run a program that records into a file, on our own stdin, stdout and stderr. Raises ElsaTuneError."""
+    begin = time.monotonic()
+    try:
+        program = subprocess.Popen(command, env={**os.environ, "ELSA_TUNE_RECORD": str(file)})
+    except OSError as error:
+        raise ElsaTuneError(
+            f"{command[0]}: {error.strerror}; name a program, as in elsa-tune run -- python program.py"
+        ) from error
+    with _passed_on(program):
+        status = program.wait()
+    return _Ended(status, time.monotonic() - begin)
+
+
+@contextmanager
+def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Inside, signals are the program's."""
+
+    def pass_on(number: int, frame: object) -> None:
+        if signal.Signals(number).name in PASSED_ON:
+            program.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in (*OF_TERMINALS, *PASSED_ON) if hasattr(signal, name)]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
+    """What a program recorded, kept in the database, and in a file where one is named. Raises ElsaTuneError where that is nothing."""
+    from elsa_tune.remember import traffic as recorded
+    from elsa_tune.remember.database import Database
+
+    if not file.exists():
+        raise ElsaTuneError(
+            f"nothing was recorded ({ended}): no Python of the command imported torch where elsa-tune is installed; install it there with pip,"
+            " and name a program that does"
+        )
+    found = recorded.read(file)
+    if not found:
+        raise ElsaTuneError(
+            f"nothing was recorded ({ended}): the program asked no attention of torch's fused CPU operator (torch 2.9 and later), nor of"
+            " elsa_tune.attention; see docs/how-to/tune-from-traffic.md"
+        )
+    with Database.for_writing() as database:
+        database.keep_traffic(found)
+    _add(file.read_bytes(), output)
+    return found
+
+
+def recorded(path: Path) -> list[Traffic]:
+    """The traffic of a file or a database. Raises BadWorkload, also where there is none."""
+    from elsa_tune.remember import traffic
+
+    found = traffic.read(path)
+    if not found:
+        raise BadWorkload(f"traffic {path} is empty; elsa-tune run -- python program.py records some")
+    return found
+
+
+def _add(lines: bytes, output: Path | None) -> None:
+    """Add lines to a file, if one is named. Raises ElsaTuneError."""
+    if output is None:
+        return
+    try:
+        with output.open("ab") as file:
+            file.write(lines)
+    except OSError as error:
+        raise ElsaTuneError(f"{output}: {error.strerror}; name a file that can be written with -o") from error
+
+
+def tune_for(
+    console: Any, traffic: Sequence[Traffic], source: str, *, wall: float = 0.0, as_json: bool = False, device: str = "auto",
+    **options: Any,
+) -> int:  # fmt: skip
+    """Say what was asked, tune for it, and print what that gains; the exit status. ``source`` is where the traffic is kept."""
+    from elsa_tune.shell import screen
+    from elsa_tune.tuning import from_traffic
+
+    for here in from_traffic.devices(device, traffic):
+        screen.print_traffic(console, traffic, here, wall)
+    try:
+        with screen.LiveProgress(console) as watch:
+            report, forecasts = from_traffic.tune(traffic, device=device, wall=wall, watch=watch, **options)
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped; what was recorded and measured is kept, and this goes on from it: elsa-tune --from-traffic {shlex.quote(source)}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return EXIT_INTERRUPTED
+    if as_json:
+        click.echo(screen.report_json(report, forecasts))
+    else:
+        screen.print_report(console, report)
+        for one in forecasts:
+            screen.print_forecast(console, one)
+    return 0 if report.complete else EXIT_INCOMPLETE
