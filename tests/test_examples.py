@@ -17,7 +17,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NUMBER = r"(\d[\d.e+-]*)"
 TIMED = re.compile(rf"before: {NUMBER} s, after: {NUMBER} s, {NUMBER} times")
 TOKENS = re.compile(rf"tokens per second before: {NUMBER}, after: {NUMBER}")
-COUNTED = re.compile(r"^ *(\d+) calls of (fp32\.d16\S*)(?: and (\d+) other shapes)? by torch   \(elsa-tune --problem \2\)", re.M)
+COUNTED = re.compile(
+    r"^ *(\d+) calls of (fp32\.d16\S*)(?: and (\d+) other shapes)? by torch   \(elsa-tune --problem \2\)", re.M
+)
 
 NEEDS = dict(
     vit="transformers", swin="timm", bert="transformers", llama_decode="transformers", training_step="transformers",
@@ -39,7 +41,9 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "in_turns"}
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # what transformers 5.40 calls otherwise; torch's own export
+@pytest.mark.filterwarnings(
+    "ignore:.*deprecated:FutureWarning"
+)  # what transformers 5.40 calls otherwise; torch's own export
 @pytest.mark.parametrize("name", NEEDS)
 def test_an_example_compares(
     name: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
