@@ -217,7 +217,8 @@ def _aligned(array: Array, given: Any) -> Tensor:
     return value[(None,) * (len(array.axes) - value.dim())] if value.dim() < len(array.axes) else value
 
 
-def _whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
+def whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
+    """An argument that must be a whole number. Raises WrongArguments."""
     try:
         whole = index(value)
     except TypeError:  # a float, or a tensor of several or of floats
@@ -248,8 +249,8 @@ def window(left: int | None, right: int | None = 0, lower_right: bool = False) -
     own position is the last key's."""
     last = "_lower_right" if _flag("lower_right", lower_right) else ""
     integers = {
-        "left": LARGEST if left is None else _whole("left", left),
-        "right": LARGEST if right is None else _whole("right", right),
+        "left": LARGEST if left is None else whole("left", left),
+        "right": LARGEST if right is None else whole("right", right),
     }
     return AttnMask(
         f"window{last}", operands={f"{name}{'late' if lower_right else ''}": n for name, n in integers.items()}
@@ -258,7 +259,7 @@ def window(left: int | None, right: int | None = 0, lower_right: bool = False) -
 
 def prefix(p: int) -> AttnMask:
     """Keys up to a query's own position, and the first ``p``."""
-    return AttnMask("prefix", operands={"prefix": _whole("p", p)})
+    return AttnMask("prefix", operands={"prefix": whole("p", p)})
 
 
 def lengths(kv_lengths: Tensor | Sequence[int], start: Tensor | Sequence[int] | None = None) -> AttnMask:
@@ -287,7 +288,7 @@ def blocks(layout: Tensor, block_q: int, block_k: int) -> AttnMask:
 
 
 def _block(name: str, value: Any) -> int:
-    return _whole(name, value, 1, LARGEST_BLOCK)
+    return whole(name, value, 1, LARGEST_BLOCK)
 
 
 def from_block_mask(block_mask: BlockMask) -> AttnMask:
@@ -335,7 +336,7 @@ def columns(bounds: Tensor, causal: bool) -> AttnMask:
 def strided(*, heads: int, local: int, stride: int, block: int) -> AttnMask:
     """S2-Attention: causal, and of blocks of ``block`` positions the query in block i of head h sees block j where i - j < ``local`` or
     (j + h step) is a multiple of ``stride``, with step = max(1, stride // heads)."""
-    own = {"heads": _whole("heads", heads, 1), "local": _whole("local", local), "stride": _whole("stride", stride, 1)}
+    own = {"heads": whole("heads", heads, 1), "local": whole("local", local), "stride": whole("stride", stride, 1)}
     size = _block("block", block)
     return CAUSAL & AttnMask("blocks", operands={"blockq": size, "blockk": size, "blocks": _Strided(**own, block=size)})
 

@@ -27,11 +27,15 @@ NEEDS = dict(
 )  # fmt: skip
 """What each example imports beyond torch."""
 
-CALLS = dict(vit=5 * 2, swin=5 * 4, bert=5 * 2, llama_decode=5 * 2 * 8)
-"""A first call, three rounds, one for the difference, of each layer and token; others' calls are in no row where torch answers."""
+CALLS = dict(
+    vit=5 * 2, swin=5 * 4, bert=5 * 2, llama_decode=5 * 2 * 8, training_step=5 * 2, export_aoti=5 * 2,
+    offload=2 * (16 * 5 + 4 * 6),
+)  # fmt: skip
+"""A first call, three rounds, one for the difference, of each layer and token; of an offloaded cache in five parts each, of which the last
+four tokens meet a sixth."""
 
-OTHER_SHAPES = dict(swin=1, llama_decode=7)
-"""Beside the shape called most of a family: of Swin's second stage, of every further token."""
+OTHER_SHAPES = dict(swin=1, llama_decode=7, offload=15)
+"""Beside the shape called most of a family: of Swin's second stage, of every further token, of every length of the last part."""
 
 TOKENS_OF = dict(llama_decode=8, offload=4)
 """Tokens of a call, of those that decode."""

@@ -56,6 +56,20 @@ PADDINGS = {"none": torch.ones_like(LEFT), "left": LEFT, "right": RIGHT, "holes"
 PADDED = [
     (name, padding) for name in DECODERS for padding in PADDINGS if name == "llama" or padding in ("none", "left")
 ]
+
+
+def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return k <= q
+
+
+def _window(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (k <= q) & (k > q - 8)
+
+
+def _chunks(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (k <= q) & (k // 8 == q // 8)
+
+
 PACKED = torch.cat([torch.arange(9), torch.arange(15)])[None].expand(BATCH, -1)
 
 
@@ -169,13 +183,87 @@ def test_packed_sequences_do_not_see_each_other(ours: None, name: str) -> None:
     assert all(family.startswith("ranges") for family in served) and sum(served.values()) == 2
 
 
-def test_sequences_may_be_told_as_flash_attention_is_told_them(ours: None) -> None:
-    model, cu = decoder("mistral"), torch.tensor([0, 9, LENGTH], dtype=torch.int32)
-    one = torch.cat([TOKENS[0, :9], TOKENS[1, : LENGTH - 9]])[None]
-    told = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=15, max_length_k=15)
-    found = of(model, "elsa", input_ids=one, position_ids=PACKED[:1], use_cache=False, **told).logits
-    each = [of(model, "eager", input_ids=x).logits for x in (TOKENS[:1, :9], TOKENS[1:2, : LENGTH - 9])]
-    close(found, torch.cat(each, 1))
+@pytest.mark.parametrize("how", ["by kernels", "by torch", "compiled", "offloaded"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "llama4"])
+def test_sequences_may_be_told_as_flash_attention_is_told_them(ours: None, name: str, how: str, tmp_path: Path) -> None:
+    """Without position_ids, of which the mask would tell them; chunks and windows count as the mask has them, from the row's first token."""
+    model, cu = decoder(name), torch.tensor([0, 8, LENGTH], dtype=torch.int32)
+    told = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=16, max_length_k=16)
+    same = torch.block_diag(torch.ones(8, 8), torch.ones(16, 16)).bool()[None, None]
+    function = _window if name == "mistral" else _chunks if name == "llama4" else _causal
+    seen = same & transformers.AttentionMaskInterface()["sdpa"](
+        batch_size=1, q_length=LENGTH, kv_length=LENGTH, mask_function=function, allow_is_causal_skip=False
+    )
+    hidden = torch.where(seen, 0.0, -torch.inf)
+    if name == "llama4":
+        expected = of(
+            model, "eager", input_ids=TOKENS[:1], attention_mask={"full_attention": hidden, "chunked_attention": hidden}
+        ).logits
+    else:
+        expected = of(model, "eager", input_ids=TOKENS[:1], attention_mask=hidden).logits
+    inputs: dict[str, Any] = dict(input_ids=TOKENS[:1], use_cache=how == "offloaded", **told)
+    if how == "offloaded":
+        inputs["past_key_values"] = OffloadedCache(0, chunk=5, folder=tmp_path)
+    if how == "by torch":
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(serving, "_ready_kernel", lambda *_: ("", None))
+        serving.refresh()
+        found = of(model, "elsa", **inputs).logits
+        monkey.undo()
+    elif how == "compiled":
+        torch._dynamo.reset()
+        model.set_attn_implementation("elsa")
+        with torch.no_grad():
+            found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+    else:
+        found = of(model, "elsa", **inputs).logits
+    close(found, expected)
+
+
+def test_sequences_that_are_told_wrongly_are_refused() -> None:
+    module, x, cu = torch.nn.Identity(), torch.randn(1, 2, 4, 16), torch.tensor([0, 4])
+    attend = transformers.AttentionInterface()["elsa"]
+    for told, word in (
+        (dict(cu_seq_lens_q=cu), "cu_seq_lens_k"),
+        (dict(cu_seq_lens_q=[0, 4], cu_seq_lens_k=cu), "cu_seq_lens_q"),
+        (dict(cu_seq_lens_q=cu, cu_seq_lens_k=torch.tensor([0, 2, 4])), "as many"),
+    ):
+        with pytest.raises(WrongArguments, match=word):
+            attend(module, x, x, x, None, **told)
+
+
+def test_causality_does_not_depend_on_what_a_module_says_of_itself() -> None:
+    """Decoders that were never written for torch's function do not say that they are causal."""
+    found = mask(batch_size=1, q_length=6, kv_length=6)
+    module = torch.nn.Identity()
+    module.is_causal = False
+    x = torch.randn(1, 2, 6, 16)
+    answer, _ = transformers.AttentionInterface()["elsa"](module, x, x, x, found)
+    close(answer.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True))
+
+
+@pytest.mark.parametrize(("config", "is_none"), [("LlamaConfig", True), ("NllbMoeConfig", False), ("dict", False)])
+def test_compiled_causality_is_left_to_modules_that_tell_it(config: str, is_none: bool) -> None:
+    made = getattr(transformers, config, dict)()
+    compiled = torch.compile(lambda x: mask(1, len(x), len(x), config=made), backend="eager", fullgraph=True)
+    found = compiled(torch.ones(6))
+    assert (found is None) is is_none and (is_none or torch.equal(found[0, 0], torch.ones(6, 6).tril().bool()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 5), (1, 1, 5, 6)])
+def test_a_mask_of_other_lengths_is_refused_as_torch_refuses_it(ours: None, shape: tuple[int, ...]) -> None:
+    found = mask(batch_size=1, q_length=shape[2], kv_length=shape[3], allow_is_causal_skip=False)
+    x = torch.randn(1, 2, 6, 16)
+    with pytest.raises((ValueError, RuntimeError)):
+        transformers.AttentionInterface()["elsa"](torch.nn.Identity(), x, x, x, found)
+
+
+def test_masks_of_other_kinds_are_told_by_name() -> None:
+    x, attend = torch.randn(1, 2, 6, 16), transformers.AttentionInterface()["elsa"]
+    with pytest.raises(WrongArguments, match=r"attention_mask is torch.int64"):
+        attend(torch.nn.Identity(), x, x, x, torch.ones(1, 1, 6, 6, dtype=torch.long))
+    with pytest.raises(WrongArguments, match=r"attention_mask is \[2, 6\]"):
+        mask(batch_size=3, q_length=6, kv_length=6, attention_mask=torch.ones(2, 6, dtype=torch.bool))
 
 
 def _bert() -> tuple[Any, dict[str, Any]]:
@@ -444,6 +532,7 @@ def test_a_deferred_tensor_is_made_when_somebody_looks_and_once() -> None:
     assert not x.is_held
     assert torch.equal(x[1], torch.arange(4.0, 8.0)) and x.is_held and made == [1]
     assert torch.equal(copy.deepcopy(x), x.made())
+    assert x.tolist() == x.made().tolist() and x.numpy().sum() == 66 and x.share_memory_().is_shared()
 
 
 def test_a_kernel_is_given_memory_where_a_mask_holds_a_tensor_that_only_stands_for_one(ours: None) -> None:
@@ -521,7 +610,32 @@ def test_an_offloaded_cache_says_what_is_wrong(tmp_path: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     model, kept = decoder("llama"), OffloadedCache(0, chunk=5, folder=tmp_path)
-    with pytest.raises(NoRoom, match=r"No space left.*another folder"):
-        of(model, "elsa", input_ids=TOKENS, past_key_values=kept)
+    expected = of(model, "eager", input_ids=TOKENS).logits
+    of(model, "elsa", input_ids=TOKENS[:, :4], past_key_values=kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "NamedTemporaryFile", full)
+        with pytest.raises(NoRoom, match=r"No space left.*another folder"):
+            of(model, "elsa", input_ids=TOKENS[:, 4:], past_key_values=kept)
+    assert [layer.get_seq_length() for layer in kept.layers] == [4, 4]
+    with torch.inference_mode():
+        found = model(input_ids=TOKENS[:, 4:9], past_key_values=kept).logits
+    close(found, expected[:, 4:9])
+    close(of(model, "elsa", input_ids=TOKENS[:, 9:], past_key_values=kept).logits, expected[:, 9:])
+    with pytest.raises(WrongArguments, match=r"key_states.*batch|key_states are \[1"):
+        of(model, "elsa", input_ids=TOKENS[:1, :1], past_key_values=kept)
+    with pytest.raises(WrongArguments, match=r"gradients.*DynamicCache"):
+        model(input_ids=TOKENS, past_key_values=OffloadedCache(0))
+
+
+def test_an_offloaded_cache_moves_nothing_for_a_crop_or_the_same_beams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = decoder("llama"), OffloadedCache(0, chunk=5, folder=tmp_path)
+    of(model, "elsa", input_ids=TOKENS[:, :17], past_key_values=kept)
+    chunks = [list(layer._full) for layer in kept.layers]
+    kept.crop(-1)
+    kept.reorder_cache(torch.arange(BATCH))
+    assert chunks == [layer._full for layer in kept.layers] and kept.get_seq_length() == 16
+    kept.crop(-7)
+    assert [layer._full for layer in kept.layers] == [one[:1] for one in chunks] and kept.get_seq_length() == 9

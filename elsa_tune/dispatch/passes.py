@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.dispatch import fallback, serving, torchs
+from elsa_tune.generate import incumbent
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.masks import NONE, AttnMask
@@ -23,9 +24,10 @@ def forward(
     output = serving.by_kernel(query, key, value, wanted, scale, enable_gqa, out, lse)
     if output is not None:
         return output, lse
-    if torchs.takes(query, key, value, wanted, scale, enable_gqa):
-        return torchs.forward(query, key, value, torchs.form(query, key, wanted), scale)
-    output = attend(query, key, value, wanted, scale, enable_gqa)
+    with serving.left_to_torch(query, key, value, wanted, enable_gqa), incumbent.aside():
+        if torchs.takes(query, key, value, wanted, scale, enable_gqa):
+            return torchs.forward(query, key, value, torchs.form(query, key, wanted), scale)
+        output = attend(query, key, value, wanted, scale, enable_gqa)
     query, key = query.expand(*output.shape[:2], -1, -1), key.expand(output.shape[0], -1, -1, -1)
     family = wanted.of(Problem(head_dim=max(1, query.shape[3])))
     return output, logsumexp(query, key, family, wanted.in_order(query, key), scale)

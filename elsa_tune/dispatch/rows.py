@@ -134,6 +134,13 @@ class Seen:
     def _parts(self) -> dict[tuple[int, int], Seen]:
         return {}
 
+    def dense(self, batch: int, kv_len: int) -> Tensor:
+        """bool [batch, 1, q_len, kv_len]: whether a pair is seen."""
+        key = torch.arange(kv_len, device=self.rows.low.device)
+        seen = (key >= self.rows.low[..., None]) & (key < self.rows.high[..., None])
+        seen = seen if self.tokens is None else seen & self.tokens[:, None]
+        return seen[:, None].expand(batch, 1, -1, kv_len)
+
     @cached_property
     def is_nothing(self) -> bool:
         """Whether no query sees any key."""

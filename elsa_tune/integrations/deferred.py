@@ -46,6 +46,18 @@ class Deferred(Tensor):
                 self._made = self._make()
         return self._made
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """What it stands for, as numpy has it."""
+        return self.made().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """What it stands for, as lists."""
+        return self.made().tolist()
+
+    def share_memory_(self) -> Any:
+        """What it stands for, in shared memory."""
+        return self.made().share_memory_()  # type: ignore[no-untyped-call]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.made().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 

@@ -20,10 +20,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from elsa_tune import places
 from elsa_tune.dispatch import passes
 from elsa_tune.dispatch.states import attention_with_lse, merge
-from elsa_tune.errors import NoRoom, WrongArguments, shown
+from elsa_tune.errors import NoRoom, WrongArguments
 from elsa_tune.generate.tensors import lse_dtype, needs_grad
 from elsa_tune.integrations.deferred import Deferred
-from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.masks import NONE, AttnMask, whole
 
 _Layer: Any = CacheLayerMixin  # whose methods have no types
 
@@ -70,15 +70,27 @@ class OffloadedCache(Cache):
     def __init__(
         self, budget: int, config: Any = None, *, chunk: int = CHUNK, folder: str | Path | None = None
     ) -> None:
-        for name, given, least in (("budget", budget, 0), ("chunk", chunk, 1)):
-            if isinstance(given, bool) or not isinstance(given, int) or given < least:
-                raise WrongArguments(f"{name} is {shown(given)}; it must be a whole number of at least {least}")
+        budget, chunk = whole("budget", budget), whole("chunk", chunk, 1)
         store = _Store(budget, chunk, places.home() / "offloaded" if folder is None else Path(folder))
         if config is None:
             super().__init__(layer_class_to_replicate=partial(OffloadedLayer, store))  # type: ignore[arg-type]
             return
         layers = DynamicCache(config=config).layers
         super().__init__(layers=[OffloadedLayer(store) if type(one) is DynamicLayer else one for one in layers])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """All key and value states of a layer, with these added. Where that raises, no layer holds anything of the step."""
+        layers: list[Any] = self.layers
+        before = layers[layer_idx].get_seq_length() if layer_idx < len(layers) else 0
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Exception:
+            for layer in layers:
+                with suppress(Exception):  # a sliding window's past is gone
+                    layer.crop(min(0, before - layer.get_seq_length()))
+            raise
 
 
 @dataclass
@@ -110,10 +122,10 @@ class _Store:
                 finally:
                     with suppress(OSError):  # where what is mapped cannot be removed
                         os.unlink(file.name)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's, where nothing more can be mapped
             raise NoRoom(
-                f"{states.bytes} bytes of keys and values cannot be written to {self.folder}: {error.strerror}; give OffloadedCache"
-                " another folder, or a larger budget"
+                f"{states.bytes} bytes of keys and values cannot be kept in {self.folder}: {error}; give OffloadedCache another folder,"
+                " or a larger budget"
             ) from error
         split = states.key.numel() * states.key.element_size()
         parts = zip((states.key, states.value), (whole[:split], whole[split:]), strict=True)
@@ -139,7 +151,8 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
         self.is_initialized = True
 
     def _empty(self, like: States) -> States:
-        return like.each(lambda x: x.new_empty((*x.shape[:2], self._store.chunk, x.shape[3])))
+        with torch.inference_mode(False):  # what is made inside may not be written to outside
+            return like.each(lambda x: x.new_empty((*x.shape[:2], self._store.chunk, x.shape[3])))
 
     @property
     def _now(self) -> list[States]:
@@ -148,10 +161,22 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
         return [*self._full, *rest]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All key states and all value states, [batch, kv_heads, tokens, dim]: tensors that load what is elsewhere when they are looked at."""
+        """All key states and all value states, [batch, kv_heads, tokens, dim]: tensors that load what is elsewhere when they are looked at.
+        Raises WrongArguments for states of another batch, and for those that need gradients, which nobody keeps."""
+        if torch.is_grad_enabled() and needs_grad(key_states, value_states):
+            raise WrongArguments(
+                "key_states or value_states need gradients, which an OffloadedCache does not keep; call under torch.no_grad(), or take a"
+                " DynamicCache"
+            )
         new = States(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self._last is not None
+        for name, there, given in (("key", self._last.key, key_states), ("value", self._last.value, value_states)):
+            if (there.shape[:2], there.shape[3]) != (given.shape[:2], given.shape[3]):
+                raise WrongArguments(
+                    f"{name}_states are {list(given.shape)}; the cache holds [{there.shape[0]}, {there.shape[1]}, tokens, {there.shape[3]}]"
+                )
         before = [] if len(new) == 1 else self._now
         self._append(new)
         parts = self._now if len(new) == 1 else [*before, new]
@@ -171,7 +196,7 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
                 self._full.append(self._last)
                 self._store.held += self._last.bytes
                 self._last, self._filled = self._empty(new), 0
-                self._move_out()
+                self._move_out()  # last, for it may raise
 
     def _move_out(self) -> None:
         """Move chunks elsewhere, the oldest first, until the others are within the budget."""
@@ -230,7 +255,10 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences of the batch."""
+        """Keep these sequences of the batch, which writes all chunks anew unless they are all, in order."""
+        batch = len(self._last.key) if self._last is not None else 0
+        if indices.dtype != torch.bool and indices.tolist() == list(range(batch)):
+            return
         self._changed(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:

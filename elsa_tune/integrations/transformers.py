@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from inspect import signature
 from typing import Any
@@ -20,7 +20,7 @@ from elsa_tune.dispatch import meaning, passes, serving
 from elsa_tune.dispatch.attention import attention, served
 from elsa_tune.dispatch.rows import Rows, Seen
 from elsa_tune.dispatch.varlen import attention_varlen
-from elsa_tune.errors import WrongArguments
+from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.tensors import needs_grad
 from elsa_tune.integrations import offloaded
@@ -55,37 +55,52 @@ class Mask(Deferred):
 
 def mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **named: Any,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, config: Any = None, **named: Any,
 ) -> Tensor | None:  # fmt: skip
     """transformers' mask interface: a Mask where the keys that a query sees lie together but for padding, which ``mask_function`` is asked
-    of every pair; bools [batch, 1, q_len, kv_len] elsewhere; None where attention needs no mask but causality."""
+    of every pair; bools [batch, 1, q_len, kv_len] elsewhere; None where all keys are seen, and who calls takes that for an answer. Raises
+    WrongArguments for an ``attention_mask`` that is not [batch, tokens]."""
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch_size)):
+        raise WrongArguments(f"attention_mask is {list(attention_mask.shape)}; it must be [{batch_size}, tokens]")
     asked = dict(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask,
+        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, **named,
     )  # fmt: skip
     device = torch.device(named.get("device", "cpu"))
     if _is_watched(device.type != "cpu") or not q_length or not kv_length:
-        return _by_torch(**asked, **named)
-    asked["q_offset"] = q_offset = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
-    rows = _rows(asked, named, device)
+        asked["allow_is_causal_skip"] = allow_is_causal_skip and _tells_causality(type(config))
+        return _by_torch(**asked, allow_is_bidirectional_skip=allow_is_bidirectional_skip)
+    asked["q_offset"] = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
+    rows = _rows(asked, device)
     if rows is None:
-        return _by_torch(**asked, **named)
+        return _by_torch(**asked)
     seen = Seen(rows, _tokens(attention_mask, kv_offset, kv_length))
-    if _needs_none(seen, kv_length, q_length, **named):
+    may_be_none = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
+    if may_be_none and seen.tokens is None and rows.reach == (0, kv_length) and rows.closed is NONE:
         return None
-    always = named | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     made: Mask = Mask(
-        partial(_made, asked | always), (batch_size, 1, q_length, kv_length), torch.bool, device
+        partial(seen.dense, batch_size, kv_length), (batch_size, 1, q_length, kv_length), torch.bool, device
     )  # fmt: skip
     made.seen = seen
     return made
 
 
-def _made(asked: dict[str, Any]) -> Tensor:
-    """The bools themselves."""
-    bools = _by_torch(**asked)
-    assert bools is not None  # None was not allowed
-    return bools
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tells_causality(kind: type) -> bool:
+    """Whether attention modules of such a config's model say themselves that they are causal: those that transformers' "sdpa" may serve."""
+    return _tells_causality_of(kind)
+
+
+@lru_cache(maxsize=256)
+def _tells_causality_of(kind: type) -> bool:
+    from transformers import AutoModel
+
+    try:
+        model: Any = AutoModel._model_mapping[kind]
+    except KeyError:
+        return False
+    return all(one._supports_sdpa for one in (model if isinstance(model, tuple) else (model,)))
 
 
 def _is_watched(on_gpu: bool) -> bool:
@@ -94,23 +109,22 @@ def _is_watched(on_gpu: bool) -> bool:
     return bool(followed) or (on_gpu and torch.cuda.is_current_stream_capturing())
 
 
-def _rows(asked: dict[str, Any], named: dict[str, Any], device: torch.device) -> Rows | None:
+def _rows(asked: dict[str, Any], device: torch.device) -> Rows | None:
     """What the mask function lets through, padding apart."""
     q_len, kv_len, function = asked["q_length"], asked["kv_length"], asked["mask_function"]
     if function is causal_mask_function:
         return Rows.causal(q_len, kv_len, asked["q_offset"] - asked["kv_offset"], device)
     if function is bidirectional_mask_function:
         return Rows.every(q_len, kv_len, device)
-    step = max(1, PAIRS // max(1, kv_len * asked["batch_size"]))
-    always = named | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    step = max(1, PAIRS // (kv_len * asked["batch_size"]))
 
     def pieces() -> Iterator[Tensor]:
         for first in range(0, q_len, step):
             some = dict(q_length=min(step, q_len - first), q_offset=asked["q_offset"] + first, attention_mask=None)
-            seen = _made(asked | some | always)
+            seen: Any = _by_torch(**asked | some)
             yield (seen[:1] if seen.stride(0) == 0 else seen)[:, 0]
 
-    return Rows.of(pieces()) if q_len else None
+    return Rows.of(pieces())
 
 
 def _tokens(attention_mask: Tensor | None, kv_offset: int, kv_len: int) -> Tensor | None:
@@ -121,19 +135,6 @@ def _tokens(attention_mask: Tensor | None, kv_offset: int, kv_len: int) -> Tenso
     padded = torch.nn.functional.pad(attention_mask.bool(), (0, missing)) if missing > 0 else attention_mask.bool()
     tokens = padded[:, kv_offset : kv_offset + kv_len]
     return None if bool(tokens.all()) else tokens
-
-
-def _needs_none(
-    seen: Seen, kv_len: int, q_len: int, allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False,
-    **named: Any,
-) -> bool:  # fmt: skip
-    """Whether attention without a mask does what is wanted, and who calls takes that for an answer."""
-    if seen.tokens is not None or seen.rows.reach != (0, kv_len):
-        return False
-    closed = seen.rows.closed
-    if closed is NONE:
-        return allow_is_bidirectional_skip or (allow_is_causal_skip and q_len == 1)
-    return allow_is_causal_skip and q_len == kv_len and str(closed) == str(CAUSAL)
 
 
 def attend(
@@ -150,21 +151,22 @@ def attend(
     own "sdpa" does. Raises WrongArguments for what means something to the model's own attention and cannot be done.
     """
     _refuse(module, named)
-    call = _Call.of(module, query, key, value, attention_mask, is_causal, position_bias, softcap, s_aux, scaling)
-    told = cu_seq_lens_q, cu_seq_lens_k, named.get("sliding_window")
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    call = _Call.of(query, key, value, attention_mask, is_causal, position_bias, softcap, s_aux, scaling)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        call = call.of_sequences(cu_seq_lens_q, cu_seq_lens_k)
     if _is_watched(not query.is_cpu):
         output = call.recorded(dropout)
     elif dropout:
         output = None
     elif isinstance(key, Parted):
         output = call.in_parts(key.parts)
-    elif (packed := call.packed(*told)) is not None:
-        output = call.in_sequences(*packed)
     else:
-        output = call.by_ours()
+        output = call.in_sequences()
+        output = call.by_ours() if output is None else output
     if output is None and call.is_torchs:
-        given = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
         with nullcontext() if dropout else call.left_to_torch(), incumbent.aside():
+            given, is_causal = call.torchs_mask()
             return _torchs(
                 module, query, key, value, given, dropout, scaling, is_causal, position_bias=position_bias, **named
             )
@@ -175,15 +177,15 @@ def attend(
 @dataclass(eq=False)
 class _Call:
     """One call of a model's attention. Which keys are seen is told by rows (``seen``), by bools (``hidden``), or is all up to a query's own
-    (``causal``), or all; what is done to scores, in transformers' order: a cap, what is ``added``, sinks. ``directed``: whether the model's
-    queries see what comes before them alone, whoever tells it."""
+    (``causal``), or all; what is done to scores, in transformers' order: a cap, what is ``added``, sinks. ``given`` is transformers' mask that
+    says so."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    given: Tensor | None
     seen: Seen | None
     hidden: Tensor | None
-    directed: bool
     causal: bool
     added: Tensor | None
     softcap: float | None
@@ -192,21 +194,64 @@ class _Call:
 
     @classmethod
     def of(
-        cls, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        is_causal: bool | None, position_bias: Tensor | None, softcap: float | None, sinks: Tensor | None, scale: float | None,
+        cls, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool,
+        position_bias: Tensor | None, softcap: float | None, sinks: Tensor | None, scale: float | None,
     ) -> _Call:  # fmt: skip
-        """What the arguments mean; a mask of floats is added."""
-        seen = attention_mask.seen if isinstance(attention_mask, Mask) and not attention_mask.is_held else None
-        hidden, added = None, position_bias
-        directed = query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if attention_mask is not None and seen is None:
-            plain = attention_mask.made() if isinstance(attention_mask, Deferred) else attention_mask
-            if plain.dtype == torch.bool:
-                hidden = plain
+        """What the arguments mean; a mask of floats is added. Raises WrongArguments for masks of other kinds."""
+        seen, hidden, added, given = None, None, position_bias, attention_mask
+        if isinstance(given, Mask) and not given.is_held and given.shape[2:] == (query.shape[2], key.shape[2]):
+            seen = given.seen
+        elif given is not None:
+            given = given.made() if isinstance(given, Deferred) else given
+            if given.dtype == torch.bool:
+                hidden = given
+            elif given.is_floating_point():
+                added = given if position_bias is None else position_bias + given
             else:
-                added = plain if position_bias is None else position_bias + plain
-        causal = directed and attention_mask is None
-        return cls(query, key, value, seen, hidden, directed, causal, added, softcap, sinks, scale)
+                raise WrongArguments(f"attention_mask is {given.dtype}; it must be torch.bool or of floats")
+        causal = is_causal and given is None and query.shape[2] > 1
+        return cls(query, key, value, given, seen, hidden, causal, added, softcap, sinks, scale)
+
+    def of_sequences(self, cu_q: Any, cu_k: Any) -> _Call:
+        """The same within sequences that are packed into one row, which begin and end at ``cu_q`` and ``cu_k``, whole numbers [sequences + 1],
+        as flash attention has it: of each the last query sees the last key. Raises WrongArguments."""
+        cu = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": cu_k}
+        if wrong := [name for name, x in cu.items() if not isinstance(x, Tensor) or x.dim() != 1 or not len(x)]:
+            raise WrongArguments(
+                f"{wrong[0]} is {shown(cu[wrong[0]])}; it must be a tensor [sequences + 1], as the other"
+            )
+        if len(cu_q) != len(cu_k) or len(self.query) != 1:
+            raise WrongArguments(
+                f"cu_seq_lens_q {list(cu_q.shape)} and cu_seq_lens_k {list(cu_k.shape)} of query {list(self.query.shape)} must be as"
+                " many, of a batch of 1"
+            )
+        position = torch.arange(self.query.shape[2], device=self.query.device)
+        sequence = torch.bucketize(position, cu_q[1:-1].to(position), right=True)
+        first, end, last = (x.to(position)[sequence][None] for x in (cu_k[:-1], cu_k[1:], cu_q[1:]))
+        high = torch.maximum(first, position + 1 + end - last) if self.causal else end
+        if _is_watched(not self.query.is_cpu) or (self.seen is None and self.given is not None):
+            key = torch.arange(self.key.shape[2], device=self.query.device)
+            return self._but_for((key < first[..., None]) | (key >= high[..., None]))
+        rows = (
+            Rows.every(self.query.shape[2], self.key.shape[2], self.query.device)
+            if self.seen is None
+            else self.seen.rows
+        )
+        within = rows.between(first, high)
+        if within is None:
+            raise WrongArguments(
+                "cu_seq_lens_q, cu_seq_lens_k and the mask leave queries between others without any key"
+            )
+        return replace(self, given=None, seen=Seen(within, self.seen.tokens if self.seen else None), causal=False)
+
+    def _but_for(self, others: Tensor) -> _Call:
+        """The same without pairs of bools [1, q_len, kv_len]."""
+        if self.given is not None and self.given.is_floating_point():
+            given = self.given.masked_fill(others[:, None], -torch.inf)
+        else:
+            given = ~others[:, None] if self.given is None else self.given & ~others[:, None]
+        hidden = ~others[:, None] if self.hidden is None else self.hidden & ~others[:, None]
+        return replace(self, given=given, hidden=hidden, causal=False)
 
     @property
     def grouped(self) -> bool:
@@ -264,26 +309,12 @@ class _Call:
             mask = CAUSAL if self.causal else NONE
         return key, value, self.scored(mask, _of_keys(self.added, *self._reach), self.sinks)
 
-    def packed(
-        self, cu_q: Tensor | None, cu_k: Tensor | None, wide: int | None
-    ) -> tuple[Tensor, Tensor, AttnMask] | None:
-        """Sequences that are packed into rows: where they begin and end, of queries and of keys, and what is seen within each. They are told
-        as flash attention is told of them, where the last query sees the last key, or are seen in the mask; None where there are none."""
-        if (
-            self.added is not None
-            or self.hidden is not None
-            or (self.seen is not None and self.seen.tokens is not None)
-        ):
+    def in_sequences(self) -> Tensor | None:
+        """Each on its own of sequences that are packed into rows; None where there are none, or scores differ in them."""
+        packed = self.seen.packed(len(self.query)) if self.seen is not None and self.added is None else None
+        if packed is None:
             return None
-        if cu_q is None or cu_k is None:
-            return None if self.seen is None else self.seen.packed(len(self.query))
-        late = not torch.equal(cu_q, cu_k)
-        within = masks.causal(late) if self.directed else NONE
-        around = 0 if self.directed else None if wide is None else wide - 1
-        return cu_q, cu_k, within if wide is None else within & masks.window(wide - 1, around, late)
-
-    def in_sequences(self, cu_q: Tensor, cu_k: Tensor, within: AttnMask) -> Tensor:
-        """Each sequence on its own."""
+        cu_q, cu_k, within = packed
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *self._within[:2]))
         mask = self.scored(within, None, self.sinks)
         flat = attention_varlen(query, key, value, cu_q, cu_k, mask, self.scale, self.grouped)
@@ -302,6 +333,19 @@ class _Call:
         """By torch's plain operations."""
         key, value, mask = self._within
         return attention(self.query, key, value, mask, dropout, False, self.scale, self.grouped)
+
+    def torchs_mask(self) -> tuple[Tensor | None, bool]:
+        """The mask that transformers' own attention is given, and whether it is causal without one."""
+        if self.seen is None:
+            return self.given, self.causal
+        told, (first, end) = str(self.seen.attn_mask), self._reach
+        if not first and (told, end) == (str(CAUSAL), self.query.shape[2]):
+            return None, True
+        if not first and (told, end) == (str(NONE), self.key.shape[2]):
+            return None, False
+        if isinstance(self.given, Mask):
+            return self.given.made(), False
+        return self.seen.dense(len(self.query), self.key.shape[2]), False
 
     def left_to_torch(self) -> AbstractContextManager[None]:
         """Inside, torch answers what a kernel of ours might."""
