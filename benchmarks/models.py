@@ -392,10 +392,9 @@ def measured(case: Case, eager: Case, rounds: int, tune_seconds: float) -> dict[
 
 
 def as_asked(found: dict[str, Any]) -> bool:
-    """Nine tenths of the possible gain where that is more than a tenth; elsewhere no loss beyond the interval."""
-    if found["possible_gain"] > 1.1:
-        return bool(found["reached"] >= 0.9)
-    return bool(found["gain"]["high"] >= 1.0)
+    """Nine tenths of the possible gain, or that the interval does not tell; and no loss beyond the interval."""
+    possible, high = found["possible_gain"], found["gain"]["high"]
+    return bool(high >= max(1.0, 1 + 0.9 * (possible - 1)))
 
 
 HEAD = "model | gain [95 %] | attention of torch's run | kernels [95 %] | possible | reached | difference"

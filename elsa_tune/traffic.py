@@ -80,7 +80,7 @@ def _as_one(nearby: Problem, lengths: list[Asked]) -> Asked:
 
 
 def worth_tuning(asked: Iterable[Asked]) -> dict[Problem, float]:
-    """The problems that have LEAST_SHARE of all seconds, each with its own; the smaller ones of a family count with its largest, whose
+    """The problems that have LEAST_SHARE of all seconds, each with its own, or the largest; the smaller ones of a family count with its largest, whose
     winner may serve them too."""
     found, total = merged(asked), 0.0
     weights: dict[Problem, float] = {}
@@ -91,7 +91,10 @@ def worth_tuning(asked: Iterable[Asked]) -> dict[Problem, float]:
     for problem, _, seconds in found:
         counts = problem if seconds >= LEAST_SHARE * total else largest[problem.family]
         weights[counts] = weights.get(counts, 0.0) + seconds
-    return {problem: seconds for problem, seconds in weights.items() if seconds >= LEAST_SHARE * total}
+    worth = {problem: seconds for problem, seconds in weights.items() if seconds >= LEAST_SHARE * total}
+    if not worth and found:
+        worth = {found[0].problem: total}
+    return worth if total else dict.fromkeys(worth, 1.0)
 
 
 def of(device: Device, found: Iterable[Traffic]) -> list[Traffic]:

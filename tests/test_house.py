@@ -48,7 +48,7 @@ OWNERS = {
     "archspec": {"device.py"},
     "platformdirs": {"places.py"},
     "tomli": {"places.py"},
-    "transformers": {"integrations/transformers.py", "integrations/offloaded.py"},
+    "transformers": {f"integrations/transformers/{name}.py" for name in ("__init__", "calls", "masks", "offloaded")},
     "triton": {"generate/triton/compiler.py"},  # what it generates imports it, too
     "cuda": {"generate/cuda/drivers.py"},
     "pyopencl": {"device.py", "generate/cuda/opencl.py"},  # which devices there are; compiling and launching

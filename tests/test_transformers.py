@@ -18,12 +18,12 @@ from torch import Tensor
 import elsa_tune
 from elsa_tune import masks
 from elsa_tune.dispatch import ledger, serving
-from elsa_tune.dispatch.rows import Rows, Seen
 from elsa_tune.errors import NoRoom, WrongArguments
 from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.integrations.deferred import Deferred
 from elsa_tune.integrations.transformers import Mask, OffloadedCache, mask, register
+from elsa_tune.integrations.transformers.rows import Rows, Seen
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
 from tests.test_dispatch import VARIANT
@@ -248,6 +248,18 @@ def test_compiled_causality_is_left_to_modules_that_tell_it(config: str, is_none
     compiled = torch.compile(lambda x: mask(1, len(x), len(x), config=made), backend="eager", fullgraph=True)
     found = compiled(torch.ones(6))
     assert (found is None) is is_none and (is_none or torch.equal(found[0, 0], torch.ones(6, 6).tril().bool()))
+
+
+def test_encoders_do_not_become_causal_where_their_modules_say_nothing() -> None:
+    """Splinter's attention was never written for torch's function, and has no is_causal."""
+    torch.manual_seed(1)
+    config = transformers.SplinterConfig(**COMMON)
+    model = transformers.SplinterModel._from_config(config, attn_implementation="eager").eval()
+    for padding in (None, RIGHT):
+        inputs = dict(input_ids=TOKENS, attention_mask=padding)
+        expected, found = (of(model, one, **inputs).last_hidden_state for one in ("eager", "elsa"))
+        seen = slice(None) if padding is None else padding.bool()
+        close(found[seen], expected[seen])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6, 5), (1, 1, 5, 6)])
@@ -519,6 +531,15 @@ def test_rows_say_what_they_were_made_of() -> None:
                 assert nothing is not bool(truth) if one.tokens is None else not (nothing and truth)
 
 
+@pytest.mark.parametrize("padding", [None, LEFT[:, :20].bool()])
+def test_a_mask_has_the_strides_of_what_it_stands_for(padding: Tensor | None) -> None:
+    found = mask(BATCH, 20, 20, attention_mask=padding)
+    assert isinstance(found, Mask) and found.stride() == found.made().stride() and found.shape == found.made().shape
+    flat = mask(BATCH, 20, 20, attention_mask=padding)
+    assert flat is not None and torch.equal(flat.flatten(), found.made().flatten())
+    assert torch.equal(flat.contiguous().view(-1), found.made().reshape(-1)) and flat.data_ptr()
+
+
 def test_a_deferred_tensor_is_made_when_somebody_looks_and_once() -> None:
     made: list[int] = []
 
@@ -622,6 +643,15 @@ def test_an_offloaded_cache_says_what_is_wrong(tmp_path: Path, monkeypatch: pyte
         found = model(input_ids=TOKENS[:, 4:9], past_key_values=kept).logits
     close(found, expected[:, 4:9])
     close(of(model, "elsa", input_ids=TOKENS[:, 9:], past_key_values=kept).logits, expected[:, 9:])
+    gemma = decoder("gemma2")
+    expected = of(gemma, "eager", input_ids=TOKENS).logits
+    mixed = OffloadedCache(0, gemma.config, chunk=5, folder=tmp_path)
+    of(gemma, "elsa", input_ids=TOKENS[:, :12], past_key_values=mixed)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "NamedTemporaryFile", full)
+        with pytest.raises(NoRoom):
+            of(gemma, "elsa", input_ids=TOKENS[:, 12:17], past_key_values=mixed)
+    close(of(gemma, "elsa", input_ids=TOKENS[:, 12:], past_key_values=mixed).logits, expected[:, 12:])
     with pytest.raises(WrongArguments, match=r"key_states.*batch|key_states are \[1"):
         of(model, "elsa", input_ids=TOKENS[:1, :1], past_key_values=kept)
     with pytest.raises(WrongArguments, match=r"gradients.*DynamicCache"):

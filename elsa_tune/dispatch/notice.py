@@ -19,7 +19,15 @@ OFTEN, LONG = 16, 0.1
 NAMED = 3
 """Problems that the command names."""
 
+TELLER = "ELSA_TUNE_TELLER"
+"""The variable by which processes that a program starts know that another one, of this number, tells."""
+
 _process = os.getpid()
+
+
+def begin() -> None:
+    """This process asks: what it starts from now on says nothing."""
+    os.environ.setdefault(TELLER, str(_process))
 
 
 def tell(shelf: Shelf) -> None:
@@ -37,9 +45,8 @@ def tell(shelf: Shelf) -> None:
 
 
 def _is_a_child() -> bool:
-    """Whether this process was forked, or started by multiprocessing."""
-    started = sys.modules.get("multiprocessing.process")
-    return os.getpid() != _process or (started is not None and started.parent_process() is not None)
+    """Whether this process was forked, or started by one that tells."""
+    return os.getpid() != _process or os.environ.get(TELLER, str(_process)) != str(_process)
 
 
 def unknown(shelf: Shelf) -> list[Asked]:

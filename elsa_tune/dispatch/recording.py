@@ -92,5 +92,6 @@ def _begin() -> None:
 
 
 if active:
+    os.environ[VARIABLE] = FILE  # of processes that this one starts in other folders, too
     _process = _Process()
     _begin()

@@ -138,6 +138,7 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
             table[entry] = _serving(problem, query.device, variant, kernel, kernel.bind(*like))
             tell()
 
+    notice.begin()
     problem = problem_of(query, key, value, wanted, enable_gqa)
     variant, found = _ready_kernel(problem, query, ready)
     if len(table) >= MOST_SHAPES:

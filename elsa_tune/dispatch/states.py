@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
-from elsa_tune.dispatch import fallback, meaning, operator
+from elsa_tune.dispatch import fallback, meaning, operator, serving
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import check_tensors, described, lse_dtype, needs_grad, number
@@ -52,7 +53,8 @@ def attention_with_lse(
         served = dispatch.served(query, key, value, found, scale, enable_gqa, lse)
         if served is not None:
             return served, lse
-    output = fallback.attend(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+    with nullcontext() if found is None or wanting else serving.left_to_torch(query, key, value, found, enable_gqa):
+        output = fallback.attend(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     wanted = of_tensor(attn_mask) if found is None and isinstance(attn_mask, Tensor) else found or NONE
     query, key = query.expand(*output.shape[:2], -1, -1), key.expand(output.shape[0], -1, -1, -1)
     family = wanted.of(Problem(head_dim=max(1, query.shape[3])))

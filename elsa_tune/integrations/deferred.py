@@ -19,9 +19,12 @@ class Deferred(Tensor):
     """Whether somebody holds its memory, and may write to it."""
 
     @staticmethod
-    def __new__(cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
-        """``make`` is called once, if at all."""
-        new: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(
+        cls, make: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device,
+        strides: Sequence[int] | None = None,
+    ) -> Any:  # fmt: skip
+        """``make`` is called once, if at all, and gives a tensor of these ``strides``; contiguous, if none are given."""
+        new: Any = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         new._make = make
         return new
 
@@ -53,6 +56,11 @@ class Deferred(Tensor):
     def tolist(self) -> Any:
         """What it stands for, as lists."""
         return self.made().tolist()
+
+    def data_ptr(self) -> int:
+        """Where what it stands for lies."""
+        self.is_held = True
+        return self.made().data_ptr()
 
     def share_memory_(self) -> Any:
         """What it stands for, in shared memory."""

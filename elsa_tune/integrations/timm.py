@@ -69,10 +69,15 @@ def _served(plain: type) -> type | None:
         return (_blank, (plain,), *reduce(module, 2)[2:])
 
     members = {
-        "forward": forward, "fused_attn": property(lambda module: True), "__reduce_ex__": reduced, "__doc__": plain.__doc__,
+        "forward": forward, "fused_attn": property(lambda module: True, _keep_fused), "__reduce_ex__": reduced, "__doc__": plain.__doc__,
         "__module__": plain.__module__, "__qualname__": plain.__qualname__, _PLAIN: plain,
     }  # fmt: skip
     return type(plain.__name__, (plain,), members)
+
+
+def _keep_fused(module: Any, value: bool) -> None:
+    """What unpatch() gives back."""
+    vars(module)["fused_attn"] = value
 
 
 def _blank(plain: type) -> Any:

@@ -54,11 +54,21 @@ def read(path: Path) -> list[Traffic]:
                 return list(_numbered(path, _rows(path)))
             file.seek(0)
             lines = (line.decode(errors="replace") for line in iter(lambda: file.readline(MOST_LINE), b""))
-            return list(dict.fromkeys(_numbered(path, (parse(line) for line in lines if line.strip()))))
+            return list(dict.fromkeys(_numbered(path, _whole(line for line in lines if line.strip()))))
     except OSError as error:
         raise BadWorkload(
             f"traffic {path}: {error.strerror or error}; name a file that elsa-tune run -o wrote, or a database"
         ) from error
+
+
+def _whole(lines: Iterator[str]) -> Iterator[Traffic]:
+    """The lines read, but for a last one that its writer did not end."""
+    for line in lines:
+        try:
+            yield parse(line)
+        except ValueError:
+            if line.endswith("\n") or len(line) >= MOST_LINE:
+                raise
 
 
 def _rows(path: Path) -> Iterator[Traffic]:

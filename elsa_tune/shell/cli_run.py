@@ -124,6 +124,7 @@ def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
     """What a program recorded, kept in the database, and in a file where one is named. Raises ElsaTuneError where that is nothing."""
+    from elsa_tune import places
     from elsa_tune.remember import traffic as recorded
     from elsa_tune.remember.database import Database
 
@@ -132,7 +133,13 @@ def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
             f"nothing was recorded ({ended}): no Python of the command imported torch where elsa-tune is installed; install it there with pip,"
             " and name a program that does"
         )
-    found = recorded.read(file)
+    _add(file.read_bytes(), output)
+    try:
+        found = recorded.read(file)
+    except BadWorkload as error:  # a full disk, a process that was killed while it wrote
+        kept = output or places.home() / "traffic-unread.jsonl"
+        _add(file.read_bytes(), None if output else kept)
+        raise BadWorkload(str(error).replace(str(file), str(kept))) from None
     if not found:
         raise ElsaTuneError(
             f"nothing was recorded ({ended}): the program asked no attention of torch's fused CPU operator (torch 2.9 and later), nor of"
@@ -140,7 +147,6 @@ def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
         )
     with Database.for_writing() as database:
         database.keep_traffic(found)
-    _add(file.read_bytes(), output)
     return found
 
 

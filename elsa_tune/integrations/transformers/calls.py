@@ -1,140 +1,35 @@
-"""transformers: ``attn_implementation="elsa"``, which is told what a mask means and not only what it holds."""
+"""One call of a model's attention: what its arguments mean, and who answers it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers import AttentionInterface
 
 from elsa_tune import masks, scores
 from elsa_tune.dispatch import meaning, passes, serving
 from elsa_tune.dispatch.attention import attention, served
-from elsa_tune.dispatch.rows import Rows, Seen
 from elsa_tune.dispatch.varlen import attention_varlen
 from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.tensors import needs_grad
-from elsa_tune.integrations import offloaded
 from elsa_tune.integrations.deferred import Deferred
-from elsa_tune.integrations.offloaded import OffloadedCache as OffloadedCache
-from elsa_tune.integrations.offloaded import Parted, States
+from elsa_tune.integrations.transformers import offloaded
+from elsa_tune.integrations.transformers.masks import Mask, is_watched
+from elsa_tune.integrations.transformers.offloaded import Parted, States
+from elsa_tune.integrations.transformers.rows import Rows, Seen
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
-NAME = "elsa"
-
-PAIRS = 1 << 24
-"""(query, key) pairs of which a mask function is asked at once, a byte each."""
-
-_attentions: Any = AttentionInterface  # whose methods have no types
-_masks: Any = AttentionMaskInterface
-_torchs: Callable[..., tuple[Tensor, None]] = _attentions()["sdpa"]
-_by_torch: Callable[..., Tensor | None] = _masks()["sdpa"]
-
-
-def register() -> None:
-    """Let every model of this process be loaded, or set, with ``attn_implementation="elsa"``. Nothing else changes, and doing it again
-    changes nothing."""
-    _attentions.register(NAME, attend)
-    _masks.register(NAME, mask)
-
-
-class Mask(Deferred):
-    """The bools [batch, 1, q_len, kv_len] of a mask, made where anybody but attend() wants them."""
-
-    seen: Seen
-
-
-def mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True, allow_is_bidirectional_skip: bool = False, config: Any = None, **named: Any,
-) -> Tensor | None:  # fmt: skip
-    """transformers' mask interface: a Mask where the keys that a query sees lie together but for padding, which ``mask_function`` is asked
-    of every pair; bools [batch, 1, q_len, kv_len] elsewhere; None where all keys are seen, and who calls takes that for an answer. Raises
-    WrongArguments for an ``attention_mask`` that is not [batch, tokens]."""
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch_size)):
-        raise WrongArguments(f"attention_mask is {list(attention_mask.shape)}; it must be [{batch_size}, tokens]")
-    asked = dict(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=False, **named,
-    )  # fmt: skip
-    device = torch.device(named.get("device", "cpu"))
-    if _is_watched(device.type != "cpu") or not q_length or not kv_length:
-        asked["allow_is_causal_skip"] = allow_is_causal_skip and _tells_causality(type(config))
-        return _by_torch(**asked, allow_is_bidirectional_skip=allow_is_bidirectional_skip)
-    asked["q_offset"] = int(q_offset)  # of a static cache a tensor, which is written to before anybody looks
-    rows = _rows(asked, device)
-    if rows is None:
-        return _by_torch(**asked)
-    seen = Seen(rows, _tokens(attention_mask, kv_offset, kv_length))
-    may_be_none = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
-    if may_be_none and seen.tokens is None and rows.reach == (0, kv_length) and rows.closed is NONE:
-        return None
-    made: Mask = Mask(
-        partial(seen.dense, batch_size, kv_length), (batch_size, 1, q_length, kv_length), torch.bool, device
-    )  # fmt: skip
-    made.seen = seen
-    return made
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tells_causality(kind: type) -> bool:
-    """Whether attention modules of such a config's model say themselves that they are causal: those that transformers' "sdpa" may serve."""
-    return _tells_causality_of(kind)
-
-
-@lru_cache(maxsize=256)
-def _tells_causality_of(kind: type) -> bool:
-    from transformers import AutoModel
-
-    try:
-        model: Any = AutoModel._model_mapping[kind]
-    except KeyError:
-        return False
-    return all(one._supports_sdpa for one in (model if isinstance(model, tuple) else (model,)))
-
-
-def _is_watched(on_gpu: bool) -> bool:
-    """Whether a compiler, a tracer or fake tensors follow what is done, or a graph is being captured: contents cannot be asked for."""
-    followed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
-    return bool(followed) or (on_gpu and torch.cuda.is_current_stream_capturing())
-
-
-def _rows(asked: dict[str, Any], device: torch.device) -> Rows | None:
-    """What the mask function lets through, padding apart."""
-    q_len, kv_len, function = asked["q_length"], asked["kv_length"], asked["mask_function"]
-    if function is causal_mask_function:
-        return Rows.causal(q_len, kv_len, asked["q_offset"] - asked["kv_offset"], device)
-    if function is bidirectional_mask_function:
-        return Rows.every(q_len, kv_len, device)
-    step = max(1, PAIRS // (kv_len * asked["batch_size"]))
-
-    def pieces() -> Iterator[Tensor]:
-        for first in range(0, q_len, step):
-            some = dict(q_length=min(step, q_len - first), q_offset=asked["q_offset"] + first, attention_mask=None)
-            seen: Any = _by_torch(**asked | some)
-            yield (seen[:1] if seen.stride(0) == 0 else seen)[:, 0]
-
-    return Rows.of(pieces())
-
-
-def _tokens(attention_mask: Tensor | None, kv_offset: int, kv_len: int) -> Tensor | None:
-    """bool [batch, kv_len], true where a key is a token; None where all are."""
-    if attention_mask is None:
-        return None
-    missing = kv_offset + kv_len - attention_mask.shape[-1]
-    padded = torch.nn.functional.pad(attention_mask.bool(), (0, missing)) if missing > 0 else attention_mask.bool()
-    tokens = padded[:, kv_offset : kv_offset + kv_len]
-    return None if bool(tokens.all()) else tokens
+_interface: Any = AttentionInterface  # whose methods have no types
+_sdpa: Callable[..., tuple[Tensor, None]] = _interface()["sdpa"]
 
 
 def attend(
@@ -155,7 +50,7 @@ def attend(
     call = _Call.of(query, key, value, attention_mask, is_causal, position_bias, softcap, s_aux, scaling)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         call = call.of_sequences(cu_seq_lens_q, cu_seq_lens_k)
-    if _is_watched(not query.is_cpu):
+    if is_watched(not query.is_cpu):
         output = call.recorded(dropout)
     elif dropout:
         output = None
@@ -167,7 +62,7 @@ def attend(
     if output is None and call.is_torchs:
         with nullcontext() if dropout else call.left_to_torch(), incumbent.aside():
             given, is_causal = call.torchs_mask()
-            return _torchs(
+            return _sdpa(
                 module, query, key, value, given, dropout, scaling, is_causal, position_bias=position_bias, **named
             )
     output = call.by_operations(dropout) if output is None else output
@@ -229,7 +124,7 @@ class _Call:
         sequence = torch.bucketize(position, cu_q[1:-1].to(position), right=True)
         first, end, last = (x.to(position)[sequence][None] for x in (cu_k[:-1], cu_k[1:], cu_q[1:]))
         high = torch.maximum(first, position + 1 + end - last) if self.causal else end
-        if _is_watched(not self.query.is_cpu) or (self.seen is None and self.given is not None):
+        if is_watched(not self.query.is_cpu) or (self.seen is None and self.given is not None):
             key = torch.arange(self.key.shape[2], device=self.query.device)
             return self._but_for((key < first[..., None]) | (key >= high[..., None]))
         rows = (
@@ -277,18 +172,23 @@ class _Call:
 
     def in_parts(self, parts: list[States]) -> Tensor:
         """Each part of the keys where it is."""
+        call = self
         if self.causal:
-            self.seen = Seen(Rows.causal(self.query.shape[2], self.key.shape[2], device=self.query.device))
-        return offloaded.attend(self.query, parts, self._of_part, self.sinks, self.scale)
+            rows = Rows.causal(self.query.shape[2], self.key.shape[2], device=self.query.device)
+            call = replace(self, seen=Seen(rows), causal=False)
+        return offloaded.attend(self.query, parts, call._of_part, self.sinks, self.scale)
+
+    def _added(self, first: int, end: int) -> Tensor | None:
+        return None if self.added is None else _of_keys(self.added, first, end)
 
     def _of_part(self, first: int, end: int) -> tuple[int, int, AttnMask] | None:
-        mask = NONE if self.hidden is None else masks.dense(self.hidden[..., first:end])
+        mask = NONE if self.hidden is None else masks.dense(_of_keys(self.hidden, first, end))
         if self.seen is not None:
             part = self.seen.of_keys(first, end)
             if part.is_nothing:
                 return None
             mask, (first, end) = part.attn_mask, (first + bound for bound in part.rows.reach)
-        return first, end, self.scored(mask, _of_keys(self.added, first, end), None)
+        return first, end, self.scored(mask, self._added(first, end), None)
 
     @cached_property
     def _reach(self) -> tuple[int, int]:
@@ -307,7 +207,7 @@ class _Call:
             mask = meaning.of(self.hidden, False, self.query, key) or masks.dense(self.hidden)
         else:
             mask = CAUSAL if self.causal else NONE
-        return key, value, self.scored(mask, _of_keys(self.added, *self._reach), self.sinks)
+        return key, value, self.scored(mask, self._added(*self._reach), self.sinks)
 
     def in_sequences(self) -> Tensor | None:
         """Each on its own of sequences that are packed into rows; None where there are none, or scores differ in them."""
@@ -338,10 +238,10 @@ class _Call:
         """The mask that transformers' own attention is given, and whether it is causal without one."""
         if self.seen is None:
             return self.given, self.causal
-        told, (first, end) = str(self.seen.attn_mask), self._reach
-        if not first and (told, end) == (str(CAUSAL), self.query.shape[2]):
+        mask = self.seen.attn_mask
+        if mask is CAUSAL and self._reach[0] == 0:
             return None, True
-        if not first and (told, end) == (str(NONE), self.key.shape[2]):
+        if mask is NONE and self._reach == (0, self.key.shape[2]):
             return None, False
         if isinstance(self.given, Mask):
             return self.given.made(), False
@@ -357,8 +257,8 @@ def _within(x: Tensor, first: int, end: int) -> Tensor:
     return x if (first, end) == (0, x.shape[2]) else x[:, :, first:end]
 
 
-def _of_keys(added: Tensor | None, first: int, end: int) -> Tensor | None:
-    return added if added is None or added.shape[-1] == 1 else added[..., first:end]
+def _of_keys(x: Tensor, first: int, end: int) -> Tensor:
+    return x if x.shape[-1] == 1 else x[..., first:end]
 
 
 def _refuse(module: torch.nn.Module, named: dict[str, Any]) -> None:

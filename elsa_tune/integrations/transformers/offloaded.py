@@ -71,6 +71,7 @@ class OffloadedCache(Cache):
         self, budget: int, config: Any = None, *, chunk: int = CHUNK, folder: str | Path | None = None
     ) -> None:
         budget, chunk = whole("budget", budget), whole("chunk", chunk, 1)
+        self._earlier: dict[int, dict[str, Any]] = {}
         store = _Store(budget, chunk, places.home() / "offloaded" if folder is None else Path(folder))
         if config is None:
             super().__init__(layer_class_to_replicate=partial(OffloadedLayer, store))  # type: ignore[arg-type]
@@ -83,13 +84,18 @@ class OffloadedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """All key and value states of a layer, with these added. Where that raises, no layer holds anything of the step."""
         layers: list[Any] = self.layers
-        before = layers[layer_idx].get_seq_length() if layer_idx < len(layers) else 0
+        layer = layers[layer_idx] if layer_idx < len(layers) else None
+        before = layer.get_seq_length() if layer is not None else 0
+        if layer is not None and not isinstance(layer, OffloadedLayer):
+            self._earlier[layer_idx] = dict(vars(layer))  # whose tensors are never written to
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
-            for layer in layers:
-                with suppress(Exception):  # a sliding window's past is gone
-                    layer.crop(min(0, before - layer.get_seq_length()))
+            for number, one in enumerate(layers):
+                if isinstance(one, OffloadedLayer):
+                    one.crop(min(0, before - one.get_seq_length()))
+                elif number in self._earlier and one.get_seq_length() > before:
+                    vars(one).update(self._earlier[number])
             raise
 
 
@@ -114,14 +120,22 @@ class _Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(prefix="elsa-tune-", dir=self.folder, delete=False) as file:
+                path = f"/proc/self/fd/{file.fileno()}"
+                nameless = os.path.exists(
+                    path
+                )  # on Linux, where a name is not needed, and nothing is left by whatever happens
                 try:
+                    if nameless:
+                        os.unlink(file.name)
                     for x in (states.key, states.value):
                         file.write(x.detach().contiguous().flatten().view(torch.uint8).numpy().data)
                     file.flush()
-                    whole = torch.from_file(file.name, shared=False, size=states.bytes, dtype=torch.uint8)
+                    place = path if nameless else file.name
+                    whole = torch.from_file(place, shared=False, size=states.bytes, dtype=torch.uint8)
                 finally:
-                    with suppress(OSError):  # where what is mapped cannot be removed
-                        os.unlink(file.name)
+                    if not nameless:
+                        with suppress(OSError):  # where what is mapped cannot be removed
+                            os.unlink(file.name)
         except (OSError, RuntimeError) as error:  # torch's, where nothing more can be mapped
             raise NoRoom(
                 f"{states.bytes} bytes of keys and values cannot be kept in {self.folder}: {error}; give OffloadedCache another folder,"
@@ -195,7 +209,7 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
             if self._filled == self._store.chunk:
                 self._full.append(self._last)
                 self._store.held += self._last.bytes
-                self._last, self._filled = self._empty(new), 0
+                self._last, self._filled = self._empty(self._last), 0
                 self._move_out()  # last, for it may raise
 
     def _move_out(self) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from elsa_tune.masks import NONE, AttnMask, causal, dense, lengths, ranges, window
+from elsa_tune.masks import CAUSAL, NONE, AttnMask, causal, dense, lengths, ranges, window
 
 _LENGTH = torch.int64
 
@@ -32,6 +32,37 @@ class Rows:
         """Keys up to a query's own position, the first query's behind ``before`` keys."""
         own = torch.arange(before, before + q_len, dtype=_LENGTH, device=device)[None]
         return cls(torch.zeros_like(own), (own + 1).clamp(0, kv_len))
+
+    @classmethod
+    def band(cls, first: Tensor, last: Tensor, q_len: int, before: int) -> Rows | None:
+        """What a window lets through whose first and last query, behind ``before`` keys and so many more, see bools [1, 1, kv_len]; None of other
+        batches, and where a query's keys do not lie together."""
+        if len(first) > 1 or len(last) > 1:
+            return None
+        kv_len, ends = first.shape[-1], []
+        for one in (first, last):
+            begin, count, together = _runs(one)
+            if not together:
+                return None
+            ends.append((int(begin), int(begin + count)))
+        own = torch.arange(before, before + q_len, dtype=_LENGTH, device=first.device)[None]
+        low, high = torch.zeros_like(own), torch.full_like(own, kv_len)
+        if ends[1][0] > 0:
+            low = (own + ends[1][0] - int(own[0, -1])).clamp(0, kv_len)
+        if ends[0][1] < kv_len:
+            high = (own + ends[0][1] - before).clamp(0, kv_len)
+        return cls(low, high)
+
+    def are(self, seen: Iterable[Tensor]) -> bool:
+        """Whether bools [1 or batch, queries, kv_len], of queries that follow one another, say the same."""
+        done = 0
+        for some in seen:
+            key, queries = torch.arange(some.shape[-1], device=some.device), slice(done, done + some.shape[1])
+            said = (key >= self.low[:, queries, None]) & (key < self.high[:, queries, None])
+            if not torch.equal(said.expand_as(some), some):
+                return False
+            done += some.shape[1]
+        return True
 
     @classmethod
     def of(cls, seen: Iterable[Tensor]) -> Rows | None:
@@ -78,11 +109,12 @@ class Rows:
             return lengths(self.high[:, 0], self.low[:, 0])
         return ranges(self.low, self.high)
 
-    @property
+    @cached_property
     def closed(self) -> AttnMask | None:
         """The mask of its reach that is told by numbers alone; None where there is none. Causality and windows begin at the top left of as
         many queries as keys, at the lower right of others."""
-        low, high = (self.of_keys(*self.reach).low, self.of_keys(*self.reach).high)
+        within = self.of_keys(*self.reach)
+        low, high = within.low, within.high
         q_len, kv_len = low.shape[1], self.reach[1] - self.reach[0]
         own = torch.arange(kv_len - q_len, kv_len, device=low.device)
         left = None if not int(low[:, -1].max()) else int(own[-1] - low[0, -1])
@@ -96,8 +128,10 @@ class Rows:
         if left is right is None:
             return NONE
         last = q_len != kv_len
-        sides = causal(last) if right == 0 else NONE
-        return sides if left is None and right == 0 else sides & window(left, right, last)
+        directed = causal(True) if last else CAUSAL
+        if left is None and right == 0:
+            return directed
+        return window(left, right, last) & (directed if right == 0 else NONE)
 
     @cached_property
     def sequences(self) -> tuple[Tensor, AttnMask] | None:
@@ -109,7 +143,7 @@ class Rows:
         if not begins or not bool(low.any()):
             return None
         if bool((high == position + 1).all()):
-            return low, causal()
+            return low, CAUSAL
         following = low.gather(1, high.long().clamp(0, q_len - 1))
         ends = bool(((following == high) | (high == q_len)).all())
         same = (low.diff() != 0) | (high.diff() == 0)
@@ -162,13 +196,23 @@ class Seen:
         within = rows.between(start[:, None], (start + count)[:, None])
         return within.told if within is not None else rows.told & dense(tokens[:, None, None])
 
+    @cached_property
+    def _sequences(self) -> tuple[Tensor, AttnMask] | None:
+        if self.tokens is not None or self.rows.low.shape[1] == 1:
+            return None
+        return self.rows.of_keys(*self.rows.reach).sequences
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all sequences of a batch see the same."""
+        return self.tokens is None and len(self.rows.low) == 1
+
     def packed(self, batch: int) -> tuple[Tensor, Tensor, AttnMask] | None:
         """Sequences that follow one another in each row of a batch without padding, of the keys within reach: where each begins and the last
         ends, int64, in the batch as one row, of queries and of keys; and what is seen within each. None where there are none."""
-        found = None if self.tokens is not None else self.rows.of_keys(*self.rows.reach).sequences
-        if found is None:
+        if self._sequences is None:
             return None
-        first, within = found
+        first, within = self._sequences
         begins = (first == torch.arange(first.shape[1], device=first.device)).expand(batch, -1)
         cu = torch.cat([begins.flatten().nonzero()[:, 0], first.new_tensor([begins.numel()])])
         return cu, cu, within
