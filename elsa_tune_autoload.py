@@ -1,10 +1,11 @@
 """What torch calls when it is imported (entry point group torch.backends): ELSA_TUNE=1 enables elsa-tune in any program, and
 ELSA_TUNE_RECORD=FILE lets it write down what the program asks.
 
-A module of its own that imports os alone: everybody who has the package installed waits for it, and torch ends where it raises.
+A module of its own that imports os and sys alone: everybody who has the package installed waits for it, and torch ends where it raises.
 """
 
 import os
+import sys
 
 OPERATORS = ("attend", "decide", "torchs")
 """With torch's own operator's arguments: what compiled programs call in its place, and whom the extension asks what it does not know, and
@@ -21,7 +22,9 @@ def load() -> None:
     """Tell torch who we are, and enable the override if the environment asks for it. Whatever goes wrong then is one line on stderr, and
     torch serves."""
     is_served = os.environ.get("ELSA_TUNE", "").lower() not in ("", "0", "false", "no", "off")
-    is_asked = is_served or bool(os.environ.get("ELSA_TUNE_RECORD"))
+    is_asked = (
+        is_served or bool(os.environ.get("ELSA_TUNE_RECORD"))
+    ) and "elsa_tune.shell" not in sys.modules  # elsa-tune's own commands
     try:
         register()
         declare("attend")

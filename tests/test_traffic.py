@@ -358,6 +358,36 @@ def test_nothing_recorded_is_said_with_its_reason(tmp_path: Path, home: Path, pr
     assert code == cli_db.EXIT_MISTAKE and "No such file" in err and err.count("\n") == 1
     code, _, err = run("run", "-o", "/nowhere/at/all", "--", "true")
     assert code == cli_db.EXIT_MISTAKE and "-o" in err
+    for name, text in (("some.db", b"SQLite format 3\0 and more"), ("some.py", b"import this\n")):
+        (tmp_path / name).write_bytes(text)
+        code, _, err = run("run", "-o", str(tmp_path / name), "--", "true")
+        assert code == cli_db.EXIT_MISTAKE and name in err and (tmp_path / name).read_bytes() == text
+
+
+def test_our_own_commands_are_not_served(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elsa_tune.shell.cli", "winners"], env=environment(tmp_path, ELSA_TUNE="1"), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert not done.stderr
+
+
+def test_an_unended_last_line_is_left_out(tmp_path: Path) -> None:
+    line = Traffic(
+        device=host_cpu(), problem=Problem.parse(SMALL), calls=1, seconds=0.5, process="ab", wall=1.0, torch="2", threads=1
+    ).line  # fmt: skip
+    file = tmp_path / "traffic"
+    file.write_text(f"{line}\n{line[:40]}")
+    assert [one.line for one in recorded.read(file)] == [line]
+    file.write_text(f"{line[:40]}\n{line}\n")
+    with pytest.raises(BadWorkload, match="line 1"):
+        recorded.read(file)
+
+
+def test_many_small_problems_are_tuned_by_the_largest() -> None:
+    many = [Asked(Problem.parse(f"fp32.d{n}@b1.h2.q96.k96"), 1, 1.0 + n / 1e6) for n in range(1, 200)]
+    assert worth_tuning(many) == {many[-1].problem: pytest.approx(sum(one.seconds for one in many))}
+    assert worth_tuning([Asked(many[0].problem, 1, 0.0)]) == {many[0].problem: 1.0}
 
 
 def test_signals_are_the_programs(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from elsa_tune.errors import NoRoom, WrongArguments
 from elsa_tune.generate import backends
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.integrations.deferred import Deferred
-from elsa_tune.integrations.transformers import Mask, OffloadedCache, mask, register
+from elsa_tune.integrations.transformers import Mask, OffloadedCache, mask, offloaded, register
 from elsa_tune.integrations.transformers.rows import Rows, Seen
 from elsa_tune.problem import Problem
 from elsa_tune.space import parse
@@ -656,6 +656,28 @@ def test_an_offloaded_cache_says_what_is_wrong(tmp_path: Path, monkeypatch: pyte
         of(model, "elsa", input_ids=TOKENS[:1, :1], past_key_values=kept)
     with pytest.raises(WrongArguments, match=r"gradients.*DynamicCache"):
         model(input_ids=TOKENS, past_key_values=OffloadedCache(0))
+
+
+def test_an_offloaded_cache_serves_cross_attention_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    options = dict(d_model=64, vocab_size=99, pad_token_id=0, decoder_start_token_id=0)
+    config = transformers.T5Config(**options, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
+    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    asked: dict[str, Any] = dict(
+        input_ids=TOKENS, attention_mask=RIGHT, max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
+    expected = model.generate(**asked)
+    model.set_attn_implementation("elsa")
+    both = transformers.EncoderDecoderCache(*(OffloadedCache(0, chunk=n, folder=tmp_path) for n in (3, 7)))
+    assert torch.equal(model.generate(**asked, past_key_values=both), expected)
+
+
+def test_a_prompt_in_many_parts_is_merged_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offloaded, "TOGETHER", 2)
+    model, kept = decoder("llama"), OffloadedCache(0, chunk=2, folder=tmp_path)
+    expected = of(model, "eager", input_ids=TOKENS).logits
+    found = [of(model, "elsa", input_ids=x, past_key_values=kept).logits for x in TOKENS.split(9, 1)]
+    close(torch.cat(found, 1), expected)
 
 
 def test_an_offloaded_cache_moves_nothing_for_a_crop_or_the_same_beams(

@@ -295,6 +295,8 @@ def test_nested_tensors(mask: AttnMask | None, is_causal: bool, won: bool, reque
     if mask is None and not is_causal:
         theirs = scaled_dot_product_attention(x, x, x)
         assert theirs.shape == out.shape and close(theirs.values(), out.values())
+    rows = out.transpose(1, 2).flatten(2)
+    assert rows.to_padded_tensor(0.0).shape == (4, 40, HEADS * DIM), "the longest is known"
 
 
 def test_nested_queries_and_keys_of_unlike_lengths(known: None) -> None:

@@ -180,5 +180,6 @@ def opened(query: Any, key: Any, value: Any) -> Ragged | None:
 def closed(output: Tensor, query: Any) -> Tensor:
     """[tokens, heads, value_dim] as nested as a query [batch, heads, ragged, head_dim] is."""
     nested: Any = torch.nested.nested_tensor_from_jagged
-    made: Tensor = nested(output, query.offsets()).transpose(1, 2)
+    shortest, longest = query._get_min_seqlen(), query._get_max_seqlen()  # as torch's own has them
+    made: Tensor = nested(output, query.offsets(), min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
     return made

@@ -51,11 +51,19 @@ def _lines() -> Iterator[str]:
             ).line  # fmt: skip
 
 
+_failed = False
+"""Whether it could not be written, which was told."""
+
+
 def write() -> None:
     """Add what was asked since this was called last to the file, at once. Never raises."""
+    global _failed
+    if _failed:
+        return
     try:
         _append("".join(f"{line}\n" for line in _lines()).encode())
     except Exception as error:
+        _failed = True
         with suppress(Exception):  # nobody may be there to be told
             print(
                 f"elsa-tune: what this process asked is not recorded: {type(error).__name__}: {error}", file=sys.stderr

@@ -55,6 +55,8 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
 
     with Database.for_writing():  # what cannot be kept is better told before
         _add(b"", output)
+        if output is not None:
+            _check(output)
     _prepare()
     with tempfile.TemporaryDirectory(prefix="traffic-", dir=places.home()) as folder:
         file = Path(folder) / "traffic.jsonl"
@@ -140,6 +142,10 @@ def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
         kept = output or places.home() / "traffic-unread.jsonl"
         _add(file.read_bytes(), None if output else kept)
         raise BadWorkload(str(error).replace(str(file), str(kept))) from None
+    if not found and ended.status < 0:
+        raise ElsaTuneError(
+            f"nothing was recorded: the program was {ended}, before it wrote down what it asked; let it end by itself"
+        )
     if not found:
         raise ElsaTuneError(
             f"nothing was recorded ({ended}): the program asked no attention of torch's fused CPU operator (torch 2.9 and later), nor of"
@@ -158,6 +164,17 @@ def recorded(path: Path) -> list[Traffic]:
     if not found:
         raise BadWorkload(f"traffic {path} is empty; elsa-tune run -- python program.py records some")
     return found
+
+
+def _check(output: Path) -> None:
+    """Raise BadWorkload where a file that lines are to be added to holds something else."""
+    from elsa_tune.remember import traffic
+
+    with output.open("rb") as file:
+        is_database = file.read(16).startswith(b"SQLite format 3")
+    if is_database:
+        raise BadWorkload(f"{output} is a database, to which no lines can be added; name another file with -o")
+    traffic.read(output)
 
 
 def _add(lines: bytes, output: Path | None) -> None:

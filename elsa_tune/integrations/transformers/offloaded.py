@@ -30,6 +30,9 @@ _Layer: Any = CacheLayerMixin  # whose methods have no types
 CHUNK = 4096
 """Tokens that are moved, and attended, together."""
 
+TOGETHER = 8
+"""States that are merged at once: of more parts no more outputs are in memory."""
+
 FEW = 16
 """Queries of a sequence that go to keys on another device; for more the keys come."""
 
@@ -72,7 +75,7 @@ class OffloadedCache(Cache):
     ) -> None:
         budget, chunk = whole("budget", budget), whole("chunk", chunk, 1)
         self._earlier: dict[int, dict[str, Any]] = {}
-        store = _Store(budget, chunk, places.home() / "offloaded" if folder is None else Path(folder))
+        store = _Store(budget, chunk, places.home() / "offloaded" if folder is None else Path(folder).expanduser())
         if config is None:
             super().__init__(layer_class_to_replicate=partial(OffloadedLayer, store))  # type: ignore[arg-type]
             return
@@ -154,9 +157,9 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
     is_croppable = True
 
     def __init__(self, store: _Store) -> None:
-        super().__init__()
         self._store, self._full, self._filled = store, list[States](), 0
         self._last: States | None = None
+        super().__init__()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the chunk that is filled first."""
@@ -167,6 +170,29 @@ class OffloadedLayer(_Layer):  # type: ignore[misc]
     def _empty(self, like: States) -> States:
         with torch.inference_mode(False):  # what is made inside may not be written to outside
             return like.each(lambda x: x.new_empty((*x.shape[:2], self._store.chunk, x.shape[3])))
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All key states, as update() gives them; None while there are none."""
+        return self._side("key")
+
+    @keys.setter
+    def keys(self, none: None) -> None:
+        """What the base class begins with."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """All value states."""
+        return self._side("value")
+
+    @values.setter
+    def values(self, none: None) -> None:
+        """What the base class begins with."""
+
+    def _side(self, side: str) -> Tensor | None:
+        parts = self._now
+        found: Tensor | None = getattr(parts[0], side) if parts else None
+        return Parted.of(parts, side) if len(parts) > 1 else found
 
     @property
     def _now(self) -> list[States]:
@@ -313,19 +339,22 @@ Asked = Callable[[int, int], tuple[int, int, AttnMask] | None]
 
 def attend(query: Tensor, parts: Sequence[States], asked: Asked, s_aux: Tensor | None, scale: float | None) -> Tensor:
     """[batch, heads, q_len, value_dim]: each part is attended where it is, and what comes out merged; ``s_aux`` are sinks [heads]."""
-    states, first = [], 0
+    wide, first = lse_dtype(query), 0
+    states: list[tuple[Tensor, Tensor]] = []
     for part in parts:
         seen, end = asked(first, first + len(part)), first + len(part)
         if seen is not None:
             begin, stop, wanted = seen
             key, value = (x[:, :, begin - first : stop - first] for x in (part.key, part.value))
-            states.append(_state(query, key, value, wanted, scale))
+            output, lse = _state(query, key, value, wanted, scale)
+            states.append((output.to(wide), lse))
+            states = [merge(states)] if len(states) == TOGETHER else states
         first = end
     if s_aux is not None or not states:
-        nothing = query.new_zeros(*query.shape[:3], parts[0].value.shape[3])
+        nothing = query.new_zeros(*query.shape[:3], parts[0].value.shape[3], dtype=wide)
         logits = query.new_full((query.shape[1],), float("-inf")) if s_aux is None else s_aux
-        states.append((nothing, logits.to(lse_dtype(query))[None, :, None].expand(query.shape[:3])))
-    return merge(states)[0]
+        states.append((nothing, logits.to(wide)[None, :, None].expand(query.shape[:3])))
+    return merge(states)[0].to(query.dtype)
 
 
 def _state(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None) -> tuple[Tensor, Tensor]:
