@@ -89,7 +89,8 @@ class AttnMask:
         from elsa_tune.generate.tensors import one_of_each
 
         value = self._made(array, query.shape[2], key.shape[2], query.device)
-        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        plain = torch.Tensor, torch.nn.Parameter
+        if type(value) not in plain and type(query) in plain:
             value = _plain(array, value)
         value = value.resolve_neg() if value.is_neg() else value
         wanted: torch.dtype = getattr(torch, array.dtype)

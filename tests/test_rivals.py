@@ -54,14 +54,14 @@ def test_flex_attention_is_compiled_for_every_shape(monkeypatch: pytest.MonkeyPa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     shapes = [(1, 2, 16 + 4 * n, 8) for n in range(4)]
-    for number, shape in enumerate(shapes, 1):
-        q, k, v = (torch.randn(shape) for _ in range(3))
-        kernel = flex(f"fp32.d8@b1.h2.q{shape[2]}.k{shape[2]}")
-        assert torch.allclose(kernel(q, k, v), scaled_dot_product_attention(q, k, v), atol=1e-5)
-        kernel(q, k, v)
-        assert len(compiled) == number, "once for each shape, and never by hand"
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number, shape in enumerate(shapes, 1):
+            q, k, v = (torch.randn(shape) for _ in range(3))
+            kernel = flex(f"fp32.d8@b1.h2.q{shape[2]}.k{shape[2]}")
+            assert torch.allclose(kernel(q, k, v), scaled_dot_product_attention(q, k, v), atol=1e-5)
+            kernel(q, k, v)
+            assert len(compiled) == number, "once for each shape, and never by hand"
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(128, 128), (300, 300), (512, 256), (256, 512), (1, 700), (200, 130), (513, 90)])  # fmt: skip

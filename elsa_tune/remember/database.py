@@ -142,6 +142,9 @@ class Database(Reader):
             database = cls(connection, str(path), _OnDisk(connection), _identity(path))
             database._prepare()
             return database
+        except UnicodeDecodeError as error:  # a name of the schema was damaged
+            connection.close()
+            raise sqlite3.DatabaseError(str(error)) from error
         except BaseException:
             connection.close()
             raise

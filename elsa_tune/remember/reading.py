@@ -285,7 +285,10 @@ def _readable(connection: sqlite3.Connection, path: Path) -> int:
     if version == 1:
         raise DatabaseUnusable(f"{path} is of format 1; the next elsa-tune, or elsa-tune db verify, rewrites it")
     tables = ("records", "words") if version == 2 else ("recorded", "texts")
-    kinds = connection.execute("SELECT type FROM sqlite_master WHERE name IN (?, ?)", tables).fetchall()
+    try:
+        kinds = connection.execute("SELECT type FROM sqlite_master WHERE name IN (?, ?)", tables).fetchall()
+    except UnicodeDecodeError as error:  # a name of the schema was damaged
+        raise sqlite3.DatabaseError(str(error)) from error
     if kinds != [("table",)] * 2:  # somebody's else; a view could make reading last for ever
         raise DatabaseUnusable(f"{path} is no database of measurements; name another")
     if version == 2:
