@@ -257,7 +257,7 @@ def test_rows_of_a_growing_cache_never_run_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ledger, "MOST", 64)
     for problem, _, _ in decoding(range(1, 2049)):
         ledger.row(problem, ledger.TORCH, str(host_cpu())).count(time.perf_counter())
-    found = ledger.left_to_torch(ledger.served())[host_cpu()]
+    found = ledger.asked_of_torch(ledger.served())[host_cpu()]
     assert sum(one.calls for one in found) == 2048 and len(ledger.served()) <= 2 * 64
     assert [one for one in ledger.served() if one.problem == ledger.OTHERS] == []
 

@@ -395,7 +395,8 @@ def test_a_training_step_of_other_models_is_the_same(
         close(found["elsa"][name] / scale, expected / scale)
 
 
-def test_an_encoder_and_decoder_choose_the_same_tokens(ours: None) -> None:
+def generating_t5() -> tuple[Any, dict[str, Any], Tensor]:
+    """An encoder and decoder set to "elsa", what it is asked for, and what it generates by its own attention."""
     torch.manual_seed(1)
     options = dict(d_model=64, vocab_size=99, pad_token_id=0, decoder_start_token_id=0)
     config = transformers.T5Config(**options, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
@@ -405,6 +406,11 @@ def test_an_encoder_and_decoder_choose_the_same_tokens(ours: None) -> None:
     )
     expected = model.generate(**asked)
     model.set_attn_implementation("elsa")
+    return model, asked, expected
+
+
+def test_an_encoder_and_decoder_choose_the_same_tokens(ours: None) -> None:
+    model, asked, expected = generating_t5()
     assert torch.equal(model.generate(**asked), expected)
     assert families()["lengths.bias"] == 2 + 2 * 9
 
@@ -659,15 +665,7 @@ def test_an_offloaded_cache_says_what_is_wrong(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_offloaded_cache_serves_cross_attention_too(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    options = dict(d_model=64, vocab_size=99, pad_token_id=0, decoder_start_token_id=0)
-    config = transformers.T5Config(**options, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
-    model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    asked: dict[str, Any] = dict(
-        input_ids=TOKENS, attention_mask=RIGHT, max_new_tokens=9, do_sample=False, eos_token_id=None
-    )
-    expected = model.generate(**asked)
-    model.set_attn_implementation("elsa")
+    model, asked, expected = generating_t5()
     both = transformers.EncoderDecoderCache(*(OffloadedCache(0, chunk=n, folder=tmp_path) for n in (3, 7)))
     assert torch.equal(model.generate(**asked, past_key_values=both), expected)
 

@@ -83,7 +83,7 @@ def served() -> list[Served]:
     return sorted((one for one in found if one.calls), key=lambda one: -one.seconds)
 
 
-def left_to_torch(rows: Iterable[Served]) -> dict[Device, list[Asked]]:
+def asked_of_torch(rows: Iterable[Served]) -> dict[Device, list[Asked]]:
     """What torch's own kernel answered on each device, of problems: those that are served alike as one, those of most seconds first."""
     found: dict[Device, list[Asked]] = defaultdict(list)
     for row in rows:

@@ -53,7 +53,7 @@ def unknown(shelf: Shelf) -> list[Asked]:
     """What this process asked so often that it is worth a run, and that kernels of ours could serve, though nothing is known of it; those of
     most seconds first."""
     found = []
-    for device, asked in ledger.left_to_torch(ledger.served()).items():
+    for device, asked in ledger.asked_of_torch(ledger.served()).items():
         often = [one for one in asked if one.calls >= OFTEN and one.seconds >= LONG]
         found += [
             one for one in often if _could_be_served(one.problem, device) and not shelf.knows(one.problem, device)

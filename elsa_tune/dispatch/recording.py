@@ -43,7 +43,7 @@ class _Process:
 
 def _lines() -> Iterator[str]:
     wall = perf_counter() - _process.since
-    for device, asked in ledger.left_to_torch(_process.news()).items():
+    for device, asked in ledger.asked_of_torch(_process.news()).items():
         for problem, calls, seconds in asked:
             yield Traffic(
                 device=device, problem=problem, calls=calls, seconds=seconds, process=_process.name, wall=wall,

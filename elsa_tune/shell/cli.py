@@ -44,13 +44,7 @@ def main() -> None:
 @click.option(
     "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds, compiling included."
 )
-@click.option(
-    "--effort",
-    default="quick",
-    show_default=True,
-    type=click.Choice(["quick", "full"]),
-    help="How many trials a problem deserves.",
-)
+@cli_run.effort_option
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")

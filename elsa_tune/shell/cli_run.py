@@ -27,18 +27,22 @@ PASSED_ON, OF_TERMINALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), ("SIGINT"
 """Signals that who sends them to this process means for the program, and those that a terminal sends to both."""
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
-@click.option(
-    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds of tuning."
-)
-@click.option(
+effort_option = click.option(
     "--effort",
     default="quick",
     show_default=True,
     type=click.Choice(["quick", "full"]),
     help="How many trials a problem deserves.",
 )
+"""Of every command that tunes."""
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
+@click.option(
+    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds of tuning."
+)
+@effort_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Add what was recorded to this file too, JSON lines."
 )

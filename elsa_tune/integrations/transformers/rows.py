@@ -11,8 +11,6 @@ from torch import Tensor
 
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, causal, dense, lengths, ranges, window
 
-_LENGTH = torch.int64
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -24,13 +22,13 @@ class Rows:
     @classmethod
     def every(cls, q_len: int, kv_len: int, device: torch.device | str | None = None) -> Rows:
         """Every key."""
-        low, high = (torch.full((1, q_len), n, dtype=_LENGTH, device=device) for n in (0, kv_len))
+        low, high = (torch.full((1, q_len), n, device=device) for n in (0, kv_len))
         return cls(low, high)
 
     @classmethod
     def causal(cls, q_len: int, kv_len: int, before: int = 0, device: torch.device | str | None = None) -> Rows:
         """Keys up to a query's own position, the first query's behind ``before`` keys."""
-        own = torch.arange(before, before + q_len, dtype=_LENGTH, device=device)[None]
+        own = torch.arange(before, before + q_len, device=device)[None]
         return cls(torch.zeros_like(own), (own + 1).clamp(0, kv_len))
 
     @classmethod
@@ -45,7 +43,7 @@ class Rows:
             if not together:
                 return None
             ends.append((int(begin), int(begin + count)))
-        own = torch.arange(before, before + q_len, dtype=_LENGTH, device=first.device)[None]
+        own = torch.arange(before, before + q_len, device=first.device)[None]
         low, high = torch.zeros_like(own), torch.full_like(own, kv_len)
         if ends[1][0] > 0:
             low = (own + ends[1][0] - int(own[0, -1])).clamp(0, kv_len)
@@ -80,8 +78,8 @@ class Rows:
     def _growing(cls, low: Tensor, high: Tensor) -> Rows | None:
         """The bounds, with those of queries that see nothing where others leave room for them."""
         sees = low < high
-        top = torch.where(sees, high, 0).cummax(-1).values.to(_LENGTH)
-        low = torch.where(sees, low, top).to(_LENGTH)
+        top = torch.where(sees, high, 0).cummax(-1).values
+        low = torch.where(sees, low, top)
         if bool(((top != high) & sees).any()) or bool((low.diff() < 0).any()):
             return None
         if len(low) > 1 and bool(((low == low[:1]) & (top == top[:1])).all()):
@@ -139,12 +137,12 @@ class Rows:
         causality or all of it; None where they are one sequence, or others are seen."""
         low, high, q_len = self.low, self.high, self.low.shape[1]
         position = torch.arange(q_len, device=low.device)
-        begins = bool((low <= position).all()) and bool((low.gather(1, low.long()) == low).all())
+        begins = bool((low <= position).all()) and bool((low.gather(1, low) == low).all())
         if not begins or not bool(low.any()):
             return None
         if bool((high == position + 1).all()):
             return low, CAUSAL
-        following = low.gather(1, high.long().clamp(0, q_len - 1))
+        following = low.gather(1, high.clamp(0, q_len - 1))
         ends = bool(((following == high) | (high == q_len)).all())
         same = (low.diff() != 0) | (high.diff() == 0)
         return (low, NONE) if ends and bool((high > position).all()) and bool(same.all()) else None
