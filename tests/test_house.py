@@ -32,8 +32,15 @@ KINDS = sorted(path.parent.name for path in (ROOT / "elsa_tune" / "parts").glob(
 
 NOUNS = {"problem", "device", "variant", "measurement", "errors"}
 OWNERS = {
-    "jinja2": {"generate/render.py"},
-    "optuna": {"tuning/search.py", "tuning/fleet.py"},  # its samplers, its storages
+    "jinja2": {"generate/render.py", "shell/report/page.py"},  # code, a page
+    "markupsafe": {"shell/report/page.py"},
+    "optuna": {
+        "tuning/search.py",
+        "tuning/fleet.py",
+        "shell/report/figures.py",
+    },  # its samplers, its storages, its figures
+    "plotly": {"shell/report/figures.py", "shell/report/page.py"},  # what draws, and what draws in a browser
+    "pygments": {"shell/report/page.py"},
     # who writes; dispatch, which does not wait for sqlite-utils; formats gone
     "sqlite3": {"remember/database.py", "remember/reading.py", "remember/earlier.py"},
     "sqlite_utils": {"remember/database.py"},
@@ -43,7 +50,7 @@ OWNERS = {
     "filelock": {"tuning/trial.py"},
     "pynvml": {"tuning/telemetry.py"},
     "rich": {"shell/screen.py"},
-    "click": {"shell/cli.py", "shell/cli_db.py", "shell/cli_run.py"},
+    "click": {"shell/cli.py", "shell/cli_db.py", "shell/cli_report.py", "shell/cli_run.py"},
     "click_default_group": {"shell/cli.py"},
     "archspec": {"device.py"},
     "platformdirs": {"places.py"},

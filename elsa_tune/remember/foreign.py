@@ -163,6 +163,12 @@ def read(path: Path, refused: Counter[str]) -> Iterator[Measurement]:
             refused[str(error)] += 1
 
 
+def measurements(source: str, refused: Counter[str]) -> list[Measurement]:
+    """The sound measurements of a path or URL; the others are counted by reason. Raises BadMeasurements, NotTrusted."""
+    with _vouched_for(source) as path:
+        return list(read(path, refused))
+
+
 @dataclass
 class Imported:
     """What reading files of measurements came to: sound ones, how many of them were new, the others by reason."""
@@ -194,10 +200,9 @@ def merge(sources: Sequence[str], output: Path) -> Imported:
     total = Imported()
     lines: set[tuple[str, str, str, str]] = set()
     for source in sources:
-        with _vouched_for(source) as path:
-            for measurement in read(path, total.refused):
-                lines.add(place_of(measurement))
-                total.sound += 1
+        found = measurements(source, total.refused)
+        lines |= {place_of(measurement) for measurement in found}
+        total.sound += len(found)
     total.new = len(lines)
     write_lines([line for *_, line in sorted(lines)], output)
     return total
@@ -218,8 +223,7 @@ def diff(first: str, second: str) -> Difference:
     sides: list[dict[str, Measurement]] = []
     winning: list[dict[tuple[str, str], Evidence]] = []
     for source in (first, second):
-        with _vouched_for(source) as path:
-            sides.append({m.id: m for m in read(path, Counter())})
+        sides.append({m.id: m for m in measurements(source, Counter())})
         database = Database.in_memory(sides[-1].values(), source)
         winning.append({(m.device, m.problem): m for m in database.winners()})
     a, b = sides

@@ -13,7 +13,7 @@ from click_default_group import DefaultGroup
 
 import elsa_tune
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.shell import cli_db, cli_run
+from elsa_tune.shell import cli_db, cli_report, cli_run
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED
 from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
 
@@ -53,10 +53,14 @@ def main() -> None:
     help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder.",
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
+@click.option(
+    "--watch", "port", is_flag=False, flag_value=0, type=click.IntRange(0, 65535), metavar="[PORT]",
+    help="Serve the report to this machine's browsers while it tunes.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @_mistakes_are_messages
 def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Path | None, budget: float, effort: str,
-         seed: int, sampler: str, exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
+         seed: int, sampler: str, exhaustive: bool, storage: str, offline: bool, port: int | None, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
 
     Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
@@ -75,7 +79,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
         traffic = cli_run.recorded(from_traffic)
         sys.exit(cli_run.tune_for(
             console, traffic, str(from_traffic), as_json=as_json, device=device, budget=budget, effort=effort, seed=seed, sampler=sampler,
-            exhaustive=exhaustive, storage=storage,
+            exhaustive=exhaustive, storage=storage, port=port,
         ))  # fmt: skip
     if offline:
         _rank(console, device, workload, problems, budget, seed, as_json)
@@ -85,7 +89,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
         console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
     try:
-        with screen.LiveProgress(console) as watch:
+        with cli_report.watching(console, port) as watch:
             result = tuning.tune(
                 problems or None, workload=workload, device=device, budget=budget, effort=effort, seed=seed,
                 sampler=sampler, exhaustive=exhaustive, storage=storage, watch=watch,
@@ -231,6 +235,7 @@ def export(problem: str, device: str, output: Path | None) -> None:
 
 main.add_command(cli_db.db)
 main.add_command(cli_run.run)
+main.add_command(cli_report.report)
 
 
 @main.command()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
+from elsa_tune.shell import cli_report
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _add(lines: bytes, output: Path | None) -> None:
 
 def tune_for(
     console: Any, traffic: Sequence[Traffic], source: str, *, wall: float = 0.0, as_json: bool = False, device: str = "auto",
-    **options: Any,
+    port: int | None = None, **options: Any,
 ) -> int:  # fmt: skip
     """Say what was asked, tune for it, and print what that gains; the exit status. ``source`` is where the traffic is kept."""
     from elsa_tune.shell import screen
@@ -203,7 +204,7 @@ def tune_for(
     for here in from_traffic.devices(device, traffic):
         screen.print_traffic(console, traffic, here, wall)
     try:
-        with screen.LiveProgress(console) as watch:
+        with cli_report.watching(console, port) as watch:
             report, forecasts = from_traffic.tune(traffic, device=device, wall=wall, watch=watch, **options)
     except KeyboardInterrupt:
         console.print(

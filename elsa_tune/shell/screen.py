@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +30,7 @@ from elsa_tune.tuning.forecast import Forecast
 from elsa_tune.tuning.offline import Ranking, Target, occupancy
 from elsa_tune.tuning.race import Ratio
 from elsa_tune.tuning.report import Outcome, Report
-from elsa_tune.tuning.task import Progress, Task
+from elsa_tune.tuning.task import OfFamily, Progress
 
 _LINE_EVERY = 15.0
 
@@ -51,11 +51,11 @@ def _ratio(found: Evidence) -> str:
 
 
 class LiveProgress:
-    """A table that is redrawn while tuning; on a log file, a line now and then."""
+    """One screen that is redrawn while tuning and never scrolls; on a log file, a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._live = Live(console=console, refresh_per_second=4, transient=True, vertical_overflow="crop")
         self._last_line = 0.0
 
     def __enter__(self) -> LiveProgress:
@@ -68,31 +68,51 @@ class LiveProgress:
             self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        left = max(0.0, progress.budget - progress.elapsed)
         if self._console.is_terminal:
-            line = Text(f"{progress.doing}    {left:.0f} s left")
-            self._live.update(Group(_families(progress.tasks), line))
+            self._live.update(Board(progress, time.monotonic()))
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
             trials = sum(task.trials for task in progress.tasks)
-            self._console.print(f"{left:4.0f} s left, {trials} trials, {progress.doing}", highlight=False)
+            self._console.print(f"{progress.left:4.0f} s left, {trials} trials, {progress.doing}", highlight=False)
 
 
-def _families(tasks: Iterable[Task]) -> Table:
-    """Per family: best ratio of each problem so far, trials done, pruned, failed."""
-    table = _table("family", "ratio to SDPA, best so far", "trials", "pruned", "failed")
-    families: dict[str, list[Task]] = {}
-    for task in tasks:
-        families.setdefault(task.problem.family, []).append(task)
-    for family, members in sorted(families.items()):
-        counts = {s: sum(t.counts.get(s, 0) for t in members) for s in ("pruned", "wrong", "failed", "timeout")}
-        table.add_row(
-            family,
-            "  ".join(f"{task.best:.2f}" if task.latest else "-" for task in members),
-            f"{sum(t.trials for t in members)}/{sum(t.target for t in members)}",
-            str(counts["pruned"]),
-            str(counts["wrong"] + counts["failed"] + counts["timeout"]),
-        )
+@dataclass(frozen=True, slots=True)
+class Board:
+    """What a run knew at a moment (of time.monotonic()), within the lines of the terminal: families, what is done, seconds left."""
+
+    progress: Progress
+    moment: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        families = self.progress.families
+        room = max(1, console.size.height - 4)  # beside a head, two lines below and the cursor's
+        shown = sorted(families, key=lambda f: f.trials >= f.target)[:room]  # those at work first
+        yield _board(sorted(shown, key=lambda f: f.family), console.width)
+        left = max(0.0, self.progress.left - (time.monotonic() - self.moment))
+        hidden = f"; {len(families) - len(shown)} families more" if len(shown) < len(families) else ""
+        for line in (f"{left:.0f} s left{hidden}; best: ratio to torch's own", self.progress.doing):
+            yield Text(line, no_wrap=True, overflow="ellipsis")
+
+
+_LEAST_NAME = 12
+"""Columns of a terminal that a family's name has at least; where that leaves too few, failures are not shown."""
+
+
+def _board(families: Sequence[OfFamily], width: int) -> Table:
+    """A line a family, names shortened so that numbers fit."""
+    numbers = {
+        "best": [f"{f.best:.2f}" for f in families],
+        "trials": [f"{f.trials}/{f.target}" for f in families],
+        "failures": [str(f.failures) for f in families],
+    }
+    widths = {name: 2 + max(map(len, (name, *cells))) for name, cells in numbers.items()}
+    if width - sum(widths.values()) < _LEAST_NAME:
+        del numbers["failures"], widths["failures"]
+    table = _table("family", *numbers)
+    table.columns[0].no_wrap, table.columns[0].overflow = True, "ellipsis"
+    table.columns[0].max_width = max(1, width - sum(widths.values()) - 1)
+    for family, *cells in zip(families, *numbers.values(), strict=True):
+        table.add_row(family.family, *cells)
     return table
 
 
@@ -118,11 +138,6 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def reproduce(outcome: Outcome) -> str:
-    """The command that tunes this problem again and prints its line."""
-    return f"elsa-tune --device {outcome.device} --problem {outcome.problem}"
-
-
 def print_report(console: Console, report: Report) -> None:
     """The final table, what it means, and how to reproduce a line."""
     console.print(outcome_table(report.outcomes), highlight=False)
@@ -141,7 +156,7 @@ def print_report(console: Console, report: Report) -> None:
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     if report.outcomes:
-        console.print(f"Reproduce a line: {reproduce(report.outcomes[0])}", highlight=False, soft_wrap=True)
+        console.print(f"Reproduce a line: {report.outcomes[0].command}", highlight=False, soft_wrap=True)
     for line in calls(report.outcomes):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -232,7 +247,7 @@ def report_json(report: Report, forecasts: Iterable[Forecast] = ()) -> str:
             "winner": o.winner and winner_json(o.winner),
             "gflops": o.gflops,
             "share_of_limit": o.limit,
-            "reproduce": reproduce(o),
+            "reproduce": o.command,
         }
         for o in report.outcomes
     ]

@@ -25,12 +25,22 @@ class Outcome:
     def of(cls, database: Database, problem: Problem, device: Device) -> Outcome:
         """The recorded winner of a problem and how close it comes to the peaks measured in the same run."""
         winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
+        return cls.won(problem, device, winner)
+
+    @classmethod
+    def won(cls, problem: Problem, device: Device, winner: Evidence | None) -> Outcome:
+        """A problem, its winner, and how close that comes to the peaks measured in the same run."""
         measured = winner.measurement if winner else None
         if measured is None or not measured.seconds:
             return cls(problem, device, winner)
         least = least_seconds(problem, measured.provenance)
         rate = problem.flops / measured.seconds / 1e9
         return cls(problem, device, winner, rate, least and least / measured.seconds)
+
+    @property
+    def command(self) -> str:
+        """The command that tunes this problem again and prints its line."""
+        return f"elsa-tune --device {self.device} --problem {self.problem}"
 
 
 @dataclass(frozen=True, slots=True)

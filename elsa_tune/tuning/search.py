@@ -218,15 +218,32 @@ def _distributions(space: Space) -> dict[str, optuna.distributions.BaseDistribut
     return {axis.name: optuna.distributions.CategoricalDistribution(axis.values) for axis in space.axes}
 
 
-def importances(space: Space, measurements: Iterable[Measurement]) -> dict[str, float]:
-    """How much each axis mattered among measured variants (PED-ANOVA, Watanabe et al. 2023); empty if too few."""
-    study = optuna.create_study(direction="maximize")
-    axes = _distributions(space)
+FEWEST = 8
+"""Measurements that say which axes mattered."""
+
+
+def study(space: Space, measurements: Iterable[Measurement]) -> optuna.Study:
+    """What was measured of a space as a study of Optuna's, in the order given: a trial a measurement, its value the ratio to the
+    incumbent; of a variant that cannot be used a failed trial. What the space does not have any more is left out."""
+    found, axes = optuna.create_study(direction="maximize"), _distributions(space)
     for m in measurements:
-        if m.ratio and m.variant.startswith(f"{space.backend}."):
+        if not m.variant.startswith(f"{space.backend}."):
+            continue
+        with suppress(BadVariant):
             params = dict(space.parse(m.variant).values)
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=axes, value=math.log(m.ratio)))
-    if len(study.trials) < 8:
+            state = optuna.trial.TrialState.COMPLETE if m.ratio else optuna.trial.TrialState.FAIL
+            found.add_trial(optuna.trial.create_trial(state=state, value=m.ratio, params=params, distributions=axes))
+    return found
+
+
+def mattered(found: optuna.Study) -> dict[str, float]:
+    """How much each axis mattered among the trials of a study (PED-ANOVA, Watanabe et al. 2023), most first; empty if too few."""
+    if len(found.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])) < FEWEST:
         return {}
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
-    return {name: float(share) for name, share in found.items()}
+    shares = optuna.importance.get_param_importances(found, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return {name: float(share) for name, share in shares.items()}
+
+
+def importances(space: Space, measurements: Iterable[Measurement]) -> dict[str, float]:
+    """How much each axis mattered among measured variants; empty if too few."""
+    return mattered(study(space, measurements))

@@ -91,6 +91,21 @@ class Task:
                     search.tell(variant, m.ratio if m.status == "ok" else None)
 
 
+FAILURES = ("wrong", "failed", "timeout", "pruned")
+"""What becomes of variants that are not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfFamily:
+    """What a run knows of a family: the best ratio to torch's own among its problems so far, variants tried, wanted, and failed."""
+
+    family: str
+    best: float
+    trials: int
+    target: int
+    failures: int
+
+
 @dataclass
 class Progress:
     """What ``watch`` sees after every step."""
@@ -99,3 +114,22 @@ class Progress:
     doing: str
     elapsed: float
     budget: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until the budget is spent."""
+        return max(0.0, self.budget - self.elapsed)
+
+    @property
+    def families(self) -> list[OfFamily]:
+        """Every family of the run, by name."""
+        found: dict[str, list[Task]] = {}
+        for task in self.tasks:
+            found.setdefault(str(task.problem.family), []).append(task)
+        return [
+            OfFamily(
+                family, max(t.best for t in tasks), sum(t.trials for t in tasks), sum(t.target for t in tasks),
+                sum(t.counts.get(status, 0) for t in tasks for status in FAILURES),
+            )
+            for family, tasks in sorted(found.items())
+        ]  # fmt: skip
