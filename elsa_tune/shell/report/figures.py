@@ -29,6 +29,9 @@ FEWEST_TRIALS = 2
 ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 """Where names of lines and dots stand, so that they fit on a phone."""
 
+DECADES = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5)]
+"""Where logarithmic axes are labelled."""
+
 WIDE = 2.5
 """How far a roof goes beyond its outermost point, as a factor."""
 
@@ -180,6 +183,6 @@ def _roofline(dots: dict[str, list[tuple[Problem, Measurement]]], chapters: Iter
             hovertemplate="%{text}<br>%{y:.0f} GFLOP/s<extra></extra>",
         )  # fmt: skip
     figure.update_layout(legend=ABOVE)
-    figure.update_xaxes(type="log", title="operations a byte")
-    figure.update_yaxes(type="log", title="GFLOP/s")
+    figure.update_xaxes(type="log", title="operations a byte", tickvals=DECADES)
+    figure.update_yaxes(type="log", title="GFLOP/s", tickvals=DECADES)
     return figure
