@@ -27,7 +27,7 @@ PROGRAMS = {
     "elsa-tune": [sys.executable, "-m", "elsa_tune.shell.cli"],
     "sed": ["sed"],
 }
-LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", ".wheels", "results", "images")
+LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", "site", ".wheels", "results")
 
 
 def steps(page: str) -> tuple[dict[str, str], list[str]]:

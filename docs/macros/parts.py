@@ -20,19 +20,27 @@ from elsa_tune.parts.scan._base import depth
 
 from ._markdown import code, said, table
 
+
 def mask_table() -> str:
     """Every mask: which keys, as a sentence, as bounds and as a picture, a line a position; operands."""
     rows = []
     for mask in (masks.of_one_file(name) for name in masks.names()):
         operands = _operands(mask.operands, mask.allowed)
-        rows.append([code(mask.name) + _picture(mask), _lines(_strong(mask.title), _bounds(mask), _told("mask", mask.name), operands)])
+        rows.append(
+            [
+                code(mask.name) + _picture(mask),
+                _lines(_strong(mask.title), _bounds(mask), _told("mask", mask.name), operands),
+            ]
+        )
     return table(["mask", "the query at a position sees"], rows)
 
 
 def score_table() -> str:
     """Every score: what it makes of a score, and operands."""
     found = (scores.of_one_file(name) for name in scores.names())
-    rows = ([code(one.name), _lines(_strong(one.title), _told("score", one.name), _operands(one.operands))] for one in found)
+    rows = (
+        [code(one.name), _lines(_strong(one.title), _told("score", one.name), _operands(one.operands))] for one in found
+    )
     return table(["score", "what becomes of a score"], rows)
 
 
@@ -40,7 +48,14 @@ def element_table() -> str:
     """Every element: torch's dtype, that of its states, classes."""
     found = (elements.get(name) for name in elements.names())
     rows = [
-        [code(one.name), one.torch, one.state, code(*one.classes), _languages("element", one.name), _told("element", one.name)]
+        [
+            code(one.name),
+            one.torch,
+            one.state,
+            code(*one.classes),
+            _languages("element", one.name),
+            _told("element", one.name),
+        ]
         for one in found
     ]
     return table(["element", "torch's dtype", "states", "classes", "backends", "what it is"], rows)
@@ -51,7 +66,9 @@ def precision_table() -> str:
     rows = []
     for element in map(elements.get, elements.names()):
         for one in element.precisions:
-            rows.append([code(one.name), code(element.name), f"2^{_power(one.unit)}", said(one.title, f"class {one.name}")])
+            rows.append(
+                [code(one.name), code(element.name), f"2^{_power(one.unit)}", said(one.title, f"class {one.name}")]
+            )
     return table(["class", "element", "u", "products"], rows)
 
 
