@@ -81,7 +81,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     logging.getLogger("mkdocs").addHandler(listener)
     path = [*sys.path]
     try:
-        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder))
+        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=False)
         config.plugins.on_startup(command="build", dirty=False)
         build(config)
     finally:
