@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all test-torch lint types bench wheels-gpu clean
+.PHONY: tune test test-all test-torch lint types docs bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -27,6 +27,10 @@ lint: .venv/installed-dev
 
 types: .venv/installed-dev
 	$(BIN)/mypy
+
+# The site, in site/: a broken link or anchor is an error. Open site/index.html.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py
@@ -61,4 +65,4 @@ wheels-gpu: .venv/installed
 	-rm -f $(@D)/*.whl
 
 clean:
-	rm -rf .venv .venv-torch build dist *.egg-info
+	rm -rf .venv .venv-torch build dist site *.egg-info
