@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = sorted(path.parent.name for path in (ROOT / "elsa_tune" / "parts").glob("*/__init__.py"))
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @dataclass
@@ -173,20 +171,6 @@ def test_formulas_are_drawn(site: Path) -> None:
     text = (site / "how-it-works.html").read_text()
     assert text.count("<math") > 20
     assert "arithmatex" not in text and "$$" not in text
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A browser without a window."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 READ = (
