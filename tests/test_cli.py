@@ -19,7 +19,7 @@ from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.problem import Problem
-from elsa_tune.shell import cli, cli_db, doctor, screen
+from elsa_tune.shell import cli, cli_db, doctor, ending, screen
 from elsa_tune.space import Space
 from elsa_tune.tuning.report import Outcome, Report
 
@@ -70,20 +70,20 @@ def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixtu
     query, key, value = torch.randn(3, 2, 2, 9, 16)
     names = {"elsa_tune": elsa_tune, "query": query, "key": key, "value": value, "attn_mask": masks.lengths([9, 3])}
     assert eval(loaded.partition(": ")[2].partition(";")[0], names).shape == query.shape
-    assert screen.calls(outcomes[:1]) == [asked] and screen.calls(outcomes[1:]) == [loaded]
+    assert ending.calls(outcomes[:1]) == [asked] and ending.calls(outcomes[1:]) == [loaded]
     masked = [Outcome(Problem.parse(f"fp32.d16.lengths@{shape}"), host_cpu(), None)]
-    assert screen.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
-    (told,) = screen.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
+    assert ending.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
+    (told,) = ending.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
     assert "no call asks for gradients" in told
     opencl = replace(host_cpu(), kind="opencl")
-    assert 'device="opencl"' in screen.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
+    assert 'device="opencl"' in ending.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
     gpu = replace(host_cpu(), kind="cuda")
     for family, server in (
         ("fp32.tf32.d16.backward", "attention("),
         ("fp32.strict.d16", "load("),
         ("fp16.d16.window", "attention("),
     ):
-        told = screen.calls([Outcome(Problem.parse(family), gpu, None)])[0]
+        told = ending.calls([Outcome(Problem.parse(family), gpu, None)])[0]
         assert f"elsa_tune.{server}" in told, family
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from elsa_tune import places
-from elsa_tune.errors import KernelCacheUnsafe
+from elsa_tune.errors import KernelCacheUnsafe, NoRoom
 
 RECENT = 3600.0
 """Seconds for which a kernel stays, whatever names it: somebody may be about to time it."""
@@ -42,7 +42,25 @@ def find(digest: str, library: str) -> tuple[Path, Mapping[str, int]] | None:
 
 
 def add(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:
-    """Let ``fill`` write into a new folder and return resources; the folder appears under ``digest`` whole or not at all."""
+    """Let ``fill`` write into a new folder and return resources; the folder appears under ``digest`` whole or not at all.
+
+    Raises KernelCacheUnsafe, NoRoom, and what ``fill`` raises.
+    """
+    try:
+        return _added(digest, library, fill)
+    except NoRoom:
+        raise
+    except OSError as error:
+        raise NoRoom(no_room(error)) from error
+
+
+def no_room(why: object) -> str:
+    """What to say where kernels cannot be written."""
+    told = why.strerror or why if isinstance(why, OSError) else why
+    return f"no kernel can be written to {places.kernels()}: {told}; free some space and make it writable, or set ELSA_TUNE_HOME to another folder"
+
+
+def _added(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:
     places.kernels().mkdir(mode=0o700, parents=True, exist_ok=True)
     _private(places.kernels())
     work = Path(tempfile.mkdtemp(dir=places.kernels(), prefix=".building-"))

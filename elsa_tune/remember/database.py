@@ -116,7 +116,12 @@ class Database(Reader):
                     ) from error
                 time.sleep(0.02)
             except sqlite3.DatabaseError:
-                aside = salvage.set_aside(path)
+                try:
+                    aside = salvage.set_aside(path)
+                except OSError as error:
+                    raise DatabaseUnusable(
+                        f"{path} is damaged and cannot be set aside: {error.strerror}; make its folder writable"
+                    ) from error
             except OSError as error:
                 raise DatabaseUnusable(f"{path}: {error}; set ELSA_TUNE_HOME to a writable folder") from error
             else:
@@ -228,7 +233,15 @@ class Database(Reader):
         self._lastingly(lambda: self._tables.insert("traffic", TRAFFIC_FIELDS, rows))
 
     def pack(self) -> None:
-        """Forget texts that no measurement uses, and give back the space."""
+        """Forget texts that no measurement uses, and give back the space. Raises DatabaseUnusable."""
+        try:
+            self._pack()
+        except sqlite3.OperationalError as error:
+            raise DatabaseUnusable(
+                f"{self.name}: {error}; free some space, or end what holds it, and try again"
+            ) from error
+
+    def _pack(self) -> None:
         used = " UNION ".join(f"SELECT {name} FROM recorded WHERE {name} IS NOT NULL" for name in schema.TEXTS)
         with self._transaction():
             self._connection.execute(f"DELETE FROM texts WHERE number NOT IN ({used})")
@@ -246,10 +259,16 @@ class Database(Reader):
         return said if said != ["ok"] else []
 
     def _lastingly(self, write: Callable[[], T]) -> T:
-        """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside."""
+        """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside. Raises
+        DatabaseUnusable."""
         while True:
-            with self._transaction():
-                result = write()
+            try:
+                with self._transaction():
+                    result = write()
+            except sqlite3.OperationalError as error:  # locked, for as long as we wait
+                raise DatabaseUnusable(
+                    f"{self.name}: {error} by another process for {PATIENCE:.0f} s; end what holds it, and go on: what was recorded before is kept"
+                ) from error
             if not self._is_set_aside():
                 return result
             successor = Database.for_writing(Path(self.name))

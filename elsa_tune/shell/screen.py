@@ -17,13 +17,11 @@ from rich.text import Text
 from elsa_tune.device import Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.dispatch.ladder import Choice
-from elsa_tune.dispatch.serving import asks_for
 from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
-from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.remember.foreign import Difference
-from elsa_tune.shell import whole_models
+from elsa_tune.shell import ending, whole_models
 from elsa_tune.traffic import LEAST_SHARE, Traffic, merged, of, wall_of, worth_tuning
 from elsa_tune.tuning.fleet import Member
 from elsa_tune.tuning.forecast import Forecast
@@ -123,8 +121,8 @@ def reproduce(outcome: Outcome) -> str:
     return f"elsa-tune --device {outcome.device} --problem {outcome.problem}"
 
 
-def print_report(console: Console, report: Report) -> None:
-    """The final table, what it means, and how to reproduce a line."""
+def print_report(console: Console, report: Report, program: str = "") -> None:
+    """The final table, what it means, how to reproduce a line, and what to do with it: ``program`` is a command that it was for."""
     console.print(outcome_table(report.outcomes), highlight=False)
     console.print(
         "ratio: median of torch's fastest kernel / winner, in turns in one run, with its interval; "
@@ -142,26 +140,8 @@ def print_report(console: Console, report: Report) -> None:
         console.print(f"note: {note}", style="yellow", highlight=False)
     if report.outcomes:
         console.print(f"Reproduce a line: {reproduce(report.outcomes[0])}", highlight=False, soft_wrap=True)
-    for line in calls(report.outcomes):
+    for line in ending.lines(report.outcomes, program):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def calls(outcomes: Iterable[Outcome]) -> list[str]:
-    """What serves the families of a run: attention() those that torch's function can pose, load() the others."""
-    families = {o.problem.family: o for o in outcomes}.values()
-    asked = [o for o in families if asks_for(o.problem, o.device)]
-    use = ["Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."] if asked else []
-    if any(o.problem.declared for o in asked):
-        use = ["Use it: elsa_tune.attention(query, key, value, attn_mask) instead of scaled_dot_product_attention."]
-    return use + [_loaded(o.problem, o.device) for o in families if o not in asked]
-
-
-def _loaded(problem: Problem, device: Device) -> str:
-    if problem.direction == "backward":
-        return f"Of {problem.family}, no call asks for gradients yet: attention() knows no such family."
-    given = ", attn_mask=attn_mask" if any(isinstance(one, Array) for one in problem.declared) else ""
-    call = f'elsa_tune.load("{problem}", device="{device.kind}")(query, key, value{given})'
-    return f"Use {problem.family}: {call}; attention() knows no such family."
 
 
 def winner_json(found: Evidence) -> dict[str, Any]:
