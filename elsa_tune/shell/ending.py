@@ -31,7 +31,7 @@ def gained(outcomes: Sequence[Outcome]) -> str:
         f"{len(ratios) or 'None'} of {len(outcomes)} problem{'s' * (len(outcomes) > 1)} {_are(max(1, len(ratios)))} {_faster(ratios)}"
     ]
     if torchs:
-        told.append(f"of {torchs} torch's own kernel stays the fastest, and serves")
+        told.append(f"of {torchs} torch's own kernel is the fastest of those measured, and serves")
     if unsettled:
         told.append(
             f"of {unsettled} a faster one is not settled, for others used the machine: run again when it is quiet"

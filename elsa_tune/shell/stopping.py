@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ class Stopping:
         self.is_begun = False
         """Whether a command has begun: before that nothing can be lost."""
         self._before: dict[int, Any] = {}
+        self._status = 0
         self._unraisable, self._in_thread = sys.unraisablehook, threading.excepthook
 
     def __enter__(self) -> Stopping:
@@ -37,11 +39,13 @@ class Stopping:
                 with suppress(ValueError):  # not the main thread: who called it handles signals
                     self._before[number] = signal.signal(number, self._arrive)
         sys.unraisablehook, threading.excepthook = self._lost, self._of_thread
+        atexit.register(self._end)  # before anybody's: it comes last
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.number:  # what is still to end does so in silence
             return
+        atexit.unregister(self._end)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         sys.unraisablehook, threading.excepthook = self._unraisable, self._in_thread
@@ -53,11 +57,18 @@ class Stopping:
             return status
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
-        status = 128 + self.number if status == EXIT_INTERRUPTED else status
-        watch = threading.Timer(PATIENCE, os._exit, [status])
+        self._status = 128 + self.number if status == EXIT_INTERRUPTED else status
+        watch = threading.Timer(PATIENCE, self._end)
         watch.daemon = True
         watch.start()
-        return status
+        return self._status
+
+    def _end(self) -> None:
+        """At once, by this status: Python's own end would be by SIGINT where a text that it executed was interrupted."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(self._status)
 
     def _arrive(self, number: int, frame: FrameType | None) -> None:
         self.number = number

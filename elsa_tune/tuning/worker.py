@@ -91,7 +91,29 @@ _START: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHO
 """How workers start: forked by a server that has loaded torch, where systems have that."""
 
 
+@contextmanager
+def _at_a_stretch() -> Iterator[None]:
+    """Signals that come meanwhile are handled afterwards: a process that is half started is nobody's to end."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
 class _Process(_START.Process):  # type: ignore[misc]
+    def start(self) -> None:
+        with _at_a_stretch():
+            super().start()
+
     @staticmethod
     def _Popen(process: Any) -> Any:
         with _main_is_not_imported(), _without_interrupts():
