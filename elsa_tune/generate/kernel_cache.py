@@ -12,10 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from elsa_tune import places
-from elsa_tune.errors import KernelCacheUnsafe, NoRoom
+from elsa_tune.errors import KernelCacheUnsafe
 
 RECENT = 3600.0
 """Seconds for which a kernel stays, whatever names it: somebody may be about to time it."""
+
+ELSEWHERE = "set ELSA_TUNE_HOME to another folder"
+"""What can be done where kernels cannot be written."""
 
 CHECKED = "checked"
 """The file beside a built kernel that names devices on which it was found right."""
@@ -46,18 +49,8 @@ def add(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) ->
 
     Raises KernelCacheUnsafe, NoRoom, and what ``fill`` raises.
     """
-    try:
+    with places.written(places.kernels(), ELSEWHERE):
         return _added(digest, library, fill)
-    except NoRoom:
-        raise
-    except OSError as error:
-        raise NoRoom(no_room(error)) from error
-
-
-def no_room(why: object) -> str:
-    """What to say where kernels cannot be written."""
-    told = why.strerror or why if isinstance(why, OSError) else why
-    return f"no kernel can be written to {places.kernels()}: {told}; free some space and make it writable, or set ELSA_TUNE_HOME to another folder"
 
 
 def _added(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:

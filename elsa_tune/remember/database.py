@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -54,6 +55,9 @@ class _OnDisk:
     def __init__(self, connection: sqlite3.Connection) -> None:
         import sqlite_utils
 
+        found = version("sqlite-utils")
+        if int(found.split(".")[0]) < 4:
+            raise DatabaseUnusable(f"sqlite-utils {found} is too old: it commits what is not its own; pip install 'sqlite-utils>=4.0'")
         self._tables = sqlite_utils.Database(connection, recursive_triggers=False, execute_plugins=False)
 
     def create(self) -> None:

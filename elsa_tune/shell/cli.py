@@ -218,12 +218,14 @@ def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> 
 @_mistakes_are_messages
 def export(problem: str, device: str, output: Path | None) -> None:
     """Write the best known kernel for PROBLEM on a device as one header with a plain C interface."""
+    from elsa_tune import places
     from elsa_tune.problem import Problem
     from elsa_tune.ship import export as exports
 
     made = exports.export(Problem.parse(problem), device)
     path = output or Path(f"{made.name}.h")
-    path.write_text(made.text)
+    with places.written(path):
+        path.write_text(made.text)
     click.echo(f"{path}: {made.variant} as {made.name}()")
 
 

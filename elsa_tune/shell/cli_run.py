@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,8 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
     from elsa_tune.remember.database import Database
     from elsa_tune.shell import screen
 
+    if shutil.which(command[0]) is None:
+        raise ElsaTuneError(f"{command[0]} is no program; name a program, as in elsa-tune run -- python program.py")
     with Database.for_writing():  # what cannot be kept is better told before
         _add(b"", output)
         if output is not None:

@@ -68,6 +68,8 @@ def _of_usage(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command: str = context.command_path if context else "elsa-tune"
     said = " ".join(str(error.format_message()).split()).rstrip(".")
+    if "unexpected extra argument" in said and context and context.parent:
+        said += f": the commands are {', '.join(context.parent.command.commands)}"
     missing = type(error).__name__ == "NoArgsIsHelpError"  # whose message is the whole help
     return f"{'name a command' if missing else said}; {command} --help says what it takes"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
 from elsa_tune.errors import ElsaTuneError, NoRoom
-from elsa_tune.generate import backends, lawful
+from elsa_tune.generate import backends, kernel_cache, lawful
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -91,14 +92,11 @@ class Trials:
         """One tuner of a machine at a time builds or times; another waits its turn. Raises OutOfTime, NoRoom."""
         lock, start = FileLock(places.home() / "tuning.lock"), time.monotonic()
         try:
-            places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock.acquire(timeout=max(0.0, self.deadline - start))
+            with places.written(Path(lock.lock_file), kernel_cache.ELSEWHERE):
+                places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock.acquire(timeout=max(0.0, self.deadline - start))
         except Timeout as error:
             raise OutOfTime from error
-        except OSError as error:
-            raise NoRoom(
-                f"{lock.lock_file}: {error.strerror or error}; make it writable, or set ELSA_TUNE_HOME to another folder"
-            ) from error
         finally:
             self.waited += time.monotonic() - start
         try:

@@ -97,7 +97,7 @@ def _at_a_stretch() -> Iterator[None]:
     came: list[int] = []
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
             if callable(signal.getsignal(number)):
                 before[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:

@@ -13,7 +13,6 @@ from functools import cache
 from importlib.util import find_spec
 
 from elsa_tune.errors import BuildFailed, CompilerMissing, NoRoom
-from elsa_tune.generate.kernel_cache import no_room
 
 REMEDY = (
     "install g++ or clang++ (Debian: apt-get install g++), or a compiler from PyPI: pip install 'elsa-tune[compiler]'"
@@ -44,7 +43,7 @@ class Compiler:
     version: str
 
     def run(self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS) -> None:
-        """Run it, for so long at most. Raises BuildFailed with the first lines of its complaint, NoRoom where the disk is full."""
+        """Run it with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its complaint, NoRoom where the disk is full."""
         try:
             done = subprocess.run(
                 [*self.command, *arguments],
@@ -58,12 +57,13 @@ class Compiler:
             raise BuildFailed(f"{what}: {error}; try another compiler with CXX=...") from error
         if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
             raise NoRoom(
-                no_room(
-                    f"{os.strerror(errno.ENOSPC)}, says {self.command[0]}, which also needs a folder for temporary files, TMPDIR"
-                )
+                f"{self.command[0]}: {os.strerror(errno.ENOSPC)}; free some space, set ELSA_TUNE_HOME to another folder,"
+                " and TMPDIR, where it keeps temporary files"
             )
         if done.returncode:
             raise BuildFailed(f"{what}: {self.command[0]} failed: {done.stderr.strip()[:600]}; see `elsa-tune doctor`")
+        if not os.path.isfile(arguments[-1]):
+            raise BuildFailed(f"{what}: {self.command[0]} wrote no {os.path.basename(arguments[-1])}; try another compiler with CXX=...")
 
 
 def _candidates() -> list[tuple[str, ...]]:
