@@ -57,7 +57,9 @@ class _OnDisk:
 
         found = version("sqlite-utils")
         if int(found.split(".")[0]) < 4:
-            raise DatabaseUnusable(f"sqlite-utils {found} is too old: it commits what is not its own; pip install 'sqlite-utils>=4.0'")
+            raise DatabaseUnusable(
+                f"sqlite-utils {found} is too old: it commits what is not its own; pip install 'sqlite-utils>=4.0'"
+            )
         self._tables = sqlite_utils.Database(connection, recursive_triggers=False, execute_plugins=False)
 
     def create(self) -> None:
@@ -116,7 +118,7 @@ class Database(Reader):
                 # SQLite never waits for a lock in the way of a change of journal mode, so this does.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise DatabaseUnusable(
-                        f"{path}: {error}; make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
+                        f"{path}: {error}; free some space, make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
                     ) from error
                 time.sleep(0.02)
             except sqlite3.DatabaseError:

@@ -29,7 +29,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             status = _run(arguments, stopping)
             _flush()
         except BaseException as error:
-            status, sentence = mishaps.told(error, stopping.number)
+            try:
+                status, sentence = mishaps.told(error, stopping.number)
+            except Exception as another:  # whatever is wrong here is wrong with telling it, too
+                status, sentence = (
+                    70,
+                    f"{type(error).__name__}: {error}, and {type(another).__name__}: {another} while that was told",
+                )
             _say(sentence)
         sys.exit(stopping.status(status))
 

@@ -17,15 +17,14 @@ def found(error: BaseException) -> str:
     """Why an import, or what asks of a package what it does not have, failed: in a sentence; empty if it is for another reason."""
     if not isinstance(error, ImportError | AttributeError | TypeError | SyntaxError):
         return ""
-    missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
-    for reason in (
-        _shadow(),
-        _old(),
-        f"{missing} is not installed; {_install(missing)}" if missing and missing != "elsa_tune" else "",
-    ):
-        if reason:
-            return reason
-    return ""
+    return _shadow() or _old() or (_missing(error.name or "") if isinstance(error, ModuleNotFoundError) else "")
+
+
+def _missing(module: str) -> str:
+    """Of a module that was not found, and is none of ours."""
+    name = module.split(".")[0]
+    package = next((package for package, _ in _requirements() if _module(package) == name), name)
+    return f"{package} is not installed; {_install(package)}" if name not in ("", "elsa_tune") else ""
 
 
 def _install(requirement: str) -> str:

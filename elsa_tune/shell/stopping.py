@@ -16,6 +16,9 @@ from elsa_tune.shell.exits import EXIT_INTERRUPTED
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """What asks a program to end. One that is ignored when it starts, as nohup and shells do in the background, stays ignored."""
 
+AGAIN = 0.05
+"""Seconds after which a signal comes again whose exception was lost."""
+
 PATIENCE = 5.0
 """Seconds for threads and processes to end once a command was stopped."""
 
@@ -80,7 +83,11 @@ class Stopping:
     def _lost(self, found: Any) -> None:
         """What was raised where nobody can catch it: a signal that came there comes again, the rest is told as Python does."""
         if found.exc_type is KeyboardInterrupt:
-            signal.raise_signal(self.number or signal.SIGINT)
+            again = threading.Timer(
+                AGAIN, _interrupt, [self.number or signal.SIGINT]
+            )  # not from here: this would be lost as well
+            again.daemon = True
+            again.start()
         elif not self.number:
             self._unraisable(found)
 
@@ -88,3 +95,11 @@ class Stopping:
         """Threads that end because the program does have nothing to say."""
         if not self.number:
             self._in_thread(found)
+
+
+def _interrupt(number: int) -> None:
+    """The signal, to the thread that handles it."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)

@@ -162,7 +162,8 @@ class Worker:
         except FutureTimeout as error:
             raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s; the worker was killed") from error
         except ProcessExpired as error:
-            raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
+            why = ", killed: by the system, perhaps, whose memory did not suffice" if error.exitcode == -9 else ""
+            raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}{why}") from error
         except CancelledError as error:
             raise GivenUp("failed", "given up: the worker was ended") from error
         except NoRoom:  # a full disk is no fault of the job

@@ -43,7 +43,8 @@ class Compiler:
     version: str
 
     def run(self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS) -> None:
-        """Run it with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its complaint, NoRoom where the disk is full."""
+        """Run it with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its complaint,
+        NoRoom where the disk is full."""
         try:
             done = subprocess.run(
                 [*self.command, *arguments],
@@ -63,7 +64,9 @@ class Compiler:
         if done.returncode:
             raise BuildFailed(f"{what}: {self.command[0]} failed: {done.stderr.strip()[:600]}; see `elsa-tune doctor`")
         if not os.path.isfile(arguments[-1]):
-            raise BuildFailed(f"{what}: {self.command[0]} wrote no {os.path.basename(arguments[-1])}; try another compiler with CXX=...")
+            raise BuildFailed(
+                f"{what}: {self.command[0]} wrote no {os.path.basename(arguments[-1])}; try another compiler with CXX=..."
+            )
 
 
 def _candidates() -> list[tuple[str, ...]]:
