@@ -781,6 +781,11 @@ def test_sigterm_while_kernels_are_raced(here: Here, stage: Stage) -> None:
     stopped(here, ended, 143)
 
 
+def test_kill_leaves_nobody_behind(here: Here, stage: Stage) -> None:
+    """Workers, and the server that forks them, end with who tunes, however that ended."""
+    assert not seen(here, stage, *TUNE, signals=[(3.0, "SIGKILL", False)]).left
+
+
 def stopped(here: Here, ended: Ended, status: int) -> None:
     """A stopped tuning: what it says, leaves behind and has recorded."""
     assert ended.status == status and "stopped; everything measured so far is kept" in ended.out, ended
