@@ -43,7 +43,7 @@ def test_tune_is_the_default_and_ends_with_a_table(home: Path) -> None:
     assert f"elsa-tune --device {host_cpu()} --problem {SMALL}" in out.replace("\n", "")
     assert str(host_cpu()) in out, "it says what it found"
     *_, gained, use, following = out.splitlines()
-    assert "1 problem is faster than by torch's own kernels" in gained and use.startswith("Use it: ")
+    assert "of 1 problem is faster than by torch's own kernels" in gained and use.startswith("Use it: ")
     assert "elsa-tune run -- python your_program.py" in following and "ELSA_TUNE=1 python your_program.py" in following
 
     code, out, _ = run("--problem", SMALL, "--budget", "3", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -459,6 +460,7 @@ def test_where_no_kernel_can_be_written_torch_serves(
     """A full disk is nothing that a program should hear of; doctor and explain do."""
     kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
     record(won("fp32.d16@b2.h4.q50.k50", device=kin, digest="nothing"))
+    shutil.rmtree(places.kernels())
 
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

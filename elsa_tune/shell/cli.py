@@ -276,6 +276,4 @@ def doctor() -> None:
 
 
 if __name__ == "__main__":
-    from elsa_tune.shell import entry
-
-    entry.main()
+    main()
