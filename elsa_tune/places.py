@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -69,13 +70,19 @@ def settings() -> Path:
     return (Path(override) if override else platformdirs.user_config_path("elsa-tune")) / "config.toml"
 
 
+OF_PROCESSES = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+"""What a system refuses because of who asks, and not of what is at a path."""
+
+
 @contextmanager
 def written(path: Path, remedy: str = "name another with -o") -> Iterator[None]:
     """Inside, what a system refuses of reading and writing what is at a path is NoRoom, which says so."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, NoRoom | TimeoutError):  # somebody else's lock
+        if (
+            isinstance(error, NoRoom | TimeoutError) or error.errno in OF_PROCESSES
+        ):  # TimeoutError: of a lock that others hold
             raise
         raise NoRoom(f"{path}: {error.strerror or error}; free some space and make it writable, or {remedy}") from error
 

@@ -16,6 +16,7 @@ from stage import Ended, Run, Stage
 
 from elsa_tune import places
 from elsa_tune.device import host_cpu
+from elsa_tune.errors import NoRoom
 from elsa_tune.generate import backends
 from elsa_tune.generate.cpp import compiler as compilers
 from elsa_tune.measurement import Measurement
@@ -619,6 +620,16 @@ def test_a_problem_that_fits_into_no_memory(here: Here, capsys: pytest.CaptureFi
     assert "1 could not be measured, and torch serves it: see the notes" in told
 
 
+def test_a_variant_that_the_disk_had_no_room_for_has_not_failed(here: Here) -> None:
+    """Nothing is recorded of it, and the run ends: the next one would not fit either."""
+    here.fails(errno.ENOSPC, Path, "write_text")
+    with Database.for_writing() as database:
+        trials = Trials(database, None, host_cpu())  # type: ignore[arg-type]
+        with pytest.raises(NoRoom, match="No space left on device"):
+            trials.build(Problem.parse(SMALL), [Space.read("cpp").parse(Space.read("cpp").start[-1])])
+        assert len(database) == 0
+
+
 # What was not foreseen.
 
 
@@ -758,6 +769,8 @@ def test_a_home_of_any_name(here: Here, capsys: pytest.CaptureFixture[str], abso
 def test_limits_of_a_process(here: Here, stage: Stage) -> None:
     """Few files, little memory, a small disk: one sentence each, and what was recorded before is there."""
     files = seen(here, stage, *TUNE, limits={"RLIMIT_NOFILE": 10})
+    assert files.status == exits.EXIT_MISTAKE and "ulimit -n" in one_sentence(files.err), files
+    files = seen(here, stage, *TUNE, limits={"RLIMIT_NOFILE": 12})
     assert files.status == exits.EXIT_MISTAKE and "ulimit -n" in one_sentence(files.err), files
     size = seen(
         here,
