@@ -738,6 +738,25 @@ def test_a_narrow_terminal(here: Here, stage: Stage, columns: int) -> None:
     assert "1,torch'sown" in shown and "1.2e-07" in shown and SMALL in shown and "sdpa.flash" in shown
 
 
+@pytest.mark.parametrize(
+    "plain", [{"TERM": "dumb"}, {"TERM": "", "LC_ALL": "C"}, {"NO_COLOR": "1", "LC_ALL": "xx_YY"}, {"COLUMNS": "many"}]
+)
+def test_a_plain_terminal(here: Here, stage: Stage, plain: dict[str, str]) -> None:
+    with Database.for_writing() as database:
+        database.record(RIVAL)
+    ended = seen(here, stage, "winners", stdout="terminal", columns=100, environment=plain)
+    assert ended.status == 0 and not ended.err and SMALL in ended.out
+
+
+def test_a_teams_database_that_is_nowhere(here: Here, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are listed beside what is wrong."""
+    here.patch.setenv("ELSA_TUNE_DB", "/nowhere/at/all.jsonl")
+    with Database.for_writing() as database:
+        database.record(RIVAL)
+    status, out, err = start(capsys, "db", "info")
+    assert (status == 0 and "1" in out and "/nowhere/at/all.jsonl" in one_sentence(err)) or not err
+
+
 def test_a_screen_that_knows_ascii_alone(here: Here, stage: Stage) -> None:
     strange = here.folder / "Schlüssel – ключ"
     ascii_alone = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict'); sys.stderr.reconfigure(encoding='ascii', errors='strict')"

@@ -61,7 +61,9 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
     from elsa_tune.shell import screen
 
     if shutil.which(command[0]) is None:
-        raise ElsaTuneError(f"{command[0]} is no program; name a program, as in elsa-tune run -- python program.py")
+        raise ElsaTuneError(
+            f"{command[0]}: No such file, or none that can be executed; name a program, as in elsa-tune run -- python program.py"
+        )
     with Database.for_writing():  # what cannot be kept is better told before
         _add(b"", output)
         if output is not None:
