@@ -10,6 +10,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())
+
+
 class ElsaTuneError(Exception):
     """Anything this package raises on purpose."""
 
@@ -67,7 +72,7 @@ class FolderTaken(ElsaTuneError):
 
 
 class NoRoom(ElsaTuneError, OSError):
-    """A folder has no room for the keys and values of an OffloadedCache, or may not be written to."""
+    """A folder has no room for what is to be written, a kernel, a kit, an OffloadedCache's keys and values, or may not be written to."""
 
 
 class BadMeasurements(ElsaTuneError, ValueError):

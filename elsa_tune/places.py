@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from elsa_tune.errors import NoRoom
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,6 +68,23 @@ def settings() -> Path:
     """The user's settings, a TOML file that need not exist."""
     override = os.environ.get("ELSA_TUNE_HOME")
     return (Path(override) if override else platformdirs.user_config_path("elsa-tune")) / "config.toml"
+
+
+OF_PROCESSES = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+"""What a system refuses because of who asks, and not of what is at a path."""
+
+
+@contextmanager
+def written(path: Path, remedy: str = "name another with -o") -> Iterator[None]:
+    """Inside, what a system refuses of reading and writing what is at a path is NoRoom, which says so."""
+    try:
+        yield
+    except OSError as error:
+        if (
+            isinstance(error, NoRoom | TimeoutError) or error.errno in OF_PROCESSES
+        ):  # TimeoutError: of a lock that others hold
+            raise
+        raise NoRoom(f"{path}: {error.strerror or error}; free some space and make it writable, or {remedy}") from error
 
 
 def unsafe(path: Path) -> str:

@@ -18,8 +18,9 @@ from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
+from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.shell import cli, cli_db, doctor, screen
+from elsa_tune.shell import cli, cli_db, doctor, ending, screen
 from elsa_tune.space import Space
 from elsa_tune.tuning.report import Outcome, Report
 
@@ -41,6 +42,9 @@ def test_tune_is_the_default_and_ends_with_a_table(home: Path) -> None:
     assert SMALL in out and "ratio" in out and "GFLOP/s" in out and "error" in out
     assert f"elsa-tune --device {host_cpu()} --problem {SMALL}" in out.replace("\n", "")
     assert str(host_cpu()) in out, "it says what it found"
+    *_, gained, use, following = out.splitlines()
+    assert "of 1 problem is faster than by torch's own kernels" in gained and use.startswith("Use it: ")
+    assert "elsa-tune run -- python your_program.py" in following and "ELSA_TUNE=1 python your_program.py" in following
 
     code, out, _ = run("--problem", SMALL, "--budget", "3", "--json")
     report = json.loads(out)
@@ -64,27 +68,74 @@ def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixtu
     problems = (f"fp32.d16.causal@{shape}", f"fp32.strict.d16.causal+lengths.softcap@{shape}.softcap30")
     outcomes = [Outcome(Problem.parse(problem), host_cpu(), None) for problem in problems]
     screen.print_report(screen.console(), Report(outcomes, 1.0, []))
-    asked, loaded = capsys.readouterr().out.splitlines()[-2:]
+    asked, loaded = capsys.readouterr().out.splitlines()[-3:-1]
+    screen.print_report(screen.console(), Report(outcomes, 1.0, []), "python mine.py")
+    told = capsys.readouterr().out
+    assert told.endswith("Use it: ELSA_TUNE=1 python mine.py\n") and told.count("Use it") == 1, "that program's"
     assert asked == "Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."
     assert loaded.startswith("Use fp32.strict.d16.causal+lengths.softcap: elsa_tune.load(") and "attention()" in loaded
     query, key, value = torch.randn(3, 2, 2, 9, 16)
     names = {"elsa_tune": elsa_tune, "query": query, "key": key, "value": value, "attn_mask": masks.lengths([9, 3])}
     assert eval(loaded.partition(": ")[2].partition(";")[0], names).shape == query.shape
-    assert screen.calls(outcomes[:1]) == [asked] and screen.calls(outcomes[1:]) == [loaded]
+    assert ending.calls(outcomes[:1]) == [asked] and ending.calls(outcomes[1:]) == [loaded]
     masked = [Outcome(Problem.parse(f"fp32.d16.lengths@{shape}"), host_cpu(), None)]
-    assert screen.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
-    (told,) = screen.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
+    assert ending.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
+    (told,) = ending.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
     assert "no call asks for gradients" in told
     opencl = replace(host_cpu(), kind="opencl")
-    assert 'device="opencl"' in screen.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
+    assert 'device="opencl"' in ending.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]
     gpu = replace(host_cpu(), kind="cuda")
     for family, server in (
         ("fp32.tf32.d16.backward", "attention("),
         ("fp32.strict.d16", "load("),
         ("fp16.d16.window", "attention("),
     ):
-        told = screen.calls([Outcome(Problem.parse(family), gpu, None)])[0]
+        told = ending.calls([Outcome(Problem.parse(family), gpu, None)])[0]
         assert f"elsa_tune.{server}" in told, family
+
+
+def evidence(ratio: float, busy: bool = False) -> Evidence:
+    """A winner of a ratio; torch's own where that is 1."""
+    name, role = ("sdpa.flash", "rival") if ratio == 1 else (VARIANT, "candidate")
+    measured = Measurement(
+        device=str(host_cpu()),
+        problem=SMALL,
+        variant=name,
+        role=role,
+        status="ok",
+        provenance={"disturbed": float(busy)},
+    )
+    return Evidence(measured, ratio, ratio, ratio, 1)
+
+
+@pytest.mark.parametrize(
+    ("winners", "told"),
+    [
+        (
+            [2.0, 8.0, 1.0],
+            "2 of 3 problems are faster than by torch's own kernels, 2.00 to 8.00 times, 4.00 by the geometric mean; of 1 torch's own",
+        ),
+        ([1.5], "1 of 1 problem is faster than by torch's own kernels, 1.50 times."),
+        (
+            [1.0, 1.0],
+            "None of 2 problems is faster than by torch's own kernels; of 2 torch's own kernel is the fastest of those measured, and",
+        ),
+        (
+            [None],
+            "None of 1 problem is faster than by torch's own kernels; 1 could not be measured, and torch serves it: ",
+        ),
+        (
+            [3.0, -3.0],
+            "1 of 2 problems is faster than by torch's own kernels, 3.00 times; of 1 a faster one is not settled",
+        ),
+        ([], "nothing was gained"),
+    ],
+)
+def test_it_says_what_was_gained_and_what_was_not(winners: list[float | None], told: str) -> None:
+    """Negative: measured while others used the machine."""
+    made = [ratio and evidence(abs(ratio), ratio < 0) for ratio in winners]
+    outcomes = [Outcome(Problem.parse(SMALL), host_cpu(), winner or None) for winner in made]
+    assert told in ending.gained(outcomes)
 
 
 def test_a_workload_file(home: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -450,6 +452,30 @@ def test_a_build_that_fails_is_not_repeated_for_every_shape(home: Path, monkeypa
         time.sleep(0.01)
     time.sleep(0.2)
     assert len(attempts) == 1 and "planted" in serving._shelf.troubles["background build"]
+
+
+def test_where_no_kernel_can_be_written_torch_serves(
+    home: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is nothing that a program should hear of; doctor and explain do."""
+    kin = f"cpu:{HERE.model}-{HERE.arch}-c{HERE.cores + 62}"
+    record(won("fp32.d16@b2.h4.q50.k50", device=kin, digest="nothing"))
+    shutil.rmtree(places.kernels())
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    q, k, v = tensors()
+    deadline = time.monotonic() + 10
+    while "background build" not in serving._shelf.troubles and time.monotonic() < deadline:
+        assert close(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v))
+        time.sleep(0.01)
+    assert close(elsa_tune.attention(q, k, v), scaled_dot_product_attention(q, k, v)) and served.by_torch > 1
+    assert (
+        "NoRoom" in (told := serving._shelf.troubles["background build"])
+        and "No space left on device; free some space" in told
+    )
 
 
 def test_a_kernel_that_is_wrong_here_never_serves(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

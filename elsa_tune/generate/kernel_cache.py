@@ -17,6 +17,9 @@ from elsa_tune.errors import KernelCacheUnsafe
 RECENT = 3600.0
 """Seconds for which a kernel stays, whatever names it: somebody may be about to time it."""
 
+ELSEWHERE = "set ELSA_TUNE_HOME to another folder"
+"""What can be done where kernels cannot be written."""
+
 CHECKED = "checked"
 """The file beside a built kernel that names devices on which it was found right."""
 
@@ -42,7 +45,15 @@ def find(digest: str, library: str) -> tuple[Path, Mapping[str, int]] | None:
 
 
 def add(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:
-    """Let ``fill`` write into a new folder and return resources; the folder appears under ``digest`` whole or not at all."""
+    """Let ``fill`` write into a new folder and return resources; the folder appears under ``digest`` whole or not at all.
+
+    Raises KernelCacheUnsafe, NoRoom, and what ``fill`` raises.
+    """
+    with places.written(places.kernels(), ELSEWHERE):
+        return _added(digest, library, fill)
+
+
+def _added(digest: str, library: str, fill: Callable[[Path], Mapping[str, int]]) -> tuple[Path, Mapping[str, int]]:
     places.kernels().mkdir(mode=0o700, parents=True, exist_ok=True)
     _private(places.kernels())
     work = Path(tempfile.mkdtemp(dir=places.kernels(), prefix=".building-"))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -54,6 +55,11 @@ class _OnDisk:
     def __init__(self, connection: sqlite3.Connection) -> None:
         import sqlite_utils
 
+        found = version("sqlite-utils")
+        if int(found.split(".")[0]) < 4:
+            raise DatabaseUnusable(
+                f"sqlite-utils {found} is too old: it commits what is not its own; pip install 'sqlite-utils>=4.0'"
+            )
         self._tables = sqlite_utils.Database(connection, recursive_triggers=False, execute_plugins=False)
 
     def create(self) -> None:
@@ -112,11 +118,16 @@ class Database(Reader):
                 # SQLite never waits for a lock in the way of a change of journal mode, so this does.
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise DatabaseUnusable(
-                        f"{path}: {error}; make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
+                        f"{path}: {error}; free some space, make it writable, close what locks it, or set ELSA_TUNE_HOME to another folder"
                     ) from error
                 time.sleep(0.02)
             except sqlite3.DatabaseError:
-                aside = salvage.set_aside(path)
+                try:
+                    aside = salvage.set_aside(path)
+                except OSError as error:
+                    raise DatabaseUnusable(
+                        f"{path} is damaged and cannot be set aside: {error.strerror}; make its folder writable"
+                    ) from error
             except OSError as error:
                 raise DatabaseUnusable(f"{path}: {error}; set ELSA_TUNE_HOME to a writable folder") from error
             else:
@@ -228,7 +239,15 @@ class Database(Reader):
         self._lastingly(lambda: self._tables.insert("traffic", TRAFFIC_FIELDS, rows))
 
     def pack(self) -> None:
-        """Forget texts that no measurement uses, and give back the space."""
+        """Forget texts that no measurement uses, and give back the space. Raises DatabaseUnusable."""
+        try:
+            self._pack()
+        except sqlite3.OperationalError as error:
+            raise DatabaseUnusable(
+                f"{self.name}: {error}; free some space, or end what holds it, and try again"
+            ) from error
+
+    def _pack(self) -> None:
         used = " UNION ".join(f"SELECT {name} FROM recorded WHERE {name} IS NOT NULL" for name in schema.TEXTS)
         with self._transaction():
             self._connection.execute(f"DELETE FROM texts WHERE number NOT IN ({used})")
@@ -246,10 +265,16 @@ class Database(Reader):
         return said if said != ["ok"] else []
 
     def _lastingly(self, write: Callable[[], T]) -> T:
-        """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside."""
+        """What ``write`` returns, in a transaction; again in the new file, if another process has set this one aside. Raises
+        DatabaseUnusable."""
         while True:
-            with self._transaction():
-                result = write()
+            try:
+                with self._transaction():
+                    result = write()
+            except sqlite3.OperationalError as error:  # locked, for as long as we wait
+                raise DatabaseUnusable(
+                    f"{self.name}: {error} by another process for {PATIENCE:.0f} s; end what holds it, and go on: what was recorded before is kept"
+                ) from error
             if not self._is_set_aside():
                 return result
             successor = Database.for_writing(Path(self.name))

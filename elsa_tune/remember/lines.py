@@ -36,7 +36,7 @@ def write(measurements: Iterable[Measurement], path: Path) -> int:
 def write_lines(lines: list[str], path: Path) -> int:
     """Write lines that are sorted already, as ``write``."""
     text = "".join(f"{line}\n" for line in lines).encode()
-    work = path.with_name(f"{path.name}.{os.getpid()}.part")
+    work = Path(f"{path}.{os.getpid()}.part")
     try:
         work.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
         work.replace(path)

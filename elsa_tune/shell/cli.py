@@ -14,7 +14,7 @@ from click_default_group import DefaultGroup
 import elsa_tune
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.shell import cli_db, cli_report, cli_run
-from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED
+from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS
 from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
 
 _Group: type[click.Group] = DefaultGroup
@@ -41,9 +41,7 @@ def main() -> None:
     metavar="FILE|DATABASE",
     help="Tune what programs asked instead, as elsa-tune run recorded it.",
 )
-@click.option(
-    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds, compiling included."
-)
+@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds, compiling included.")
 @cli_run.effort_option
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
@@ -231,12 +229,14 @@ def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> 
 @_mistakes_are_messages
 def export(problem: str, device: str, output: Path | None) -> None:
     """Write the best known kernel for PROBLEM on a device as one header with a plain C interface."""
+    from elsa_tune import places
     from elsa_tune.problem import Problem
     from elsa_tune.ship import export as exports
 
     made = exports.export(Problem.parse(problem), device)
     path = output or Path(f"{made.name}.h")
-    path.write_text(made.text)
+    with places.written(path):
+        path.write_text(made.text)
     click.echo(f"{path}: {made.variant} as {made.name}()")
 
 
@@ -260,7 +260,7 @@ def fleet(storage: str) -> None:
 @click.option("--for", "device", required=True, metavar="TARGET", help="sm_90, gfx942: a device that need not be here.")
 @click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
 @click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
-@click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
+@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
 @click.option("-o", "--output", default="ready", show_default=True, type=click.Path(path_type=Path), help="The folder.")
 @_mistakes_are_messages
 def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:

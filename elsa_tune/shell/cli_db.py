@@ -5,17 +5,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from elsa_tune.errors import ElsaTuneError
+from elsa_tune.errors import ElsaTuneError, one_line
+from elsa_tune.shell.exits import EXIT_INCOMPLETE as EXIT_INCOMPLETE
+from elsa_tune.shell.exits import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from elsa_tune.shell.exits import EXIT_MISTAKE as EXIT_MISTAKE
 
 if TYPE_CHECKING:
     from elsa_tune.remember.foreign import Imported
 
-EXIT_INCOMPLETE, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+
+class _Seconds(click.FloatRange):
+    """A budget: of numbers, what is none ("nan") lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, context))
+        if isnan(seconds):
+            self.fail(f"{value} is no number of seconds", param, context)
+        return seconds
+
+
+SECONDS = _Seconds(min=1, max=1e7)
+"""Of every --budget."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +45,7 @@ def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*arguments, **options)
         except ElsaTuneError as error:
-            click.echo(f"elsa-tune: {error}", err=True)
+            click.echo(f"elsa-tune: {one_line(error)}", err=True)
             sys.exit(EXIT_MISTAKE)
 
     return wrapped
@@ -153,7 +169,7 @@ def verify() -> None:
 
 @db.command()
 @click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
-@click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
+@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
     """Time what was imported for this device, or is disputed, against this machine's own best."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,13 +21,16 @@ import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
 from elsa_tune.shell import cli_report
-from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
+from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS, mistakes_are_messages
 
 if TYPE_CHECKING:
     from elsa_tune.traffic import Traffic
 
 PASSED_ON, OF_TERMINALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), ("SIGINT", "SIGQUIT")
 """Signals that who sends them to this process means for the program, and those that a terminal sends to both."""
+
+BOTH_SECONDS = 1.0
+"""After which one of those is passed on where no terminal sent it: who ended a group of processes has reached the program by then."""
 
 
 effort_option = click.option(
@@ -40,9 +45,7 @@ effort_option = click.option(
 
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
-@click.option(
-    "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds of tuning."
-)
+@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds of tuning.")
 @effort_option
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Add what was recorded to this file too, JSON lines."
@@ -59,6 +62,10 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
     from elsa_tune.remember.database import Database
     from elsa_tune.shell import screen
 
+    if shutil.which(command[0]) is None:
+        raise ElsaTuneError(
+            f"{command[0]}: No such file, or none that can be executed; name a program, as in elsa-tune run -- python program.py"
+        )
     with Database.for_writing():  # what cannot be kept is better told before
         _add(b"", output)
         if output is not None:
@@ -71,10 +78,16 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
     console = screen.console(stderr=True)
     console.print(f"{shlex.join(command)}: {ended}", highlight=False, markup=False, soft_wrap=True)
     source = output or places.database()
-    status = tune_for(console, traffic, str(source), device=device, budget=budget, effort=effort, wall=ended.wall)
-    if status != EXIT_INTERRUPTED:
-        use = f"Use it: ELSA_TUNE=1 {shlex.join(command)}"
-        console.print(use, highlight=False, markup=False, soft_wrap=True)
+    status = tune_for(
+        console,
+        traffic,
+        str(source),
+        program=shlex.join(command),
+        device=device,
+        budget=budget,
+        effort=effort,
+        wall=ended.wall,
+    )
     sys.exit(status or (EXIT_INCOMPLETE if ended.status else 0))
 
 
@@ -120,6 +133,10 @@ def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         if signal.Signals(number).name in PASSED_ON:
             program.send_signal(number)
+        elif not _is_at_a_terminal():
+            later = threading.Timer(BOTH_SECONDS, program.send_signal, [number])
+            later.daemon = True
+            later.start()
 
     numbers = [getattr(signal, name) for name in (*OF_TERMINALS, *PASSED_ON) if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in numbers}
@@ -128,6 +145,17 @@ def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_at_a_terminal() -> bool:
+    """Whether a terminal sends its signals to this process, and so to the program too."""
+    with suppress(OSError, AttributeError):
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+        try:
+            return os.tcgetpgrp(terminal) == os.getpgrp()
+        finally:
+            os.close(terminal)
+    return False
 
 
 def _kept(file: Path, output: Path | None, ended: _Ended) -> list[Traffic]:
@@ -195,10 +223,10 @@ def _add(lines: bytes, output: Path | None) -> None:
 
 
 def tune_for(
-    console: Any, traffic: Sequence[Traffic], source: str, *, wall: float = 0.0, as_json: bool = False, device: str = "auto",
-    port: int | None = None, **options: Any,
+    console: Any, traffic: Sequence[Traffic], source: str, *, program: str = "python your_program.py", wall: float = 0.0, as_json: bool = False,
+    device: str = "auto", port: int | None = None, **options: Any,
 ) -> int:  # fmt: skip
-    """Say what was asked, tune for it, and print what that gains; the exit status. ``source`` is where the traffic is kept."""
+    """Say what was asked, tune for it, and print what that gains ``program``; the exit status. ``source`` is where the traffic is kept."""
     from elsa_tune.shell import screen
     from elsa_tune.tuning import from_traffic
 
@@ -216,7 +244,7 @@ def tune_for(
     if as_json:
         click.echo(screen.report_json(report, forecasts))
     else:
-        screen.print_report(console, report)
         for one in forecasts:
             screen.print_forecast(console, one)
+        screen.print_report(console, report, program)
     return 0 if report.complete else EXIT_INCOMPLETE

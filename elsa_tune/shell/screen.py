@@ -17,13 +17,11 @@ from rich.text import Text
 from elsa_tune.device import Device
 from elsa_tune.dispatch.exactness import as_exact, torchs_error
 from elsa_tune.dispatch.ladder import Choice
-from elsa_tune.dispatch.serving import asks_for
 from elsa_tune.generate.backends import Finding
 from elsa_tune.measurement import Evidence, Measurement
-from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.remember.foreign import Difference
-from elsa_tune.shell import whole_models
+from elsa_tune.shell import ending, whole_models
 from elsa_tune.traffic import LEAST_SHARE, Traffic, merged, of, wall_of, worth_tuning
 from elsa_tune.tuning.fleet import Member
 from elsa_tune.tuning.forecast import Forecast
@@ -123,6 +121,23 @@ def _table(*columns: str) -> Table:
     return table
 
 
+LEAST_NAME = 24
+"""Columns that names in a table need beside its numbers."""
+
+
+def _put(console: Console, table: Table) -> None:
+    """Print a table; on a terminal too narrow for its numbers and some of its names, a line for each of its cells."""
+    first, *numbers = table.columns
+    width = sum(2 + max(len(str(cell)) for cell in (column.header, *column.cells)) for column in numbers)
+    if width + LEAST_NAME <= console.width:
+        console.print(table, highlight=False)
+        return
+    for name, *cells in zip(first.cells, *(column.cells for column in numbers), strict=True):
+        console.print(Text(str(name)), soft_wrap=True)
+        for column, cell in zip(numbers, cells, strict=True):
+            console.print(Text(f"  {column.header}: {cell}"), soft_wrap=True)
+
+
 def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     """The final table of a run: two lines a problem, the second its winner."""
     table = _table("problem, winner", "ratio to SDPA [95 %]", "GFLOP/s", "of limit", "error")
@@ -138,9 +153,9 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def print_report(console: Console, report: Report) -> None:
-    """The final table, what it means, and how to reproduce a line."""
-    console.print(outcome_table(report.outcomes), highlight=False)
+def print_report(console: Console, report: Report, program: str = "") -> None:
+    """The final table, what it means, how to reproduce a line, and what to do with it: ``program`` is a command that it was for."""
+    _put(console, outcome_table(report.outcomes))
     console.print(
         "ratio: median of torch's fastest kernel / winner, in turns in one run, with its interval; "
         "of limit: share of the measured multiply-add peak or read bandwidth, whichever binds; error: relative to max|v|, "
@@ -152,31 +167,13 @@ def print_report(console: Console, report: Report) -> None:
         table = _table("model", "attention", "whole model, at most")
         for gain in gains:
             table.add_row(gain.model.name, f"{gain.attention:.2f}", f"{gain.whole:.2f}")
-        console.print(table, highlight=False)
+        _put(console, table)
     for note in report.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     if report.outcomes:
         console.print(f"Reproduce a line: {report.outcomes[0].command}", highlight=False, soft_wrap=True)
-    for line in calls(report.outcomes):
+    for line in ending.lines(report.outcomes, program):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def calls(outcomes: Iterable[Outcome]) -> list[str]:
-    """What serves the families of a run: attention() those that torch's function can pose, load() the others."""
-    families = {o.problem.family: o for o in outcomes}.values()
-    asked = [o for o in families if asks_for(o.problem, o.device)]
-    use = ["Use it: elsa_tune.attention(query, key, value) instead of scaled_dot_product_attention."] if asked else []
-    if any(o.problem.declared for o in asked):
-        use = ["Use it: elsa_tune.attention(query, key, value, attn_mask) instead of scaled_dot_product_attention."]
-    return use + [_loaded(o.problem, o.device) for o in families if o not in asked]
-
-
-def _loaded(problem: Problem, device: Device) -> str:
-    if problem.direction == "backward":
-        return f"Of {problem.family}, no call asks for gradients yet: attention() knows no such family."
-    given = ", attn_mask=attn_mask" if any(isinstance(one, Array) for one in problem.declared) else ""
-    call = f'elsa_tune.load("{problem}", device="{device.kind}")(query, key, value{given})'
-    return f"Use {problem.family}: {call}; attention() knows no such family."
 
 
 def winner_json(found: Evidence) -> dict[str, Any]:
@@ -197,7 +194,7 @@ def print_traffic(console: Console, traffic: Iterable[Traffic], device: Device, 
             table.add_row(
                 str(one.problem), str(one.calls), f"{one.seconds:.3f}", f"{one.seconds / lasted:.1%}" if lasted else "-"
             )
-    console.print(table, highlight=False)
+    _put(console, table)
     calls = sum(one.calls for one in asked)
     told = f"{calls} calls of {len(asked)} problem{'s' * (len(asked) > 1)} took {total:.3f} s of {lasted:.1f} s"
     if rest := [one for one in asked if one.problem not in tuned]:
@@ -215,7 +212,7 @@ def print_forecast(console: Console, found: Forecast) -> None:
                 str(gain.problem), str(gain.calls), f"{gain.before:.3f}", _interval(gain.ratio), f"{gain.saved:.3f}"
             )
     if table.row_count:
-        console.print(table, highlight=False)
+        _put(console, table)
     after = found.after
     console.print(
         f"attention on {found.device}: {found.before:.3f} s by torch, {after.median:.3f} [{after.low:.3f}, {after.high:.3f}] s by the winners,"
@@ -272,9 +269,9 @@ def print_rankings(console: Console, rankings: Iterable[Ranking], goal: Target) 
             )  # fmt: skip
         console.print(
             f"{ranking.problem} on {goal.device.arch}: {len(ranking.candidates)} compiled, {ranking.refused} refused",
-            table,
             highlight=False,
         )
+        _put(console, table)
     console.print(
         "Predicted from compiler reports, not measured. Recorded as candidates: elsa-tune tries them first on such a device.",
         style="dim",
@@ -309,7 +306,8 @@ def print_winners(console: Console, winners: Iterable[Evidence]) -> None:
         for m in rows:
             name = f"{m.problem}\n  {m.variant}"
             table.add_row(name, _ratio(m), str(m.finals), _number(m.measurement.error, ".1e"))
-        console.print(device, table, highlight=False)
+        console.print(device, highlight=False, soft_wrap=True)
+        _put(console, table)
 
 
 def print_explanation(
@@ -357,7 +355,7 @@ def print_members(console: Console, members: Iterable[Member]) -> None:
     table = Table("worker", "device", "trials", "a minute", "last seen", box=None)
     for m in members:
         table.add_row(m.worker, m.device, str(m.trials), f"{m.rate:.1f}", f"{m.ago:.0f} s ago")
-    console.print(table)
+    _put(console, table)
 
 
 def print_difference(console: Console, difference: Difference) -> None:
@@ -371,7 +369,7 @@ def print_difference(console: Console, difference: Difference) -> None:
     for (device, problem), pair in difference.winners.items():
         table.add_row(device, problem, *(f"{m.variant} {m.ratio or 1:.2f}" if m else "none" for m in pair))
     if difference.winners:
-        console.print(table)
+        _put(console, table)
 
 
 def print_findings(console: Console, findings: Iterable[Finding]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import elsa_tune
 from elsa_tune import device as devices
+from elsa_tune import places
 from elsa_tune import workload as workloads
 from elsa_tune.device import Device
 from elsa_tune.errors import BadDevice, FolderTaken, KernelMissing
@@ -29,12 +30,14 @@ def make(
     """Write the kit for a device that need not be here, and return its kernels.
 
     ``problems`` are Problems or their spellings; without them the workload's. Raises BadDevice, BadProblem, BadWorkload,
-    KernelMissing, FolderTaken.
+    KernelMissing, FolderTaken, NoRoom.
     """
     goal = devices.named(device)
     if not export.speakers(goal):
         raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():
+    with places.written(folder):
+        taken = folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir()
+    if taken:
         raise FolderTaken(f"folder {folder} is not empty and no kit; name another with -o")
     given = [p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, goal)]
     refused = {p: reason for p in given if (reason := refusal(p, goal))}
@@ -55,12 +58,13 @@ def make(
             for h in headers
         ],
     }  # fmt: skip
-    (folder / "kernels").mkdir(parents=True, exist_ok=True)
-    for header in headers:
-        (folder / "kernels" / f"{header.name}.h").write_text(header.text)
-    (folder / f"runner.{first.program}").write_text(write("kit/runner.cpp.j2", context))
-    (folder / "Makefile").write_text(write("kit/Makefile.j2", context))
-    (folder / "README.md").write_text(write("kit/README.md.j2", context))
+    with places.written(folder):
+        (folder / "kernels").mkdir(parents=True, exist_ok=True)
+        for header in headers:
+            (folder / "kernels" / f"{header.name}.h").write_text(header.text)
+        (folder / f"runner.{first.program}").write_text(write("kit/runner.cpp.j2", context))
+        (folder / "Makefile").write_text(write("kit/Makefile.j2", context))
+        (folder / "README.md").write_text(write("kit/README.md.j2", context))
     return headers
 
 

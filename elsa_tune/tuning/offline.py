@@ -253,15 +253,16 @@ def _compile(ranking: Ranking, goal: Target, builders: Worker) -> None:
 def hand_over(rankings: Sequence[Ranking], device: str, folder: Path) -> int:
     """Copy the shortlisted kernels and a manifest of them, measurements of status candidate, into a folder. How many kernels.
 
-    Raises FolderTaken.
+    Raises FolderTaken, NoRoom.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise FolderTaken(f"folder {folder} is not empty and holds no {MANIFEST}; name another with -o")
-    kernels = folder / "kernels"
-    kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
-    made = [c for ranking in rankings for c in ranking.best]
-    for path in {c.built.path for c in made if c.built.path}:
-        shutil.copytree(path.parent, kernels / path.parent.name, dirs_exist_ok=True)
+    with places.written(folder):
+        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+            raise FolderTaken(f"folder {folder} is not empty and holds no {MANIFEST}; name another with -o")
+        kernels = folder / "kernels"
+        kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = [c for ranking in rankings for c in ranking.best]
+        for path in {c.built.path for c in made if c.built.path}:
+            shutil.copytree(path.parent, kernels / path.parent.name, dirs_exist_ok=True)
     with Database.for_reading(places.database()) as database:
         known = database.measurements(status="candidate", device=str(target(device).device))
     spelled = {(str(c.problem), str(c.variant), c.built.digest) for c in made}

@@ -13,7 +13,7 @@ from itertools import islice
 import optuna
 
 from elsa_tune.device import Device
-from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError
+from elsa_tune.errors import BadVariant, CompilerMissing, ElsaTuneError, shown
 from elsa_tune.generate import backends, lawful
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -65,6 +65,8 @@ class Search:
     ) -> None:
         if sampler not in SAMPLERS:
             raise ElsaTuneError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
+        if not 0 <= seed < 1 << 32:
+            raise ElsaTuneError(f"seed {shown(seed)} is none; use an integer from 0 to {(1 << 32) - 1}")
         self.backend, self._space, self._axes = space.backend, space, _distributions(space)
         self._valid, self._name = valid, name
         self._seen: set[str] = set()

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from elsa_tune import places
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.errors import ElsaTuneError
-from elsa_tune.generate import backends, lawful
+from elsa_tune.errors import ElsaTuneError, NoRoom
+from elsa_tune.generate import backends, kernel_cache, lawful
 from elsa_tune.generate.backends import Built
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
@@ -88,11 +89,12 @@ class Trials:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One tuner of a machine at a time builds or times; another waits its turn. Raises OutOfTime."""
-        places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
+        """One tuner of a machine at a time builds or times; another waits its turn. Raises OutOfTime, NoRoom."""
         lock, start = FileLock(places.home() / "tuning.lock"), time.monotonic()
         try:
-            lock.acquire(timeout=max(0.0, self.deadline - start))
+            with places.written(Path(lock.lock_file), kernel_cache.ELSEWHERE):
+                places.home().mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock.acquire(timeout=max(0.0, self.deadline - start))
         except Timeout as error:
             raise OutOfTime from error
         finally:
@@ -171,7 +173,7 @@ class Trials:
         return [self.contender(v, problem) for v in every if slow or not backends.get(v.backend).slow_to_start(v)]
 
     def build(self, problem: Problem, variants: Sequence[Variant]) -> tuple[list[Contender], list[Measurement]]:
-        """Compile side by side until the deadline: what can be used, and what failed or has a flaw."""
+        """Compile side by side until the deadline: what can be used, and what failed or has a flaw. Raises NoRoom."""
 
         def attempt(variant: Variant, again: bool = True) -> Built | ElsaTuneError | WorkerFailed | None:
             left = self.deadline - time.monotonic()
@@ -180,6 +182,8 @@ class Trials:
                     limit = max(0.1, min(BUILD_SECONDS, left))
                     return self.builders.run(build, variant, problem, self.device, timeout=limit)
                 return backends.get(variant.backend).build(variant, problem, self.device)
+            except NoRoom:  # says nothing of the variant, and the next one would not fit either
+                raise
             except (ElsaTuneError, WorkerFailed) as error:
                 if isinstance(error, GivenUp) and again and left > 0:  # another's fault
                     return attempt(variant, again=False)

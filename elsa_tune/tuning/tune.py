@@ -150,6 +150,10 @@ def _find_incumbent(run: Run, task: Task) -> None:
     """Time torch's own kernels, unless it is known which is the fastest."""
     if task.incumbent is not None:
         return
+    if task.problem.bytes > run.device.memory > 0:
+        gib = f"{task.problem.bytes / (1 << 30):.0f} GiB, of which this device has {run.device.memory >> 30}"
+        run.notes.append(f"{task.problem}: its tensors take {gib}; give a smaller one, or fewer at a time")
+        return
     run.show(f"{task.problem}  torch's own kernels")
     try:
         with run.trials.alone():

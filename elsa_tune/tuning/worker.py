@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from elsa_tune.device import host_cpu
+from elsa_tune.errors import NoRoom
 from elsa_tune.generate import backends
 
 T = TypeVar("T")
@@ -32,6 +35,7 @@ class GivenUp(WorkerFailed):
 
 def _start_worker(memory: int) -> None:
     """First thing in a new worker: its parent, the fork server, loads code and never computes."""
+    threading.Thread(target=_end_with_parent, name="elsa-tune-parent", daemon=True).start()
     for name in backends.names():
         backends.get(name).begin_worker()
     try:
@@ -42,6 +46,27 @@ def _start_worker(memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (ImportError, ValueError, OSError):
         pass  # a system without these limits still has the time-out
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that tunes is gone, however that ended: the fork server would keep a worker at work."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile never get a terminal's Ctrl-C: who tunes ends them, and they have nothing to say."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _of_main = threading.Lock()
@@ -66,10 +91,32 @@ _START: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHO
 """How workers start: forked by a server that has loaded torch, where systems have that."""
 
 
+@contextmanager
+def _at_a_stretch() -> Iterator[None]:
+    """Signals that come meanwhile are handled afterwards: a process that is half started is nobody's to end."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
 class _Process(_START.Process):  # type: ignore[misc]
+    def start(self) -> None:
+        with _at_a_stretch():
+            super().start()
+
     @staticmethod
     def _Popen(process: Any) -> Any:
-        with _main_is_not_imported():
+        with _main_is_not_imported(), _without_interrupts():
             return _START.Process._Popen(process)
 
 
@@ -103,7 +150,7 @@ class Worker:
         self._pool, self._waiting = ProcessPool(**self._options), set[Any]()
 
     def run(self, job: Callable[..., T], *arguments: object, timeout: float) -> T:
-        """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message."""
+        """The job's result. Raises WorkerFailed; exceptions of the job itself are failures with their message, but for NoRoom."""
         from pebble import ProcessExpired
 
         future = self._pool.schedule(job, args=arguments, timeout=timeout)
@@ -115,9 +162,12 @@ class Worker:
         except FutureTimeout as error:
             raise WorkerFailed("timeout", f"no answer within {timeout:.0f} s; the worker was killed") from error
         except ProcessExpired as error:
-            raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}") from error
+            why = ", killed: by the system, perhaps, whose memory did not suffice" if error.exitcode == -9 else ""
+            raise WorkerFailed("failed", f"the worker died with exit code {error.exitcode}{why}") from error
         except CancelledError as error:
             raise GivenUp("failed", "given up: the worker was ended") from error
+        except NoRoom:  # a full disk is no fault of the job
+            raise
         except Exception as error:
             if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
                 self.renew()  # its GPU context may be lost for good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-from elsa_tune.errors import BuildFailed, CompilerMissing
+from elsa_tune.errors import BuildFailed, CompilerMissing, NoRoom
 
 REMEDY = (
     "install g++ or clang++ (Debian: apt-get install g++), or a compiler from PyPI: pip install 'elsa-tune[compiler]'"
@@ -42,15 +43,30 @@ class Compiler:
     version: str
 
     def run(self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS) -> None:
-        """Run it, for so long at most. Raises BuildFailed with the first lines of its complaint."""
+        """Run it with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its complaint,
+        NoRoom where the disk is full."""
         try:
             done = subprocess.run(
-                [*self.command, *arguments], capture_output=True, text=True, timeout=seconds, check=False
+                [*self.command, *arguments],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"{what}: {error}; try another compiler with CXX=...") from error
+        if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+            raise NoRoom(
+                f"{self.command[0]}: {os.strerror(errno.ENOSPC)}; free some space, set ELSA_TUNE_HOME to another folder,"
+                " and TMPDIR, where it keeps temporary files"
+            )
         if done.returncode:
             raise BuildFailed(f"{what}: {self.command[0]} failed: {done.stderr.strip()[:600]}; see `elsa-tune doctor`")
+        if not os.path.isfile(arguments[-1]):
+            raise BuildFailed(
+                f"{what}: {self.command[0]} wrote no {os.path.basename(arguments[-1])}; try another compiler with CXX=..."
+            )
 
 
 def _candidates() -> list[tuple[str, ...]]:
@@ -67,7 +83,9 @@ def find() -> Compiler:
         if shutil.which(command[0]) is None:
             continue
         try:
-            answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=False)
+            answer = subprocess.run(
+                [*command, "--version"], capture_output=True, text=True, errors="replace", timeout=30, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         if answer.returncode == 0 and answer.stdout:

@@ -38,7 +38,7 @@ def _build() -> Path:
 
     def fill(folder: Path) -> Mapping[str, int]:
         include, lib = ["-isystem", str(torchs / "include")], ["-L", str(torchs / "lib"), "-ltorch_cpu"]
-        command = [*FLAGS, *include, str(SOURCE), "-o", str(folder / LIBRARY), *lib]
+        command = [*FLAGS, *include, str(SOURCE), *lib, "-o", str(folder / LIBRARY)]
         compiler.run(command, "torch's operator", seconds=BUILD_SECONDS)
         return {}
 

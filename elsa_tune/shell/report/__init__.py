@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from elsa_tune.errors import ElsaTuneError
+from elsa_tune import places
 from elsa_tune.shell.report.contents import contents
 from elsa_tune.shell.report.page import Writer
 
 
 def write(output: Path, sources: Sequence[str], device: str | None, problems: Sequence[str]) -> int:
-    """Write the page of what sources say of a device and problems, and return how many chapters it has. Raises ElsaTuneError."""
+    """Write the page of what sources say of a device and problems, and return how many chapters it has. Raises ElsaTuneError, NoRoom."""
     found = contents(sources, device, problems)
     page = Writer().page(found)
-    try:
+    with places.written(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ElsaTuneError(f"{output}: {error.strerror}; name a file that can be written with -o") from error
     return len(found.chapters)
