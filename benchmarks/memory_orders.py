@@ -109,7 +109,7 @@ class Recorder:
         operands = (query, key, value)
         writers = [self.writers.of(x) for x in operands]
         out = self.serve(query, key, value, *arguments, **options)
-        shape = [str(list(x.shape)) for x in operands]
+        shape = [f"`{list(x.shape)}`" for x in operands]
         orders = [memory_order(x) for x in operands]
         row = Posed(
             shapes=" ".join(dict.fromkeys(shape)), orders=orders[0] if len(set(orders)) == 1 else " - ".join(orders),

@@ -31,7 +31,7 @@ class BadWorkload(ElsaTuneError, ValueError):
 
 
 class HookMissing(ElsaTuneError):
-    """This torch has no way by which its operator can be answered by others."""
+    """This torch has no way by which its operator can be answered by others: enable() needs 2.9 or later."""
 
 
 class CompilerMissing(ElsaTuneError):
@@ -47,11 +47,11 @@ class KernelCacheUnsafe(ElsaTuneError):
 
 
 class DatabaseUnusable(ElsaTuneError):
-    """The measurement database cannot be used: corrupt, locked, read-only, or from a newer version."""
+    """The measurement database cannot be used: corrupt, locked, read-only, full, or from a newer version."""
 
 
 class BadSettings(ElsaTuneError, ValueError):
-    """The settings file or an environment variable says something that is not understood."""
+    """The settings file, what it names, or an environment variable is not understood."""
 
 
 class NotTrusted(ElsaTuneError):
@@ -63,11 +63,11 @@ class FleetUnreachable(ElsaTuneError):
 
 
 class FolderTaken(ElsaTuneError):
-    """A folder to be written holds something else."""
+    """A folder to be written, as a kit's, holds something else."""
 
 
 class NoRoom(ElsaTuneError, OSError):
-    """A folder has no room for keys and values, or may not be written to."""
+    """A folder has no room for the keys and values of an OffloadedCache, or may not be written to."""
 
 
 class BadMeasurements(ElsaTuneError, ValueError):
@@ -75,7 +75,7 @@ class BadMeasurements(ElsaTuneError, ValueError):
 
 
 class KernelMissing(ElsaTuneError, LookupError):
-    """No kernel serves this problem on this device."""
+    """No kernel serves this problem on this device: load() cannot build or trust one, or kit, export or show has none to write."""
 
 
 class WrongArguments(ElsaTuneError, ValueError, RuntimeError):

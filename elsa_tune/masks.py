@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn.attention.flex_attention import BlockMask
 
+__all__ = [
+    "AttnMask", "blocks", "causal", "columns", "dense", "from_block_mask", "lengths", "none", "prefix", "ranges", "strided", "window",
+]  # fmt: skip
+"""What people write; the others are for those who ask what was written."""
+
 
 class AttnMask:
     """Which keys a query sees, and what is done to their scores: masks that intersect, and scores in the order they are done.

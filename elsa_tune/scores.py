@@ -13,6 +13,8 @@ from elsa_tune.problem import LARGEST_REAL
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["alibi", "bias", "sinks", "softcap"]
+
 
 def bias(added: Tensor) -> AttnMask:
     """Adds a tensor of floats, broadcastable to [batch, heads, q_len, kv_len]: float32 or of the query's dtype; -inf hides a key."""

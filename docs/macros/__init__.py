@@ -1,4 +1,4 @@
-"""What pages of the documentation ask the program: every public function of this folder's files is a macro."""
+"""What pages of the documentation ask the program: every public function of this folder's public files is a macro."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 def define_env(env: Any) -> None:
     """Offer them to pages whose front matter says ``render_macros: true``."""
     for file in iter_modules(__path__):
+        if file.name.startswith("_"):
+            continue
         module = import_module(f"{__name__}.{file.name}")
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "") == module.__name__ and not isinstance(value, type)

@@ -59,7 +59,11 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
          seed: int, sampler: str, exhaustive: bool, storage: str, offline: bool, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
 
-    Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there.
+    Stop it whenever you like: every measurement is recorded as it is made, and the next run goes on from there. It ends within a tenth of
+    its budget, or a few seconds where that is less than them, and names the problems for which it had no time to try 12 variants, and
+    those that it could not settle because others used the machine.
+
+    Exit status: 0 if every problem has a winner (torch's SDPA counts), 1 if not, 2 for a mistake, 130 when stopped.
     """
     from elsa_tune import workload as workloads
     from elsa_tune.device import detect
@@ -126,7 +130,7 @@ def _rank(
 @click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
 @_mistakes_are_messages
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
-    """List the recorded winners of every layer."""
+    """List the recorded winners of every layer, and from how many finals each is."""
     from elsa_tune import device as devices
     from elsa_tune.remember import layers
     from elsa_tune.shell import screen
@@ -151,7 +155,10 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
 @click.argument("problem", default="fp32.d64")
 @_mistakes_are_messages
 def show(variant: str, problem: str) -> None:
-    """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run."""
+    """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run.
+
+    A family that the backend has no kernels of is refused with the reason.
+    """
     from elsa_tune import space
     from elsa_tune.errors import KernelMissing
     from elsa_tune.generate import backends, lawful
@@ -175,7 +182,7 @@ def show(variant: str, problem: str) -> None:
 
 @main.command()
 @click.argument("problem")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
 @_mistakes_are_messages
 def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
@@ -268,7 +275,8 @@ def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: f
 @main.command()
 @_mistakes_are_messages
 def doctor() -> None:
-    """Devices, compilers, instruction sets, OpenMP, databases, versions; each lack with its remedy."""
+    """Devices, compilers, instruction sets, OpenMP, a launch on each GPU, databases, calls handed over to torch, versions; each lack
+    with its remedy."""
     from elsa_tune.shell import doctor as examination
     from elsa_tune.shell import screen
 

@@ -127,7 +127,10 @@ def diff(first: str, second: str) -> None:
 @db.command()
 @mistakes_are_messages
 def verify() -> None:
-    """Compare every measurement with its digest. What is damaged is set aside, and reported."""
+    """Compare every measurement with its digest. What is damaged is set aside, and reported.
+
+    Of a damaged file what is sound is taken over; said is how much that is, and which pages of which tables are not.
+    """
     from elsa_tune import places
     from elsa_tune.remember import repair
 
@@ -169,7 +172,7 @@ def race(device: str, budget: float) -> None:
 @db.command()
 @mistakes_are_messages
 def gc() -> None:
-    """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
+    """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses. No measurement goes."""
     from elsa_tune import places
     from elsa_tune.generate import kernel_cache
     from elsa_tune.remember.database import Database

@@ -52,6 +52,7 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
     """Run COMMAND as it is, record what it asks of torch's attention, and tune that.
 
     Write it as in: elsa-tune run -- python program.py. What was recorded is kept in the database before anything is tuned.
+    What the program will gain is said on stderr. Exit status as of tune, and 1 where the program failed.
     """
     from elsa_tune import places
     from elsa_tune.remember.database import Database

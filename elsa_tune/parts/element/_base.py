@@ -18,7 +18,8 @@ UNIT = UNITS["float32"]
 
 @dataclass(frozen=True)
 class Precision:
-    """A class of arithmetic: ``unit``, the unit round-off of what weights and outputs are rounded to.
+    """A class of arithmetic: ``title`` says what products are of, ``unit`` is the unit round-off of what weights and outputs are
+    rounded to.
 
     ``ieee``: IEEE multiply-adds alone, proven from the machine code. ``rounds_operands``: products may be of operands rounded to
     ``unit``. ``rounds_sums``: products may be summed rounded to it. Else products are of the floats that states are of, or as good as
@@ -28,6 +29,7 @@ class Precision:
     """
 
     name: str
+    title: str
     unit: float
     ieee: bool = False
     rounds_operands: bool = False

@@ -1,4 +1,8 @@
-"""A layout of blocks of which some are seen in part, by bits for their pairs: FlexAttention's, once asked (Dong et al. 2024)."""
+"""A layout of blocks of which some are seen in part, by bits for their pairs: FlexAttention's, once asked (Dong et al. 2024).
+
+`partial` is 0 where nobody sees a block, 1 where everybody does, and from 2 on says which of the blocks of `bits` holds its pairs: a
+word for 32 keys of a position. A row of a block begins with a word, its first key is the lowest bit, and rows follow each other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ranges: each position says which keys it sees, as where sequences of unequal lengths follow one another without padding."""
+"""Ranges: each position says which keys it sees, as where sequences of unequal lengths follow one another without padding.
+
+Both ends grow along q_len, or stay.
+"""
 
 from __future__ import annotations
 

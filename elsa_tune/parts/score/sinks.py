@@ -1,4 +1,7 @@
-"""Sinks: each head has one more key, of a score of its own and of value 0, that takes a share of the weights (StreamingLLM, GPT-OSS)."""
+"""Sinks: each head has one more key, of a score of its own and of value 0, that takes a share of the weights (StreamingLLM, GPT-OSS).
+
+The log-sum-exp includes it.
+"""
 
 from __future__ import annotations
 
