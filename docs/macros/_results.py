@@ -30,6 +30,6 @@ def fastest(peers: Mapping[str, Mapping[str, float]], names: Iterable[str] = TOR
     return min((peers[name] for name in names if name in peers), key=lambda peer: peer["ratio"], default=None)
 
 
-def short(number: str, is_short: bool) -> str:
+def short(number: str, is_short: bool, at_most: bool = False) -> str:
     """A number of a table, and whether it misses what was asked."""
-    return f"{number} (**short**)" if is_short else number
+    return f"{number} (**{'more' if at_most else 'short'}**)" if is_short else number

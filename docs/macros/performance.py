@@ -46,13 +46,13 @@ def _goal(goal: dict[str, Any]) -> list[str]:
     if "worst" not in goal:
         return [goal["goal"], f"{goal['asked']:.2f}", "not measured", "", ""]
     mean, worst, asked = goal.get("geometric_mean"), goal["worst"], goal["asked"]
-    at_most = mean is None or worst > mean
+    at_most = mean is None or worst > 1.001 * mean
     by_mean = not at_most and mean < asked
     return [
         goal["goal"],
         f"at {'most' if at_most else 'least'} {asked:.{0 if asked >= 100 else 2}f}",
         "" if mean is None else short(f"{mean:.2f}", by_mean),
-        short(f"{worst:.{0 if worst >= 100 else 2}f}", not goal["reached"] and not by_mean) + (f" at {code(goal['worst_at'])}" if "worst_at" in goal else ""),
+        short(f"{worst:.{0 if worst >= 100 else 2}f}", not goal["reached"] and not by_mean, at_most) + (f" at {code(goal['worst_at'])}" if "worst_at" in goal else ""),
         f"{goal['ceiling_geometric_mean']:.2f}" if "ceiling_geometric_mean" in goal else "",
     ]
 
