@@ -20,7 +20,9 @@ STYLE = (
 class Plot:
     """Lines and dots over ticks that are given with their labels; names stand below, two in a row."""
 
-    def __init__(self, title: str, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str, y_label: str) -> None:
+    def __init__(
+        self, title: str, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str, y_label: str
+    ) -> None:
         self.title = title
         self.x = _scale(x_ticks, LEFT, LEFT + WIDE)
         self.y = _scale(y_ticks, TOP + TALL, TOP)
@@ -44,7 +46,9 @@ class Plot:
         colour = COLOURS[len(self.names)]
         style = f'r="3" stroke="{colour}" fill="{"none" if hollow else colour}"'
         for own, (x, y) in points.items():
-            self.parts.append(f'<circle {style} cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"><title>{escape(own)}</title></circle>')
+            self.parts.append(
+                f'<circle {style} cx="{self.x(x):.1f}" cy="{self.y(y):.1f}"><title>{escape(own)}</title></circle>'
+            )
         self._name(name, lambda x, y: f'<circle {style} cx="{x + 8}" cy="{y - 4}"/>')
 
     def _name(self, name: str, sign: Callable[[int, int], str]) -> None:
@@ -62,7 +66,10 @@ class Plot:
 
 def powers(least: float, most: float) -> dict[float, str]:
     """Ticks at powers of ten around some values."""
-    return {10.0**n: f"1e{n}" if n < 0 else f"{10**n:,}" for n in range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)}
+    return {
+        10.0**n: str(10**n) if 0 <= n < 4 else f"1e{n}"
+        for n in range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    }
 
 
 def _scale(ticks: Iterable[float], begin: int, end: int) -> Callable[[float], float]:

@@ -33,3 +33,8 @@ def fastest(peers: Mapping[str, Mapping[str, float]], names: Iterable[str] = TOR
 def short(number: str, is_short: bool, at_most: bool = False) -> str:
     """A number of a table, and whether it misses what was asked."""
     return f"{number} (**{'more' if at_most else 'short'}**)" if is_short else number
+
+
+def spelled(problem_or_variant: str) -> str:
+    """A spelling in a table, in one piece: tables scroll."""
+    return f'<code style="white-space: nowrap">{problem_or_variant}</code>'

@@ -22,7 +22,9 @@ def networks() -> str:
     rows = []
     for scan in known:
         every, alone = scan.prefixes(STATES), scan.total(STATES)
-        counts = [n for rounds in (every, alone) for n in (scans.depth(rounds, STATES), sum(r.merges(STATES) for r in rounds))]
+        counts = [
+            n for rounds in (every, alone) for n in (scans.depth(rounds, STATES), sum(r.merges(STATES) for r in rounds))
+        ]
         rows.append([code(scan.name), *map(str, counts)])
     heads = [f"of {STATES} states", "depth of all prefixes", "merges", "depth of the total alone", "merges"]
     return "\n".join([*figures, "", table(heads, rows)])
@@ -36,32 +38,45 @@ def errors_drawn(name: str) -> str:
     plot = Plot("Error against the number of keys", lengths, powers(min(values), max(values)), "keys", "error / max|v|")
     for who, of in errors.items():
         plot.line(of.items(), who, "5 3" if who.startswith("bound") else "2 2" if who.startswith("torch") else "")
-    return _figure(plot.svg(), f"Largest error relative to max|v|, on {read(name)['device']}; the bound is for logits as given.")
+    return _figure(
+        plot.svg(), f"Largest error relative to max|v|, on {read(name)['device']}; the bound is for logits as given."
+    )
 
 
 def errors_by_length(name: str) -> str:
     """The same in numbers."""
     errors = read(name)["errors"]
     lengths = next(iter(errors.values()))
-    return table(["keys", *(_short(int(n)) for n in lengths)], [[who, *(f"{of[n]:.1e}" for n in lengths)] for who, of in errors.items()])
+    return table(
+        ["keys", *(_short(int(n)) for n in lengths)],
+        [[who, *(f"{of[n]:.1e}" for n in lengths)] for who, of in errors.items()],
+    )
 
 
 def roofline(name: str) -> str:
     """What was reached of what the device allows: the rate of every problem of a file against its operations for each byte moved."""
     lines = {p: (Problem.parse(p), line) for p, line in read(name)["results"].items()}
-    peak, width = (statistics.median(line["limits"][limit] for _, line in lines.values()) for limit in ("gflops", "gbytes"))
+    peak, width = (
+        statistics.median(line["limits"][limit] for _, line in lines.values()) for limit in ("gflops", "gbytes")
+    )
     dots = {
-        who: {p: (posed.flops / posed.bytes, peer["gflops"]) for p, (posed, line) in lines.items() if (peer := fastest(line["peers"], names))}
+        who: {
+            p: (posed.flops / posed.bytes, peer["gflops"])
+            for p, (posed, line) in lines.items()
+            if (peer := fastest(line["peers"], names))
+        }
         for who, names in {"elsa-tune": ("elsa-tune",), "torch's fastest": TORCH}.items()
     }
     along, rates = zip(*(dot for of in dots.values() for dot in of.values()), strict=True)
     x_ticks, y_ticks = powers(min(along), max(along)), powers(min(rates), max(peak, *rates))
     begin, end = max(min(x_ticks), min(y_ticks) / width), max(x_ticks)
     plot = Plot(f"Roofline of {name}", x_ticks, y_ticks, "operations a byte", "GFLOP/s")
-    plot.line([(begin, begin * width), (peak / width, peak), (end, peak)], "bandwidth and peak, measured")
+    plot.line([(begin, begin * width), (peak / width, peak), (end, peak)], "the limits measured")
     for who, of in dots.items():
         plot.dots(of, who, hollow=who != "elsa-tune")
-    return _figure(plot.svg(), "Every problem of the run: how fast, against how much it computes for each byte that must move.")
+    return _figure(
+        plot.svg(), "Every problem of the run: how fast, against how much it computes for each byte that must move."
+    )
 
 
 def _short(length: int) -> str:

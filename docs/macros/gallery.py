@@ -52,7 +52,9 @@ def kernels(problem: str, axes: Axes | None = None) -> str:
     def whole(backend: str, device: Device) -> str:
         shown = _first(backend, Problem.parse(problem), device, axes or {})
         text, suffix = shown.source.text, shown.source.suffix
-        return _fenced(shown.command, "sh") + _folded(f"the whole kernel, {len(text.splitlines())} lines", text, LEXERS[suffix])
+        return _fenced(shown.command, "sh") + _folded(
+            f"the whole kernel, {len(text.splitlines())} lines", text, LEXERS[suffix]
+        )
 
     return _tabs(whole)
 
@@ -81,7 +83,9 @@ def _tabs(content: Callable[[str, Device], str]) -> str:
             text = content(backend, device)
         except KernelMissing as error:
             text = f"Nothing: {error}.\n"
-        tabs.append(f'=== "{LANGUAGES.get(backend, backend)}"\n\n' + textwrap.indent(f"For {device.arch}.\n\n{text}", "    "))
+        tabs.append(
+            f'=== "{LANGUAGES.get(backend, backend)}"\n\n' + textwrap.indent(f"For {device.arch}.\n\n{text}", "    ")
+        )
     return "\n".join(tabs)
 
 
@@ -100,7 +104,9 @@ def _nearest(variant: Variant, problem: Problem, device: Device, wanted: Axes) -
     values = {axis.name: axis.values for axis in space.axes}
     for name, value in wanted.items():
         if value not in values.get(name, ()):
-            raise KernelMissing(f"there the axis `{name}` has no `{value}`" if name in values else f"there is no axis `{name}` there")
+            raise KernelMissing(
+                f"there the axis `{name}` has no `{value}`" if name in values else f"there is no axis `{name}` there"
+            )
     axes = tuple(replace(axis, values=(wanted[axis.name],)) if axis.name in wanted else axis for axis in space.axes)
     found = lawful.variants(replace(space, axes=axes), problem, device, {**variant.axes, **wanted})
     return _Shown(space.variant(next(found).axes), problem)

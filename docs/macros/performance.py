@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Iterable
 from typing import Any
 
 from ._markdown import code, table
-from ._results import TORCH, fastest, read, short, spread
+from ._results import TORCH, fastest, read, short, spelled, spread
 
 PEERS = {"torch": TORCH, "ONNX Runtime": ("onnxruntime",), "OpenVINO": ("openvino",)}
 """Who is in a line of ``problems``, by the names that results have."""
@@ -17,9 +16,17 @@ PEERS = {"torch": TORCH, "ONNX Runtime": ("onnxruntime",), "OpenVINO": ("openvin
 def about(name: str) -> str:
     """Where, when and with what a file's results were measured, and the limits of the device in that run."""
     content = read(name)
-    parts = [f"`{content['device']}`", content["name"], *([f"{content['threads']} threads"] if "threads" in content else [])]
+    parts = [
+        f"`{content['device']}`",
+        content["name"],
+        *([f"{content['threads']} threads"] if "threads" in content else []),
+    ]
     parts += [content["date"]] if "date" in content else []
-    parts += [f"{package} {text.partition('+')[0]}" for package, text in content.get("versions", {}).items() if text != "not installed"]
+    parts += [
+        f"{package} {text.partition('+')[0]}"
+        for package, text in content.get("versions", {}).items()
+        if text != "not installed"
+    ]
     parts += [content["toolchain"]["compiler"]] if "toolchain" in content else []
     text = f"{', '.join(parts)} ([`{name}.json`](../benchmarks/results/{name}.json))."
     limits = [line["limits"] for line in content["results"].values() if "limits" in line]
@@ -48,11 +55,13 @@ def _goal(goal: dict[str, Any]) -> list[str]:
     mean, worst, asked = goal.get("geometric_mean"), goal["worst"], goal["asked"]
     at_most = mean is None or worst > 1.001 * mean
     by_mean = not at_most and mean < asked
+    digits = 0 if asked >= 100 else 2
+    told = short(f"{worst:.{digits}f}", not goal["reached"] and not by_mean, at_most)
     return [
         goal["goal"],
-        f"at {'most' if at_most else 'least'} {asked:.{0 if asked >= 100 else 2}f}",
+        f"at {'most' if at_most else 'least'} {asked:.{digits}f}",
         "" if mean is None else short(f"{mean:.2f}", by_mean),
-        short(f"{worst:.{0 if worst >= 100 else 2}f}", not goal["reached"] and not by_mean, at_most) + (f" at {code(goal['worst_at'])}" if "worst_at" in goal else ""),
+        f"{told} at {spelled(goal['worst_at'])}" if "worst_at" in goal else told,
         f"{goal['ceiling_geometric_mean']:.2f}" if "ceiling_geometric_mean" in goal else "",
     ]
 
@@ -66,11 +75,11 @@ def problems(name: str) -> str:
 def _problem(line: dict[str, Any]) -> list[str]:
     peers = [fastest(line["peers"], names) for names in PEERS.values()]
     return [
-        code(line["problem"]),
+        spelled(line["problem"]),
         f"{line['peers']['elsa-tune']['gflops']:.0f}",
         f"{max(line['share_of_peak'], line['share_of_bandwidth']):.2f}",
         *(_ratio(peer) if peer else "" for peer in peers),
-        code(line["variant"]),
+        spelled(line["variant"]),
     ]
 
 
@@ -86,7 +95,10 @@ def cases(name: str) -> str:
     """Every case of masks, folded: how many times as long each peer took."""
     results = read(name)["results"]
     peers = list(dict.fromkeys(peer for line in results.values() for peer in line["peers"] if peer != "elsa-tune"))
-    rows = [[case, *(_ratio(line["peers"][p]) if p in line["peers"] else "" for p in peers), code(line["variant"])] for case, line in results.items()]
+    rows = [
+        [case, *(_ratio(line["peers"][p]) if p in line["peers"] else "" for p in peers), spelled(line["variant"])]
+        for case, line in results.items()
+    ]
     return _folded("every case", table(["case", *peers, "kernel"], rows))
 
 
@@ -102,26 +114,30 @@ def once(name: str) -> str:
 
 
 def calls(name: str) -> str:
-    """What calls cost that torch serves, and the import of torch."""
+    """What calls cost that torch serves, and the import of torch, in microseconds."""
     results, asked = read(name)["results"], read(name)["asked"]
-    rows = [[f"by {way}", f"{asked[way]:g}", short(spread(found, 1), found["median"] > asked[way])] for way, found in results["call"].items() if way != "torch"]
-    ms = {key: 1000 * value for key, value in results["import"].items()}
-    rows.append(["`import torch`, the variable unset", f"{1000 * asked['import']:g}", short(spread(ms, 0), ms["median"] > 1000 * asked["import"])])
-    head = f"a call that torch serves, of tiny tensors, beside torch's own {results['call']['torch']['median']:.1f} us"
+    of_import = {key: 1000 * milliseconds for key, milliseconds in results["import"].items()}
+    lines = [(f"by {way}", found, asked[way], 1) for way, found in results["call"].items() if way in asked]
+    lines.append(("`import torch`, the variable unset", of_import, 1000 * asked["import"], 0))
+    rows = [
+        [what, f"{most:g}", short(spread(found, digits), found["median"] > most, True)]
+        for what, found, most, digits in lines
+    ]
+    torchs = results["call"]["torch"]["median"]
+    head = f"a call that torch serves, of tiny tensors, beside torch's own {torchs:.1f} us"
     return table([head, "at most", "microseconds more [quartiles]"], rows)
 
 
 def decoding(name: str) -> str:
     """A token's attention, by a program that is not changed."""
-    results, asked = read(name)["results"], read(name)["asked"]
-    rows = []
+    results, asked, rows = read(name)["results"], read(name)["asked"], []
     for case, found in results.items():
         if "enable_gqa" in found:
             dtype, length = case.split()
-            gqa, folded = found["enable_gqa"], found["folded"]
-            least = asked[dtype]
-            rows.append([f"{dtype}, after {length}", f"{least:g}", short(spread(gqa), gqa["median"] < least), short(spread(folded), folded["high"] < 1)])
-    return table(["a token's attention", "at least", "times as fast as `enable_gqa`", "as groups folded into the queries"], rows)
+            beside = short(spread(found["enable_gqa"]), found["enable_gqa"]["median"] < asked[dtype])
+            rows.append([f"{dtype}, after {length}", f"{asked[dtype]:g}", beside, short(spread(found["folded"]), found["folded"]["high"] < 1)])
+    heads = ["a token's attention", "at least", "times as fast as `enable_gqa`", "as groups folded into the queries"]
+    return table(heads, rows)
 
 
 def models(name: str, registered: bool = False) -> str:
@@ -150,10 +166,14 @@ def databases(name: str = "databases") -> str:
         ("merge of two such files", "merge_seconds", found["merge_seconds"], "s"),
         ("`db verify`", "verify_seconds", found["verify_seconds"], "s"),
         ("size after `db gc`, a measurement", "bytes_each", found["bytes_each"], "bytes"),
-        (f"first dispatch of a fresh process with {count} measurements: look-up and load", "first_dispatch_ms", first, "ms"),
+        (f"first dispatch of a fresh process with {count}: look-up and load", "first_dispatch_ms", first, "ms"),
     ]
     rows = [
-        [what, f"{asked[key]:g} {unit}" if key in asked else "", short(f"{value:.{0 if unit == 'bytes' else 1}f} {unit}", value > asked.get(key, value))]
+        [
+            what,
+            f"{asked[key]:g} {unit}" if key in asked else "",
+            short(f"{value:.{0 if unit == 'bytes' else 1}f} {unit}", value > asked.get(key, value), True),
+        ]
         for what, key, value, unit in lines
     ]
     return table([f"on `{found['device']}`", "at most", "measured"], rows)
@@ -167,7 +187,9 @@ def fleets(name: str = "fleet") -> str:
          f"{found['share_of_one_median'][workers]:.2f}"]
         for workers, asked in found["asked"].items()
     ]  # fmt: skip
-    return table([f"wall time over {found['storage']}, as a share of one worker's", "at most", "of sums", "the median"], rows)
+    return table(
+        [f"wall time over {found['storage']}, as a share of one worker's", "at most", "of sums", "the median"], rows
+    )
 
 
 def agreement(name: str) -> str:
@@ -179,7 +201,14 @@ def agreement(name: str) -> str:
             f"{state}, {found['date']}", str(len(seconds)), f"{found['agree']:.0%}", str(found["contradictions"]),
             f"{statistics.median(seconds):.0f} of {found['budget']:.0f}", f"{found['fewest_tried']}",
         ])  # fmt: skip
-    heads = ["machine", "runs", "same winner, or within 2 %", "torch in one run, ours in another", "seconds", "variants tried, at least"]
+    heads = [
+        "machine",
+        "runs",
+        "same winner, or within 2 %",
+        "torch in one run, ours in another",
+        "seconds",
+        "variants tried, at least",
+    ]
     return table(heads, rows)
 
 
@@ -190,4 +219,13 @@ def offline(name: str = "offline") -> str:
         m, n, warps, stages = line["published"]
         place = [f"{line['rank']} of {line['of']}", f"{line['over_best']:.2f}"] if line["rank"] else ["refused", ""]
         rows.append([line["target"], str(line["head_dim"]), f"{m} x {n}, {warps}, {stages}", *place])
-    return table(["target", "d", "torch's choice: tile, warps, stages", "place by the model", "predicted over the best predicted"], rows)
+    return table(
+        [
+            "target",
+            "d",
+            "torch's choice: tile, warps, stages",
+            "place by the model",
+            "predicted over the best predicted",
+        ],
+        rows,
+    )
