@@ -135,7 +135,14 @@ def decoding(name: str) -> str:
         if "enable_gqa" in found:
             dtype, length = case.split()
             beside = short(spread(found["enable_gqa"]), found["enable_gqa"]["median"] < asked[dtype])
-            rows.append([f"{dtype}, after {length}", f"{asked[dtype]:g}", beside, short(spread(found["folded"]), found["folded"]["high"] < 1)])
+            rows.append(
+                [
+                    f"{dtype}, after {length}",
+                    f"{asked[dtype]:g}",
+                    beside,
+                    short(spread(found["folded"]), found["folded"]["high"] < 1),
+                ]
+            )
     heads = ["a token's attention", "at least", "times as fast as `enable_gqa`", "as groups folded into the queries"]
     return table(heads, rows)
 
@@ -154,7 +161,7 @@ def models(name: str, registered: bool = False) -> str:
     return table(["model", "measured", "gain [95 %]", "attention", "kernels [95 %]", "possible", "of it"], rows)
 
 
-def databases(name: str = "databases") -> str:
+def databases(name: str) -> str:
     """Reading, writing and asking databases of many measurements."""
     found = read(name)
     asked = found["asked"]
@@ -179,7 +186,7 @@ def databases(name: str = "databases") -> str:
     return table([f"on `{found['device']}`", "at most", "measured"], rows)
 
 
-def fleets(name: str = "fleet") -> str:
+def fleets(name: str) -> str:
     """Wall time until the best variant is found, by workers."""
     found = read(name)
     rows = [
@@ -212,7 +219,7 @@ def agreement(name: str) -> str:
     return table(heads, rows)
 
 
-def offline(name: str = "offline") -> str:
+def offline(name: str) -> str:
     """Where the offline model ranks what torch's authors found best by measuring."""
     rows = []
     for line in read(name)["results"]:
