@@ -1,4 +1,4 @@
-"""The rules of the house: who may import what, what importing costs, and that the documents are complete."""
+"""The rules of the house: who may import what, what importing costs, and that documents lead somewhere."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from elsa_tune import errors
 from elsa_tune.generate import backends
-from elsa_tune.shell import cli
-from elsa_tune.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "elsa_tune").rglob("*.py"))
@@ -355,24 +352,6 @@ assert not os.path.exists(os.environ['ELSA_TUNE_HOME'])
 """
     environment = {"ELSA_TUNE_HOME": "/nonexistent/home", "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
-
-
-def test_every_command_axis_scan_backend_and_exception_is_documented() -> None:
-    readme = (ROOT / "README.md").read_text()
-    docs = readme + "".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
-    for command in cli.main.commands:
-        assert f"elsa-tune {command}" in docs or command == "tune", command
-    for option in cli.main.commands["tune"].params:
-        assert option.opts[0] in docs, option.opts
-    for name in backends.names():
-        for axis in Space.read(name).axes:
-            assert f"`{axis.name}`" in docs, axis.name
-    for kind in KINDS:
-        for part in names_of(kind):
-            assert f"`{part}`" in docs, (kind, part)
-    for error in vars(errors).values():
-        if isinstance(error, type) and issubclass(error, errors.ElsaTuneError):
-            assert f"`{error.__name__}`" in docs, error.__name__
 
 
 def test_readme_commands_exist() -> None:

@@ -35,7 +35,7 @@ DONE = {
 }
 """Pages that are followed, and the files that each says to write."""
 
-LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", ".wheels", "results", "images")
+LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", "site", ".wheels", "results")
 
 
 def steps(page: str) -> tuple[dict[str, str], list[str]]:

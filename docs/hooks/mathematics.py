@@ -12,8 +12,8 @@ FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)
 
 
 def _drawn(found: re.Match[str]) -> str:
-    display = "block" if found["tag"] == "div" else "inline"
-    return convert(entities.unescape(found["tex"]).strip(), display=display)
+    tex = entities.unescape(found["tex"]).strip()
+    return f'<div class="formula">{convert(tex, display="block")}</div>' if found["tag"] == "div" else convert(tex)
 
 
 def on_page_content(html: str, **_: Any) -> str:

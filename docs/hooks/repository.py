@@ -73,6 +73,8 @@ def _text(path: Path) -> str:
     """What the page of a file or a folder says."""
     title = f"# {path.relative_to(ROOT).as_posix()}\n\n"
     if path.is_dir():
-        return title + "".join(f"- [{one.name}]({path.name}/{one.name})\n" for one in sorted(path.iterdir()) if one.is_file())
+        return title + "".join(
+            f"- [{one.name}]({path.name}/{one.name})\n" for one in sorted(path.iterdir()) if one.is_file()
+        )
     text = path.read_text(encoding="utf-8")
     return text if path.suffix == ".md" else f"{title}{FENCE}{path.suffix.removeprefix('.')}\n{text}\n{FENCE}\n"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of cells, each of one line."""
     heads = list(heads)
-    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [heads, ["---"] * len(heads), *(map(_within_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _within_cell(text: str) -> str:
+    """A bar ends a cell, but not in code."""
+    return re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or "\\|", text)
 
 
 def code(*words: object) -> str:

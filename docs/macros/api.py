@@ -13,7 +13,8 @@ from ._markdown import code, said, table
 def api_reference(kind: str) -> str:
     """A section for each public name that is a ``function``, a ``class`` or a ``module``."""
     names = (name for name in elsa_tune.__all__ if not name.startswith("_"))
-    return "\n\n".join(f"::: elsa_tune.{name}" for name in names if _kind(getattr(elsa_tune, name)) == kind)
+    options = "\n    options: {members: [parse]}" if kind == "class" else ""
+    return "\n\n".join(f"::: elsa_tune.{name}{options}" for name in names if _kind(getattr(elsa_tune, name)) == kind)
 
 
 def error_table() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 
 import click
@@ -41,7 +42,7 @@ def _row(option: click.Option, context: click.Context) -> tuple[str, str]:
     """An option as it is written, and what it does."""
     names, what = option.get_help_record(context) or ("", "")
     said(option.help, f"{context.command_path} {names}")
-    return f"`{names}`", _plain(said(what, names))
+    return re.sub(r"--?[a-z][a-z-]*", r"`\g<0>`", _plain(names)), _plain(said(what, names))
 
 
 def _paragraph(text: str) -> str:

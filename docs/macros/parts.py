@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from elsa_tune import order, places
+from elsa_tune import order
 from elsa_tune.generate import backends
 from elsa_tune.generate.laws import has_text
 from elsa_tune.parts import element as elements
@@ -20,34 +20,45 @@ from elsa_tune.parts.scan._base import depth
 
 from ._markdown import code, said, table
 
-TITLES = {"cpp": "C++", "cuda": "CUDA C, HIP, OpenCL", "triton": "Triton"}
-"""What pages call the languages of templates."""
-
 
 def mask_table() -> str:
-    """Every mask: keys, bounds, operands, picture."""
+    """Every mask: which keys, as a sentence, as bounds and as a picture, a line a position; operands."""
     rows = []
     for mask in (masks.of_one_file(name) for name in masks.names()):
         operands = _operands(mask.operands, mask.allowed)
-        rows.append([code(mask.name), f"{mask.title}{_picture(mask)}", _bounds(mask), operands, _told("mask", mask.name)])
-    return table(["mask", "the query at a position sees", "keys", "operands", "what it is"], rows)
+        rows.append(
+            [
+                code(mask.name) + _picture(mask),
+                _lines(_strong(mask.title), _bounds(mask), _told("mask", mask.name), operands),
+            ]
+        )
+    return table(["mask", "the query at a position sees"], rows)
 
 
 def score_table() -> str:
     """Every score: what it makes of a score, and operands."""
     found = (scores.of_one_file(name) for name in scores.names())
-    rows = [[code(one.name), one.title, _operands(one.operands), _told("score", one.name)] for one in found]
-    return table(["score", "what becomes of a score", "operands", "what it is"], rows)
+    rows = (
+        [code(one.name), _lines(_strong(one.title), _told("score", one.name), _operands(one.operands))] for one in found
+    )
+    return table(["score", "what becomes of a score"], rows)
 
 
 def element_table() -> str:
     """Every element: torch's dtype, that of its states, classes."""
     found = (elements.get(name) for name in elements.names())
     rows = [
-        [code(one.name), one.torch, one.state, code(*one.classes), _languages("element", one.name), _told("element", one.name)]
+        [
+            code(one.name),
+            one.torch,
+            one.state,
+            code(*one.classes),
+            _languages("element", one.name),
+            _told("element", one.name),
+        ]
         for one in found
     ]
-    return table(["element", "torch's dtype", "states", "classes", "languages", "what it is"], rows)
+    return table(["element", "torch's dtype", "states", "classes", "backends", "what it is"], rows)
 
 
 def precision_table() -> str:
@@ -55,16 +66,18 @@ def precision_table() -> str:
     rows = []
     for element in map(elements.get, elements.names()):
         for one in element.precisions:
-            rows.append([code(one.name), code(element.name), f"2^{_power(one.unit)}", said(one.title, f"class {one.name}")])
+            rows.append(
+                [code(one.name), code(element.name), f"2^{_power(one.unit)}", said(one.title, f"class {one.name}")]
+            )
     return table(["class", "element", "u", "products"], rows)
 
 
 def part_table(kind: str) -> str:
-    """Every part of a kind whose languages have texts: what it is, and who has one."""
+    """Every part of a kind that languages have texts of: what it is, and which have one."""
     registry = import_module(f"elsa_tune.parts.{kind}")
     found = [registry.get(name) for name in registry.names()]
     rows = [[code(one.name), one.title, _languages(kind, one.name), _told(kind, one.name)] for one in found]
-    return table([kind, "in short", "languages", "what it is"], rows)
+    return table([kind, "in short", "backends", "what it is"], rows)
 
 
 def scan_table(n: int = 64) -> str:
@@ -82,6 +95,14 @@ def order_table() -> str:
     return table(["order", "memory"], ([code(name), said(what, name)] for name, what in order.ORDERS.items()))
 
 
+def _lines(*lines: str) -> str:
+    return "<br>".join(filter(None, lines))
+
+
+def _strong(title: str) -> str:
+    return f"**{title}**"
+
+
 def _told(kind: str, name: str) -> str:
     return said(import_module(f"elsa_tune.parts.{kind}.{name}").__doc__, f"{kind} {name}")
 
@@ -91,26 +112,23 @@ def _power(unit: float) -> int:
 
 
 def _languages(kind: str, name: str) -> str:
-    """Languages that have a text of a part."""
-    having = [one for one in backends.candidates() if has_text(one, kind, name)]
-    asked = [one for one in backends.candidates() if (places.data("templates") / one / kind).is_dir()]
-    return "every one that asks" if having == asked else ", ".join(TITLES[one] for one in having)
+    """Backends whose language has a text of a part."""
+    return code(*(one for one in backends.candidates() if has_text(one, kind, name)))
 
 
 def _bounds(mask: Mask) -> str:
     low = "" if mask.low == ZERO else f"{mask.low.text} <= "
     high = "" if mask.high == EVERY_KEY else f" < {mask.high.text}"
-    seen = code(f"{low}key{high}") if low or high else "every key" if not mask.tested else ""
-    return seen or f"asked pair by pair: {code(*(one.name for one in mask.arrays))}"
+    return code(f"{low}key{high}") if low or high else ""
 
 
 def _picture(mask: Mask) -> str:
-    """Its first example, a line a position."""
-    return f"<code class=picture>{'<br>'.join(mask.picture.split())}</code>" if mask.picture else ""
+    """Its first example."""
+    return f"<br><code>{'<br>'.join(mask.picture.split())}</code>" if mask.picture else ""
 
 
 def _operands(operands: Iterable[Operand], allowed: Any = None) -> str:
-    return "; ".join(_number(one, allowed or {}) if isinstance(one, Number) else _array(one) for one in operands)
+    return _lines(*(_number(one, allowed or {}) if isinstance(one, Number) else _array(one) for one in operands))
 
 
 def _number(one: Number, allowed: Any) -> str:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+
 from elsa_tune.generate import backends
 from elsa_tune.space import Axis, Space
 
 from ._markdown import code, said, table
 
 
-def axis_table(backend: str) -> str:
-    """Every axis of a backend, in the order of a variant's name."""
+def backend_reference() -> str:
+    """A section for each backend: what it is, its axes, its laws."""
+    return "\n\n".join(map(_section, backends.names()))
+
+
+def _section(name: str) -> str:
+    told = inspect.cleandoc(import_module(f"{backends.__package__}.{name}").__doc__ or "")
+    return f"## `{name}`\n\n{told}\n\n{_axes(name)}\n\n### Laws of `{name}`\n\n{_laws(name)}"
+
+
+def _axes(backend: str) -> str:
+    """In the order of a variant's name."""
     axes = Space.read(backend).axes
     rows = ([code(axis.name), _tokens(axis), _default(axis), said(axis.meaning, f"axis {axis.name}")] for axis in axes)
     return table(["axis", "spelled", "left out", "meaning"], rows)
 
 
-def law_table(backend: str) -> str:
-    """Every law of a backend, and what it forbids."""
+def _laws(backend: str) -> str:
+    """And what each forbids."""
     laws = {law.__name__: law for law in backends.get(backend).LAWS}
     return table(["law", "why"], ([code(name), said(law.__doc__, f"law {name}")] for name, law in laws.items()))
 

@@ -53,7 +53,7 @@ def tune(
     the workload's. ``budget`` is wall seconds, compiling included. ``effort`` is quick or full; ``sampler`` local, tpe or random;
     ``exhaustive`` walks the whole space instead. ``storage`` shares the search with every machine of this model that names it
     (elsa_tune.tuning.fleet.open_storage). Raises FleetUnreachable, BadProblem, BadWorkload, BadDevice, DatabaseUnusable. May be stopped at any
-    moment: what is recorded stays.
+    moment: what is recorded stays. Its workers are processes, for which a script needs no ``__main__`` guard.
     """
     if effort not in EFFORTS:
         raise ElsaTuneError(f"effort {effort!r} is unknown; use one of {', '.join(EFFORTS)}")

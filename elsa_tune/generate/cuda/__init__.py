@@ -1,4 +1,11 @@
-"""CUDA C kernels, and the same body as HIP and OpenCL: what this backend answers."""
+"""CUDA C kernels, and the same body as HIP and OpenCL: what this backend answers.
+
+Three dialects: CUDA C++ (C++14, nvcc 10.2 and later), HIP, and OpenCL C 1.2. Float32 multiply-adds alone, float16 and bfloat16 as storage
+(pairs of halves where class `approx` asks for them); forward.
+
+A tile has `threads / workers / lanes * rows` query rows and a leaf `lanes * keys` keys. All query heads of a KV head share a tile, in
+decoding too.
+"""
 
 from __future__ import annotations
 

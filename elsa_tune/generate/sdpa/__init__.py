@@ -1,4 +1,8 @@
-"""torch's own attention: the incumbent, raced like any candidate, and the last rung of dispatch."""
+"""torch's own attention: the incumbent, raced like any candidate, and the last rung of dispatch.
+
+On CPUs `flash` or `math`, on GPUs also `efficient`, `cudnn` and `flex`, each where it takes the problem; `eager` is what a program writes
+by hand where a problem has scores.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""ELSA's hybrid (arXiv 2604.23798): Hillis-Steele inside a block, Blelloch across blocks."""
+"""ELSA's hybrid (arXiv 2604.23798): Hillis-Steele inside a block, Blelloch across blocks.
+
+In a kernel: Hillis-Steele among the workers of a core, Blelloch among splits.
+"""
 
 from elsa_tune.parts.scan import blelloch
 from elsa_tune.parts.scan._base import Round, Scan, draw
