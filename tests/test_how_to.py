@@ -82,6 +82,5 @@ def done_in(copy: Path, page: str) -> list[str]:
 
 @pytest.mark.parametrize(("page", "touched"), DONE.items())
 def test_a_copy_in_which_it_was_done_passes(page: str, touched: list[str], tmp_path: Path) -> None:
-    """Beside the line in docs/reference.md that each page asks for; a scan and a mask in closed form are one file, a state has
-    a text beside it."""
+    """A scan and a mask in closed form are one file, a state has a text beside it."""
     assert done_in(tmp_path / "copy", page) == touched

@@ -68,7 +68,7 @@ def changes(problem: str, than: str = "", axes: Axes | None = None, without: Axe
         other = _nearest(shown.variant, Problem.parse(than or problem), device, without or {})
         lines = _difference(other.source.text, shown.source.text)
         counted = sum(line.startswith("+") for line in lines)
-        text = _fenced(f"diff <({other.command}) <({shown.command})", "sh")
+        text = _fenced(f"diff <({other.command}) \\\n     <({shown.command})", "sh")
         return text + _folded(f"{counted} lines that the other has not", "\n".join(lines), "diff", opened=True)
 
     return _tabs(changed)
