@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import import_module
+from math import frexp
 from typing import Any
 
 from elsa_tune import order
@@ -15,79 +16,60 @@ from elsa_tune.parts import scan as scans
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.bound import EVERY_KEY, ZERO
 from elsa_tune.parts.mask import Mask
-from elsa_tune.parts.operand import STATE, Array, Number, Operand
+from elsa_tune.parts.operand import STATE, Array, Number
 from elsa_tune.parts.scan._base import depth
+from elsa_tune.parts.score import Score
 
 from ._markdown import code, said, table
 
 
 def mask_table() -> str:
     """Every mask: which keys, as a sentence, as bounds and as a picture, a line a position; operands."""
-    rows = []
-    for mask in (masks.of_one_file(name) for name in masks.names()):
-        operands = _operands(mask.operands, mask.allowed)
-        rows.append(
-            [
-                code(mask.name) + _picture(mask),
-                _lines(_strong(mask.title), _bounds(mask), _told("mask", mask.name), operands),
-            ]
-        )
+    found = (masks.of_one_file(name) for name in masks.names())
+    rows = ([code(one.name) + _picture(one), _told("mask", one, _bounds(one), _operands(one))] for one in found)
     return table(["mask", "the query at a position sees"], rows)
 
 
 def score_table() -> str:
     """Every score: what it makes of a score, and operands."""
     found = (scores.of_one_file(name) for name in scores.names())
-    rows = (
-        [code(one.name), _lines(_strong(one.title), _told("score", one.name), _operands(one.operands))] for one in found
-    )
-    return table(["score", "what becomes of a score"], rows)
+    return table(["score", "what becomes of a score"], ([code(o.name), _told("score", o, _operands(o))] for o in found))
 
 
 def element_table() -> str:
-    """Every element: torch's dtype, that of its states, classes."""
+    """Every element: torch's dtype, that of its states, classes, backends that have it."""
+    heads = ["element", "torch's dtype", "states", "classes", "backends", "what it is"]
     found = (elements.get(name) for name in elements.names())
-    rows = [
-        [
-            code(one.name),
-            one.torch,
-            one.state,
-            code(*one.classes),
-            _languages("element", one.name),
-            _told("element", one.name),
-        ]
-        for one in found
-    ]
-    return table(["element", "torch's dtype", "states", "classes", "backends", "what it is"], rows)
+    facts = ((o, [code(o.name), o.torch, o.state, code(*o.classes), _backends("element", o.name)]) for o in found)
+    return table(heads, ([*row, _docstring("element", one.name)] for one, row in facts))
 
 
 def precision_table() -> str:
     """Every class of arithmetic: whose it is, its unit, products."""
-    rows = []
-    for element in map(elements.get, elements.names()):
-        for one in element.precisions:
-            rows.append(
-                [code(one.name), code(element.name), f"2^{_power(one.unit)}", said(one.title, f"class {one.name}")]
-            )
-    return table(["class", "element", "u", "products"], rows)
+    found = [(element, one) for element in map(elements.get, elements.names()) for one in element.precisions]
+    rows = (
+        [code(one.name), code(of.name), f"$2^{{{_power(one.unit)}}}$", said(one.title, one.name)] for of, one in found
+    )
+    return table(["class", "element", "$u$", "products"], rows)
 
 
 def part_table(kind: str) -> str:
     """Every part of a kind that languages have texts of: what it is, and which have one."""
     registry = import_module(f"elsa_tune.parts.{kind}")
-    found = [registry.get(name) for name in registry.names()]
-    rows = [[code(one.name), one.title, _languages(kind, one.name), _told(kind, one.name)] for one in found]
-    return table([kind, "in short", "backends", "what it is"], rows)
+    found = (registry.get(name) for name in registry.names())
+    return table(
+        [kind, "what it is", "backends"], ([code(o.name), _told(kind, o), _backends(kind, o.name)] for o in found)
+    )
 
 
 def scan_table(n: int = 64) -> str:
     """Every scan: what it is, and depth and merges of the total of n states."""
-    rows = []
-    for scan in map(scans.get, scans.names()):
-        total = scan.total(n)
-        merges = sum(one.merges(n) for one in total)
-        rows.append([code(scan.name), scan.title, str(depth(total, n)), str(merges), _told("scan", scan.name)])
-    return table(["scan", "in short", f"depth of {n}", "merges", "what it is"], rows)
+    found = [(scan, scan.total(n)) for scan in map(scans.get, scans.names())]
+    rows = (
+        [code(scan.name), _told("scan", scan), str(depth(total, n)), str(sum(one.merges(n) for one in total))]
+        for scan, total in found
+    )
+    return table(["scan", "what it is", f"depth of {n}", "merges"], rows)
 
 
 def order_table() -> str:
@@ -95,23 +77,20 @@ def order_table() -> str:
     return table(["order", "memory"], ([code(name), said(what, name)] for name, what in order.ORDERS.items()))
 
 
-def _lines(*lines: str) -> str:
-    return "<br>".join(filter(None, lines))
+def _told(kind: str, part: Any, *facts: str) -> str:
+    """A part's title, what its file says, and facts, a line each."""
+    return "<br>".join(filter(None, (f"**{part.title}**", _docstring(kind, part.name), *facts)))
 
 
-def _strong(title: str) -> str:
-    return f"**{title}**"
-
-
-def _told(kind: str, name: str) -> str:
+def _docstring(kind: str, name: str) -> str:
     return said(import_module(f"elsa_tune.parts.{kind}.{name}").__doc__, f"{kind} {name}")
 
 
 def _power(unit: float) -> int:
-    return int(unit.hex().partition("p")[2])
+    return frexp(unit)[1] - 1
 
 
-def _languages(kind: str, name: str) -> str:
+def _backends(kind: str, name: str) -> str:
     """Backends whose language has a text of a part."""
     return code(*(one for one in backends.candidates() if has_text(one, kind, name)))
 
@@ -127,18 +106,20 @@ def _picture(mask: Mask) -> str:
     return f"<br><code>{'<br>'.join(mask.picture.split())}</code>" if mask.picture else ""
 
 
-def _operands(operands: Iterable[Operand], allowed: Any = None) -> str:
-    return _lines(*(_number(one, allowed or {}) if isinstance(one, Number) else _array(one) for one in operands))
+def _operands(part: Mask | Score) -> str:
+    numbers = (_number(one, getattr(part, "allowed", {})) for one in part.operands if isinstance(one, Number))
+    return "<br>".join([*numbers, *map(_array, part.arrays)])
 
 
-def _number(one: Number, allowed: Any) -> str:
+def _number(one: Number, allowed: Mapping[str, tuple[int, int]]) -> str:
+    if one.kind == "real":
+        return f"{code(one.name)}, a number above 0"
     least, most = allowed.get(one.name, (0, None))
-    between = f"from {least} to {most}" if most else "from 0" if one.kind == "integer" else "above 0"
-    return f"{code(one.name)}, {'whole' if one.kind == 'integer' else 'a number'} {between}"
+    return f"{code(one.name)}, whole, from {least}{f' to {most}' if most else ''}"
 
 
 def _array(one: Array) -> str:
     axes = [f"ceil({axis} / {one.per[axis]})" if axis in one.per else axis for axis in one.axes]
     each = ", each or 1" if one.placed else ""
-    dtype = "floats of states" if one.dtype == STATE else one.dtype
+    dtype = "floats as of states" if one.dtype == STATE else one.dtype
     return f"{code(one.name)}, {dtype} [{', '.join(axes)}]{each}"
