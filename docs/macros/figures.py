@@ -34,7 +34,7 @@ def errors_drawn(name: str) -> str:
     """The largest error against the number of keys, and the bound."""
     errors = {who: {int(n): e for n, e in of.items()} for who, of in read(name)["errors"].items()}
     values = [e for of in errors.values() for e in of.values()]
-    lengths = {n: _short(n) for of in errors.values() for n in of}
+    lengths = {float(n): _short(n) for of in errors.values() for n in of}
     plot = Plot("Error against the number of keys", lengths, powers(min(values), max(values)), "keys", "error / max|v|")
     for who, of in errors.items():
         plot.line(of.items(), who, "5 3" if who.startswith("bound") else "2 2" if who.startswith("torch") else "")

@@ -108,14 +108,16 @@ def _nearest(variant: Variant, problem: Problem, device: Device, wanted: Axes) -
                 f"there the axis `{name}` has no `{value}`" if name in values else f"there is no axis `{name}` there"
             )
     axes = tuple(replace(axis, values=(wanted[axis.name],)) if axis.name in wanted else axis for axis in space.axes)
-    found = lawful.variants(replace(space, axes=axes), problem, device, {**variant.axes, **wanted})
-    return _Shown(space.variant(next(found).axes), problem)
+    found = next(lawful.variants(replace(space, axes=axes), problem, device, {**variant.axes, **wanted}), None)
+    if found is None:
+        raise KernelMissing(f"no law allows {', '.join(f'`{name} = {value}`' for name, value in wanted.items())}")
+    return _Shown(space.variant(found.axes), problem)
 
 
 def _difference(old: str, new: str) -> list[str]:
     """A unified difference without its header, nor the lines that say which command renders a text."""
-    signed = [[line for line in text.splitlines() if "elsa-tune" not in line] for text in (old, new)]
-    return [line for line in list(difflib.unified_diff(*signed, n=2, lineterm=""))[2:] if line.strip()]
+    before, after = ([line for line in text.splitlines() if "elsa-tune" not in line] for text in (old, new))
+    return [line for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:] if line.strip()]
 
 
 def _folded(title: str, text: str, lexer: str, opened: bool = False) -> str:
