@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; `pip install nbclient ipykernel plotly`")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed; `pip install nbclient ipykernel`")
 nbformat = pytest.importorskip("nbformat")
 
 TOUR = Path(__file__).resolve().parent.parent / "examples" / "tour.ipynb"
