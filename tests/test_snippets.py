@@ -83,6 +83,12 @@ def programs(page: str) -> list[Block]:
     ]
 
 
+def following(block: Block) -> Block | None:
+    """The block after one: of ``text``, it is what that prints."""
+    every = blocks(block.page)
+    return next(iter(every[every.index(block) + 1 :]), None)
+
+
 WITH_PYTHON = [page for page in PAGES if programs(page)]
 
 
@@ -93,7 +99,9 @@ def capped(tune: Any, *problems: Any, budget: float, **options: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # what libraries say of each other
 @pytest.mark.parametrize("page", WITH_PYTHON)
-def test_what_a_page_shows_runs(page: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_page_shows_runs(
+    page: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(elsa_tune, "tune", partial(capped, elsa_tune.tune))
     ledger.forget()
@@ -105,6 +113,9 @@ def test_what_a_page_shows_runs(page: str, home: Path, tmp_path: Path, monkeypat
         exec(compile("\n" * block.line + block.text, page, "exec", dont_inherit=True), namespace)
         for name, shape in re.findall(r"^(\w+) = .*# \[([\d, ]+)\]", block.text, re.M):
             assert list(namespace[name].shape) == list(map(int, shape.split(","))), f"{page}: {name}"
+        printed = capsys.readouterr().out
+        if (after := following(block)) and after.language == "text":
+            assert printed == after.text, f"{page}:{after.line}"
 
 
 def test_pages_have_python() -> None:
