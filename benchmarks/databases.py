@@ -27,6 +27,8 @@ from elsa_tune.remember.database import Database
 from elsa_tune.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
+ASKED = {"import_seconds": 10, "export_seconds": 10, "merge_seconds": 20, "bytes_each": 400, "first_dispatch_ms": 20}
+"""At most, of 100,000 measurements."""
 
 DISPATCH = """
 import time, torch, elsa_tune
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "databases.json")
     options = parser.parse_args()
-    found: dict[str, object] = {"device": str(host_cpu()), "measurements": options.count}
+    found: dict[str, object] = {"device": str(host_cpu()), "measurements": options.count, "asked": ASKED}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number in (1, 2):

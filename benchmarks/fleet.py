@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+ASKED = {"2": 0.6, "8": 0.2}
+"""At most, of one worker's time."""
 sys.path.insert(0, str(ROOT / "tests"))
 
 from postgres import Cluster, programs  # noqa: E402
@@ -81,7 +83,7 @@ def main() -> None:
             cluster.stop()
     total = {n: sum(t) for n, t in times.items()}
     found = {
-        "storage": "postgresql" if cluster else "journal", "seconds_of_a_trial": options.seconds, "problems": problems,
+        "storage": "postgresql" if cluster else "journal", "seconds_of_a_trial": options.seconds, "problems": problems, "asked": ASKED,
         "seconds_to_best": {str(n): [round(x, 2) for x in t] for n, t in times.items()},
         "share_of_one": {str(n): round(total[n] / total[1], 3) for n in times},
         "share_of_one_median": {str(n): round(statistics.median(a / b for a, b in zip(t, times[1], strict=True)), 3) for n, t in times.items()},

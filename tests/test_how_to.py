@@ -27,6 +27,14 @@ PROGRAMS = {
     "elsa-tune": [sys.executable, "-m", "elsa_tune.shell.cli"],
     "sed": ["sed"],
 }
+DONE = {
+    "add-a-mask.md": ["elsa_tune/parts/mask/pairs.py"],
+    "add-a-scan.md": ["elsa_tune/parts/scan/sklansky.py"],
+    "add-a-state.md": ["elsa_tune/parts/state/lazy.py", "templates/cpp/state/lazy.j2"],
+    "add-a-backend.md": ["elsa_tune/generate/plain.py", "search_spaces/plain.toml", "tests/test_plain.py"],
+}
+"""Pages that are followed, and the files that each says to write."""
+
 LEFT_OUT = (".git", ".venv", "*cache*__", ".*_cache", ".hypothesis", "build", "dist", "site", ".wheels", "results")
 
 
@@ -72,18 +80,7 @@ def done_in(copy: Path, page: str) -> list[str]:
     return sorted(files)
 
 
-@pytest.mark.parametrize(
-    ("page", "touched"),
-    [
-        ("add-a-mask.md", ["elsa_tune/parts/mask/pairs.py"]),
-        ("add-a-scan.md", ["elsa_tune/parts/scan/sklansky.py"]),
-        ("add-a-state.md", ["elsa_tune/parts/state/lazy.py", "templates/cpp/state/lazy.j2"]),
-        (
-            "add-a-backend.md",
-            ["elsa_tune/generate/plain.py", "search_spaces/plain.toml", "tests/test_plain.py"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("page", "touched"), DONE.items())
 def test_a_copy_in_which_it_was_done_passes(page: str, touched: list[str], tmp_path: Path) -> None:
     """A scan and a mask in closed form are one file, a state has a text beside it."""
     assert done_in(tmp_path / "copy", page) == touched

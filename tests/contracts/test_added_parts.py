@@ -15,25 +15,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+PAGES = [
+    ("add-a-score.md", 4, "fp32.d16.causal.softcap+temperature"),
+    ("add-a-mask.md", 4, "fp32.d16.causal+lengths+segments.softcap"),
+]
+
+
+def shown(page: str) -> dict[str, str]:
+    """Every file that a page shows, and what is in it."""
+    text = (ROOT / "docs/how-to" / page).read_text()
+    found = re.findall(r"`((?:elsa_tune|templates)/[^`<]+)`[^`]*\n\n *```[a-z+]+\n(.*?)\n *```", text, re.S)
+    return {name: textwrap.dedent(content) + "\n" for name, content in found}
+
+
 def added(page: str, tree: Path) -> list[str]:
     """Write every file that a page shows into the tree."""
-    text = (ROOT / "docs/how-to" / page).read_text()
-    shown = re.findall(r"`((?:elsa_tune|templates)/[^`<]+)`[^`]*\n\n *```[a-z+]+\n(.*?)\n *```", text, re.S)
-    for name, content in shown:
+    for name, content in shown(page).items():
         path = tree / name
         assert not path.exists(), name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(content) + "\n")
-    return [name for name, _ in shown]
+        path.write_text(content)
+    return list(shown(page))
 
 
-@pytest.mark.parametrize(
-    ("page", "count", "family"),
-    [
-        ("add-a-score.md", 4, "fp32.d16.causal.softcap+temperature"),
-        ("add-a-mask.md", 4, "fp32.d16.causal+lengths+segments.softcap"),
-    ],
-)
+@pytest.mark.parametrize(("page", "count", "family"), PAGES)
 def test_followed_to_the_letter(page: str, count: int, family: str, tmp_path: Path) -> None:
     for name in ("elsa_tune", "templates", "search_spaces", "cache"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -8,8 +8,9 @@ from pkgutil import iter_modules
 
 from elsa_tune.errors import BadVariant
 from elsa_tune.parts.scan._base import Round, Scan, depth, draw, run
+from elsa_tune.parts.scan._svg import svg
 
-__all__ = ["Round", "Scan", "depth", "draw", "get", "names", "run"]
+__all__ = ["Round", "Scan", "depth", "draw", "get", "names", "run", "svg"]
 
 
 @cache
