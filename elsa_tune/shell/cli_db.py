@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import click
 
 from elsa_tune.errors import ElsaTuneError
+from elsa_tune.shell import pages
+from elsa_tune.shell.completions import DEVICES, PROBLEMS
 
 if TYPE_CHECKING:
     from elsa_tune.remember.foreign import Imported
@@ -35,14 +37,27 @@ def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-@click.group()
+@click.group(
+    cls=pages.Group, epilog=pages.examples("elsa-tune db info", "elsa-tune db export --device cpu -o mine.jsonl")
+)
 def db() -> None:
     """The database of measurements: take it elsewhere, bring others' here, keep it whole."""
 
 
-@db.command("export")
-@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
-@click.option("--problem", default=None, help="Only this problem.")
+@db.command(
+    "export",
+    epilog=pages.examples(
+        "elsa-tune db export -o measurements.jsonl.gz",
+        "elsa-tune db export --device cpu --sign ~/.ssh/id_ed25519 -o mine.jsonl",
+    ),
+)
+@click.option(
+    "--device",
+    default=None,
+    shell_complete=DEVICES,
+    help="Only this device, or those of a kind (cpu) or an architecture.",
+)
+@click.option("--problem", default=None, shell_complete=PROBLEMS, help="Only this problem.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this OpenSSH key: FILE.sig.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz; by default printed."
@@ -74,7 +89,10 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
         click.echo(f"{signatures.sign(output, key)}: signed")
 
 
-@db.command("import")
+@db.command(
+    "import",
+    epilog=pages.examples("elsa-tune db import theirs.jsonl", "elsa-tune db import https://example.org/team.jsonl.gz"),
+)
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @mistakes_are_messages
 def import_files(sources: tuple[str, ...]) -> None:
@@ -97,7 +115,7 @@ def _say_what_was_refused(found: Imported) -> bool:
     return not found.refused
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db merge mine.jsonl theirs.jsonl -o both.jsonl"))
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz.")
 @mistakes_are_messages
@@ -110,7 +128,7 @@ def merge(sources: tuple[str, ...], output: Path) -> None:
     sys.exit(0 if _say_what_was_refused(found) else EXIT_INCOMPLETE)
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db diff before.jsonl after.jsonl"))
 @click.argument("first")
 @click.argument("second")
 @mistakes_are_messages
@@ -124,7 +142,7 @@ def diff(first: str, second: str) -> None:
     sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db verify"))
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
@@ -148,8 +166,14 @@ def verify() -> None:
         sys.exit(EXIT_INCOMPLETE)
 
 
-@db.command()
-@click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
+@db.command(epilog=pages.examples("elsa-tune db race", "elsa-tune db race --device cpu --budget 60"))
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=DEVICES,
+    help="auto, a kind, or a device's full spelling.",
+)
 @click.option("--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds.")
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
@@ -166,7 +190,7 @@ def race(device: str, budget: float) -> None:
         click.echo("nothing imported is left to race")
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db gc"))
 @mistakes_are_messages
 def gc() -> None:
     """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
@@ -183,7 +207,7 @@ def gc() -> None:
     click.echo(f"{removed} kernels removed; the database takes {path.stat().st_size >> 10} KiB, before {before >> 10}")
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db info"))
 @mistakes_are_messages
 def info() -> None:
     """Say what each layer holds. The team's databases that have changed are read again first."""
@@ -196,7 +220,7 @@ def info() -> None:
             click.echo(line)
 
 
-@db.command()
+@db.command(epilog=pages.examples("elsa-tune db doctor"))
 @mistakes_are_messages
 def doctor() -> None:
     """What is wrong with databases and the kernel cache here, each lack with its remedy."""

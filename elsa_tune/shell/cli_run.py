@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
+from elsa_tune.shell import pages
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
+from elsa_tune.shell.completions import DEVICES
 
 if TYPE_CHECKING:
     from elsa_tune.traffic import Traffic
@@ -37,8 +39,21 @@ effort_option = click.option(
 """Of every command that tunes."""
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
+@click.command(
+    cls=pages.Command,
+    context_settings={"allow_interspersed_args": False},
+    epilog=pages.examples(
+        "elsa-tune run -- python program.py",
+        "elsa-tune run --budget 600 -o traffic.jsonl -- python -m torch.distributed.run train.py",
+    ),
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=DEVICES,
+    help="As for tune; auto: those that the program used.",
+)
 @click.option(
     "--budget", default=180.0, show_default=True, type=click.FloatRange(min=1), help="Wall seconds of tuning."
 )
