@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all test-torch lint types bench wheels-gpu clean
+.PHONY: tune test test-all test-torch lint types types-mypy types-pyright bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -24,9 +24,25 @@ test-torch:
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	for version in 311 312 313 314; do $(BIN)/ruff check --quiet --select E9,F,PLE --target-version py$$version . || exit 1; done
 
-types: .venv/installed-dev
+# With everybody's types as the oldest Python on Linux, by two checkers; as other Pythons and systems with Python's own types alone, and by the
+# second with torch's. Each is a process of its own: make -j 2 types.
+ELSEWHERE := $(foreach python,3.11 3.12 3.13 3.14,linux-$(python)) $(foreach python,3.10 3.12 3.14,win32-$(python) darwin-$(python))
+ALONE := --no-site-packages --ignore-missing-imports --allow-subclassing-any --allow-untyped-decorators --no-warn-return-any --no-warn-unused-ignores
+types: types-mypy types-pyright types-pyright-Windows types-pyright-Darwin $(ELSEWHERE:%=types-%)
+
+types-mypy: .venv/installed-dev
 	$(BIN)/mypy
+
+types-pyright: .venv/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+types-pyright-%: .venv/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python --pythonplatform $* --pythonversion 3.14 $$(find elsa_tune -name '*.py' -not -path '*/transformers/*')
+
+types-%: .venv/installed-dev
+	$(BIN)/mypy $(ALONE) --platform $(firstword $(subst -, ,$*)) --python-version $(lastword $(subst -, ,$*)) --cache-dir .mypy_cache/$*
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py

@@ -172,8 +172,9 @@ def _is_compiled() -> bool:
 def may_be_read(x: Tensor) -> bool:
     """Whether asking for numbers costs nothing and nobody watches: a plain tensor on a CPU, which no transform wraps."""
     import torch
+    from torch._C._functorch import peek_interpreter_stack
 
-    return x.is_cpu and type(x) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
+    return x.is_cpu and type(x) is torch.Tensor and peek_interpreter_stack() is None
 
 
 def _check_limit(limit: Array, value: Tensor, kv_len: int) -> None:

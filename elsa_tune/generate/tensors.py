@@ -13,7 +13,7 @@ from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """An argument as a message shows it: of a tensor its dtype, shape and device."""
     return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else shown(value)
 

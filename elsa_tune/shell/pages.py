@@ -5,10 +5,15 @@ from __future__ import annotations
 import shlex
 import shutil
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from click_default_group import DefaultGroup
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:  # where it says nothing of its types
+    from click import Group as DefaultGroup
+else:
+    from click_default_group import DefaultGroup
 
 _EXAMPLES = "Examples:\n\n\b\n"
 """What click keeps lines after as they are."""
@@ -82,15 +87,16 @@ class _Context(click.Context):
 class _Page:
     """What manual pages add to a command."""
 
-    context_class = _Context
+    context_class: type[click.Context] = _Context
 
     def get_short_help_str(self: Any, limit: int = 45) -> str:
         """The first sentence, whole."""
         return str(super().get_short_help_str(1000))  # type: ignore[misc]
 
-    def format_epilog(self: Any, context: click.Context, formatter: _Formatter) -> None:
+    def format_epilog(self: Any, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Exit status, files and variables of the whole program, and examples."""
-        if context.parent is None and isinstance(self, click.Group):
+        assert isinstance(formatter, _Formatter)
+        if ctx.parent is None and isinstance(self, click.Group):
             for title, rows in (("Exit status", STATUS), ("Files", FILES), ("Variables", VARIABLES)):
                 with formatter.section(title):
                     formatter.write_dl([*rows.items()])
@@ -109,21 +115,22 @@ class Group(_Page, click.Group):
     command_class = Command
 
 
-class MainGroup(_Page, DefaultGroup):  # type: ignore[misc]
+class MainGroup(_Page, DefaultGroup):
     """The same, and a command that is meant where none is named: its options are completed, too."""
 
     command_class = Command
+    default_cmd_name: str
 
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Where a shell asks what may follow, nothing stands for nothing."""
-        if context.resilient_parsing and not args:
-            return click.Group.parse_args(self, context, args)
-        return list(super().parse_args(context, args))
+        if ctx.resilient_parsing and not args:
+            return click.Group.parse_args(self, ctx, args)
+        return list(super().parse_args(ctx, args))
 
-    def shell_complete(self, context: click.Context, incomplete: str) -> list[Any]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """What may follow on the command line."""
-        found = super().shell_complete(context, incomplete)
+        found = super().shell_complete(ctx, incomplete)
         meant = self.commands[self.default_cmd_name]
-        of_its = meant.shell_complete(click.Context(meant, parent=context, info_name=meant.name), incomplete)
+        of_its = meant.shell_complete(click.Context(meant, parent=ctx, info_name=meant.name), incomplete)
         known = {one.value for one in found}
         return [*found, *(one for one in of_its if one.value not in known)]

@@ -18,10 +18,13 @@ REMEDY = (
 )
 BUILD_SECONDS = 120
 
+MOVABLE = () if sys.platform == "win32" else ("-fPIC",)
+"""Code of Windows is movable as it is, and compilers refuse to be told so."""
+
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-fPIC",
+    *MOVABLE,
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-exceptions",
@@ -55,7 +58,7 @@ class Compiler:
 
 def _candidates() -> list[tuple[str, ...]]:
     """Commands that may be a compiler, those asked for first."""
-    named = [tuple(shlex.split(os.environ["CXX"]))] if os.environ.get("CXX") else []
+    named = [tuple(shlex.split(os.environ["CXX"], posix=os.name == "posix"))] if os.environ.get("CXX") else []
     zig = [(sys.executable, "-m", "ziglang", "c++")] if find_spec("ziglang") else []
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig
 
