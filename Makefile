@@ -37,6 +37,7 @@ types-mypy: .venv/installed-dev
 
 types-pyright: .venv/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --project tests/typed_user.json
 
 types-pyright-%: .venv/installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python --pythonplatform $* --pythonversion 3.14 $$(find elsa_tune -name '*.py' -not -path '*/transformers/*')

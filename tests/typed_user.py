@@ -1,7 +1,5 @@
 """A program of a user, as strict type checkers read it (`make types`): every public name, and mistakes that they must reject."""
 
-# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
-
 from __future__ import annotations
 
 import sys
@@ -111,6 +109,6 @@ def mistakes(x: Tensor) -> None:
     elsa_tune.tune(SMALL, 30)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     elsa_tune.nn.Attention("32", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     elsa_tune.Problem.parse(SMALL).heads = 3  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
-    elsa_tune.attend(x, x, x)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    elsa_tune.attend(x, x, x)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     with elsa_tune.accuracy("exact"):  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         pass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
+from elsa_tune import places
 from elsa_tune.errors import BuildFailed, CompilerMissing
 
 REMEDY = (
@@ -60,6 +61,10 @@ def _candidates() -> list[tuple[str, ...]]:
     """Commands that may be a compiler, those asked for first."""
     named = [tuple(shlex.split(os.environ["CXX"], posix=os.name == "posix"))] if os.environ.get("CXX") else []
     zig = [(sys.executable, "-m", "ziglang", "c++")] if find_spec("ziglang") else []
+    if zig and not os.access(
+        os.path.expanduser("~"), os.W_OK
+    ):  # where it keeps what it built, and without which it does nothing
+        os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(places.home() / "zig"))
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig
 
 
