@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all test-torch lint types types-mypy types-pyright bench wheels-gpu clean
+.PHONY: tune test test-all test-torch test-python lint types types-mypy types-pyright docs bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -20,6 +20,11 @@ test-torch:
 	$(PYTHON) -m venv .venv-torch/$(VERSION)
 	.venv-torch/$(VERSION)/bin/python -m pip install --quiet torch==$(VERSION) --editable . pytest pytest-xdist
 	.venv-torch/$(VERSION)/bin/python -m pytest -n 2 --dist worksteal $(OF_TORCH:%=tests/test_%.py)
+
+# What differs between versions of Python: the package, its commands, a kernel and a call. With another one: make test-python PYTHON=python3.14
+OF_PYTHON := package pages nouns cpp dispatch
+test-python: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(OF_PYTHON:%=tests/test_%.py)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +49,10 @@ types-pyright-%: .venv/installed-dev
 
 types-%: .venv/installed-dev
 	$(BIN)/mypy $(ALONE) --platform $(firstword $(subst -, ,$*)) --python-version $(lastword $(subst -, ,$*)) --cache-dir .mypy_cache/$*
+
+# The site, in site/: a broken link or anchor is an error. Open site/index.html.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/cpu.py

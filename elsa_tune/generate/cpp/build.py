@@ -9,7 +9,7 @@ from elsa_tune.generate import kernel_cache as _kernel_cache
 from elsa_tune.generate.backends import Built
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import machine_code as _machine_code
-from elsa_tune.generate.cpp.compiler import FLAGS, MOVABLE, WARNINGS
+from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.variant import Variant
 
@@ -36,7 +36,15 @@ def build_text(text: str, name: str, variant: Variant) -> Built:
         compiler, flags = _compiler.find(), [*FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags]
         compiler.run([*flags, "-S", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.s")], str(variant))
         compiler.run(
-            ["-shared", *MOVABLE, *compiler.link, str(folder / "kernel.s"), "-o", str(folder / LIBRARY)], str(variant)
+            [
+                "-shared",
+                *(f for f in FLAGS if f == "-fPIC"),
+                *compiler.link,
+                str(folder / "kernel.s"),
+                "-o",
+                str(folder / LIBRARY),
+            ],
+            str(variant),
         )
         return _machine_code.hot_loops((folder / "kernel.s").read_text())
 
