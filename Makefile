@@ -33,7 +33,7 @@ lint: .venv/installed-dev
 
 # With everybody's types as the oldest Python on Linux, by two checkers; as other Pythons and systems with Python's own types alone, and by the
 # second with torch's. Each is a process of its own: make -j 2 types.
-ELSEWHERE := $(foreach python,3.11 3.12 3.13 3.14,linux-$(python)) $(foreach python,3.10 3.12 3.14,win32-$(python) darwin-$(python))
+ELSEWHERE := linux-3.11 linux-3.12 linux-3.13 linux-3.14 win32-3.10 darwin-3.10
 ALONE := --no-site-packages --ignore-missing-imports --allow-subclassing-any --allow-untyped-decorators --no-warn-return-any --no-warn-unused-ignores
 types: types-mypy types-pyright types-pyright-Windows types-pyright-Darwin $(ELSEWHERE:%=types-%)
 

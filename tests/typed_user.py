@@ -106,7 +106,7 @@ def mistakes(x: Tensor) -> None:
     scores.softcap(None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     elsa_tune.merge([x])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
     elsa_tune.load(7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    elsa_tune.tune(SMALL, 30)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    elsa_tune.tune(SMALL, sampler=3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     elsa_tune.nn.Attention("32", 2)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     elsa_tune.Problem.parse(SMALL).heads = 3  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
     elsa_tune.attend(x, x, x)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
