@@ -207,7 +207,9 @@ def _aligned(array: Array, given: Any) -> Tensor:
     if value.layout != torch.strided:
         raise WrongArguments(f"{array.name} is {value.layout}; it must be a dense tensor")
     if value.dim() > len(array.axes):
-        raise WrongArguments(f"{array.name} {tuple(value.shape)} has more dimensions than [{', '.join(array.axes)}]")
+        raise WrongArguments(
+            f"{array.name} {tuple(value.shape)} has too many dimensions; it must be [{', '.join(array.axes)}]"
+        )
     if (
         value.is_complex()
         or value.dtype in (torch.uint16, torch.uint32, torch.uint64)  # which torch hardly computes with

@@ -33,7 +33,7 @@ def make(
     """
     goal = devices.named(device)
     if not export.speakers(goal):
-        raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}")
+        raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}; name another target")
     if folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir():
         raise FolderTaken(f"folder {folder} is not empty and no kit; name another with -o")
     given = [p if isinstance(p, Problem) else Problem.parse(p) for p in problems or workloads.read(workload, goal)]
