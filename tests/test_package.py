@@ -153,19 +153,14 @@ def sealed(site: Path) -> Iterator[list[str]]:
 def run(site: Path, sealed: list[str], *words: str, **environment: str) -> str:
     """Stdout of a Python of the environment: no compiler on the path, no home."""
     folder = site.parents[2]
-    plain = {"PATH": f"{folder}/bin", "HOME": "/dev/null/home", "OMP_WAIT_POLICY": "passive", "LC_ALL": "C.UTF-8"}
-    command = [
-        *(shutil.which(word) or word for word in sealed[:1]),
-        *sealed[1:],
-        str(folder / "bin" / "python"),
-        *words,
-    ]
-    plain["PATH"] += f":{folder}/tools"
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    for tool in ("sh", "mount"):
+    for tool in ("sh", "mount"):  # which seal it; no compiler is among them
         if not (tools / tool).is_symlink():
             (tools / tool).symlink_to(str(shutil.which(tool)))
+    path = f"{folder / 'bin'}{os.pathsep}{tools}"
+    plain = {"PATH": path, "HOME": "/dev/null/home", "OMP_WAIT_POLICY": "passive", "LC_ALL": "C.UTF-8"}
+    command = [*(str(shutil.which(word)) for word in sealed[:1]), *sealed[1:], str(folder / "bin" / "python"), *words]
     done = subprocess.run(
         command, env={**plain, **environment}, capture_output=True, text=True, check=False, cwd=folder
     )

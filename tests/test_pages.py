@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ from elsa_tune.generate import backends
 from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember.database import Database
-from elsa_tune.shell import cli, doctor, pages
+from elsa_tune.shell import cli, pages
 from elsa_tune.tuning import offline
 
 ROOT = Path(__file__).parent.parent
@@ -158,5 +159,7 @@ def test_versions_are_the_doctors() -> None:
     )
     for name in backends.candidates():
         assert f"backend {name}: " in result.output
-    (found,) = (one.detail for one in doctor.examine() if one.topic == "versions")
+    findings = json.loads(CliRunner().invoke(cli.main, ["doctor", "--json"]).output)
+    assert all(set(one) == {"topic", "good", "detail", "remedy"} for one in findings)
+    (found,) = (one["detail"] for one in findings if one["topic"] == "versions")
     assert found == ", ".join(f"{name} {which}" for name, which in told.items())

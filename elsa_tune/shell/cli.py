@@ -13,7 +13,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.shell import cli_db, cli_run, pages
+from elsa_tune.shell import cli_db, cli_run, examples, pages
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED
 from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
 from elsa_tune.shell.completions import BOTH, DEVICES, FAMILIES, PROBLEMS, TARGETS, VARIANTS, WORKLOADS
@@ -33,13 +33,7 @@ def _say_versions(context: click.Context, parameter: click.Parameter, asked: boo
     cls=pages.MainGroup,
     default="tune",
     default_if_no_args=True,
-    epilog=pages.examples(
-        "elsa-tune  # tunes the default workload on this machine, 3 minutes",
-        "elsa-tune run -- python program.py  # tunes what a program asks",
-        "elsa-tune winners",
-        "elsa-tune explain fp32.d64.causal@b1.h8.q4096.k4096",
-        "elsa-tune doctor",
-    ),
+    epilog=examples.MAIN,
 )
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_versions,
@@ -49,15 +43,7 @@ def main() -> None:
     """Generate, tune, remember and dispatch exact attention kernels. Without a command: tune."""
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune --budget 600 --effort full  # ten minutes, more trials for each problem",
-        "elsa-tune --problem fp32.d64@b4.h12.q333.k333 --budget 30",
-        "elsa-tune --workload masks",
-        "elsa-tune --device sm_90 --offline  # ranks for a GPU that is not here",
-        "elsa-tune --from-traffic traffic.jsonl  # what elsa-tune run -o recorded",
-    )
-)
+@main.command(epilog=examples.TUNE)
 @click.option(
     "--device",
     default="auto",
@@ -165,13 +151,7 @@ def _rank(
     sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune winners",
-        "elsa-tune winners --device cpu --family fp32.d64.causal",
-        "elsa-tune winners --json",
-    )
-)
+@main.command(epilog=examples.WINNERS)
 @click.option(
     "--device",
     default=None,
@@ -203,12 +183,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
         click.echo("no winner is recorded; run elsa-tune")
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune show cpp.serial.avx512.l16.q3.k8.v8.n192 fp32.d64.causal",
-        "elsa-tune show triton.serial.half.m128.n64.warps8.stages3 fp16.d64",
-    )
-)
+@main.command(epilog=examples.SHOW)
 @click.argument("variant", shell_complete=VARIANTS)
 @click.argument("problem", default="fp32.d64", shell_complete=FAMILIES)
 @_mistakes_are_messages
@@ -235,12 +210,7 @@ def show(variant: str, problem: str) -> None:
         click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune explain fp32.d64.causal@b1.h8.q4096.k4096",
-        "elsa-tune explain fp32.d64@b8.h12.q197.k197.bshd --device cpu",
-    )
-)
+@main.command(epilog=examples.EXPLAIN)
 @click.argument("problem", shell_complete=PROBLEMS)
 @click.option("--device", default="auto", show_default=True, shell_complete=DEVICES)
 @_mistakes_are_messages
@@ -264,12 +234,7 @@ def explain(problem: str, device: str) -> None:
         screen.print_explanation(screen.console(), wanted, serving.explain(wanted, here), tried, mattered)
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune kit --device sm_62 -o jetson",
-        "elsa-tune kit --device cortex_a72 --problem fp32.d64@b1.h8.q256.k256",
-    )
-)
+@main.command(epilog=examples.KIT)
 @click.option(
     "--device",
     required=True,
@@ -302,12 +267,7 @@ def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> 
     click.echo(f"{output}: {len(headers)} kernels for {device}; take it there and type make run")
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune export fp32.d64.causal@b1.h8.q4096.k4096",
-        "elsa-tune export fp32.d64@b1.h8.q256.k256 --device sm_62 -o attention.h",
-    )
-)
+@main.command(epilog=examples.EXPORT)
 @click.argument("problem", shell_complete=PROBLEMS)
 @click.option(
     "--device",
@@ -333,7 +293,7 @@ main.add_command(cli_db.db)
 main.add_command(cli_run.run)
 
 
-@main.command(epilog=pages.examples("elsa-tune fleet --storage journal:/shared/fleet.log"))
+@main.command(epilog=examples.FLEET)
 @click.option("--storage", required=True, metavar="URL", help="What the fleet shares, as for tune.")
 @_mistakes_are_messages
 def fleet(storage: str) -> None:
@@ -344,13 +304,7 @@ def fleet(storage: str) -> None:
     screen.print_members(screen.console(), fleets.members(storage))
 
 
-@main.command(
-    "compile",
-    epilog=pages.examples(
-        "elsa-tune compile --for sm_90",
-        "elsa-tune compile --for gfx942 --workload gpu --budget 600 -o ready",
-    ),
-)
+@main.command("compile", epilog=examples.COMPILE)
 @click.option(
     "--for",
     "device",
@@ -392,7 +346,7 @@ def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: f
     sys.exit(0 if count else EXIT_INCOMPLETE)
 
 
-@main.command(epilog=pages.examples("elsa-tune doctor", "elsa-tune doctor --json  # what a bug report should hold"))
+@main.command(epilog=examples.DOCTOR)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @_mistakes_are_messages
 def doctor(as_json: bool) -> None:
@@ -406,13 +360,7 @@ def doctor(as_json: bool) -> None:
         screen.print_findings(screen.console(), examination.examine())
 
 
-@main.command(
-    epilog=pages.examples(
-        "elsa-tune completion bash  # add to ~/.bashrc what it prints",
-        "elsa-tune completion zsh",
-        "elsa-tune completion fish",
-    )
-)
+@main.command(epilog=examples.COMPLETION)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes commands, devices, problems and variants in SHELL.

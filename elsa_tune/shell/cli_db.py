@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import click
 
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.shell import pages
+from elsa_tune.shell import examples, pages
 from elsa_tune.shell.completions import DEVICES, PROBLEMS
 
 if TYPE_CHECKING:
@@ -37,20 +37,12 @@ def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-@click.group(
-    cls=pages.Group, epilog=pages.examples("elsa-tune db info", "elsa-tune db export --device cpu -o mine.jsonl")
-)
+@click.group(cls=pages.Group, epilog=examples.DB)
 def db() -> None:
     """The database of measurements: take it elsewhere, bring others' here, keep it whole."""
 
 
-@db.command(
-    "export",
-    epilog=pages.examples(
-        "elsa-tune db export -o measurements.jsonl.gz",
-        "elsa-tune db export --device cpu --sign ~/.ssh/id_ed25519 -o mine.jsonl",
-    ),
-)
+@db.command("export", epilog=examples.DB_EXPORT)
 @click.option(
     "--device",
     default=None,
@@ -89,10 +81,7 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
         click.echo(f"{signatures.sign(output, key)}: signed")
 
 
-@db.command(
-    "import",
-    epilog=pages.examples("elsa-tune db import theirs.jsonl", "elsa-tune db import https://example.org/team.jsonl.gz"),
-)
+@db.command("import", epilog=examples.DB_IMPORT)
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @mistakes_are_messages
 def import_files(sources: tuple[str, ...]) -> None:
@@ -115,7 +104,7 @@ def _say_what_was_refused(found: Imported) -> bool:
     return not found.refused
 
 
-@db.command(epilog=pages.examples("elsa-tune db merge mine.jsonl theirs.jsonl -o both.jsonl"))
+@db.command(epilog=examples.DB_MERGE)
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz.")
 @mistakes_are_messages
@@ -128,7 +117,7 @@ def merge(sources: tuple[str, ...], output: Path) -> None:
     sys.exit(0 if _say_what_was_refused(found) else EXIT_INCOMPLETE)
 
 
-@db.command(epilog=pages.examples("elsa-tune db diff before.jsonl after.jsonl"))
+@db.command(epilog=examples.DB_DIFF)
 @click.argument("first")
 @click.argument("second")
 @mistakes_are_messages
@@ -142,7 +131,7 @@ def diff(first: str, second: str) -> None:
     sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
 
 
-@db.command(epilog=pages.examples("elsa-tune db verify"))
+@db.command(epilog=examples.DB_VERIFY)
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported."""
@@ -166,7 +155,7 @@ def verify() -> None:
         sys.exit(EXIT_INCOMPLETE)
 
 
-@db.command(epilog=pages.examples("elsa-tune db race", "elsa-tune db race --device cpu --budget 60"))
+@db.command(epilog=examples.DB_RACE)
 @click.option(
     "--device",
     default="auto",
@@ -190,7 +179,7 @@ def race(device: str, budget: float) -> None:
         click.echo("nothing imported is left to race")
 
 
-@db.command(epilog=pages.examples("elsa-tune db gc"))
+@db.command(epilog=examples.DB_GC)
 @mistakes_are_messages
 def gc() -> None:
     """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses."""
@@ -207,7 +196,7 @@ def gc() -> None:
     click.echo(f"{removed} kernels removed; the database takes {path.stat().st_size >> 10} KiB, before {before >> 10}")
 
 
-@db.command(epilog=pages.examples("elsa-tune db info"))
+@db.command(epilog=examples.DB_INFO)
 @mistakes_are_messages
 def info() -> None:
     """Say what each layer holds. The team's databases that have changed are read again first."""
@@ -220,7 +209,7 @@ def info() -> None:
             click.echo(line)
 
 
-@db.command(epilog=pages.examples("elsa-tune db doctor"))
+@db.command(epilog=examples.DB_DOCTOR)
 @mistakes_are_messages
 def doctor() -> None:
     """What is wrong with databases and the kernel cache here, each lack with its remedy."""

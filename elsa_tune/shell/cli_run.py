@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
-from elsa_tune.shell import pages
+from elsa_tune.shell import examples, pages
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
 from elsa_tune.shell.completions import DEVICES
 
@@ -42,10 +42,7 @@ effort_option = click.option(
 @click.command(
     cls=pages.Command,
     context_settings={"allow_interspersed_args": False},
-    epilog=pages.examples(
-        "elsa-tune run -- python program.py",
-        "elsa-tune run --budget 600 -o traffic.jsonl -- python -m torch.distributed.run train.py",
-    ),
+    epilog=examples.RUN,
 )
 @click.option(
     "--device",
