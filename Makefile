@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: tune test test-all test-torch lint types docs bench wheels-gpu clean
+.PHONY: tune test test-all test-torch test-python lint types types-mypy types-pyright docs bench wheels-gpu clean
 
 tune: .venv/installed
 	$(BIN)/elsa-tune --device auto
@@ -21,12 +21,34 @@ test-torch:
 	.venv-torch/$(VERSION)/bin/python -m pip install --quiet torch==$(VERSION) --editable . pytest pytest-xdist
 	.venv-torch/$(VERSION)/bin/python -m pytest -n 2 --dist worksteal $(OF_TORCH:%=tests/test_%.py)
 
+# What differs between versions of Python: the package, its commands, a kernel and a call. With another one: make test-python PYTHON=python3.14
+OF_PYTHON := package pages nouns cpp dispatch
+test-python: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(OF_PYTHON:%=tests/test_%.py)
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	for version in 311 312 313 314; do $(BIN)/ruff check --quiet --select E9,F,PLE --target-version py$$version . || exit 1; done
 
-types: .venv/installed-dev
+# With everybody's types as the oldest Python on Linux, by two checkers; as other Pythons and systems with Python's own types alone, and by the
+# second with torch's. Each is a process of its own: make -j 2 types.
+ELSEWHERE := linux-3.11 linux-3.12 linux-3.13 linux-3.14 win32-3.10 darwin-3.10
+ALONE := --no-site-packages --ignore-missing-imports --allow-subclassing-any --allow-untyped-decorators --no-warn-return-any --no-warn-unused-ignores
+types: types-mypy types-pyright types-pyright-Windows types-pyright-Darwin $(ELSEWHERE:%=types-%)
+
+types-mypy: .venv/installed-dev
 	$(BIN)/mypy
+
+types-pyright: .venv/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --project tests/typed_user.json
+
+types-pyright-%: .venv/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python --pythonplatform $* --pythonversion 3.14 $$(find elsa_tune -name '*.py' -not -path '*/transformers/*')
+
+types-%: .venv/installed-dev
+	$(BIN)/mypy $(ALONE) --platform $(firstword $(subst -, ,$*)) --python-version $(lastword $(subst -, ,$*)) --cache-dir .mypy_cache/$*
 
 # The site, in site/: a broken link or anchor is an error. Open site/index.html.
 docs: .venv/installed-docs

@@ -1,6 +1,30 @@
-"""Exact attention kernels: generated, tuned, remembered and dispatched.
+"""Exact attention kernels for PyTorch: generated, tuned, remembered and dispatched.
 
-Importing this package does nothing else: every name is loaded when it is first used.
+    >>> import elsa_tune
+    >>> out = elsa_tune.attention(query, key, value, is_causal=True)   # torch's scaled_dot_product_attention, same arguments
+    >>> masks, scores = elsa_tune.masks, elsa_tune.scores
+    >>> out = elsa_tune.attention(query, key, value, masks.causal() & masks.window(1023) & scores.softcap(50.0))
+
+Calls
+    attention           by the fastest measured kernel that is proven here; torch's own where that is faster or no kernel may serve
+    attention_varlen    the same for sequences of unequal lengths, without padding
+    attention_with_lse  output and log-sum-exp, which merge() combines over disjoint sets of keys: ring attention, prefix caches
+    accuracy            with accuracy(1.0): only kernels serve whose measured error is at most torch's
+    masks, scores       what attn_mask may be beside a tensor; & composes them
+    nn.Attention        a module for new models
+
+Programs that are not changed
+    enable, disable     torch's own operator is answered by kernels of ours; ELSA_TUNE=1 does it for a process
+    sdpa                with sdpa(): the same in a scope, for what the operator never sees
+    served              who answered this process's calls, and how long that took
+
+Tuning and kernels
+    tune                finds the fastest kernels of problems, as the command elsa-tune does
+    load                the kernel that serves a problem, as an object to call and to ask
+    Problem, Device, Variant    what is computed, where, and how: Problem.parse("fp32.d64.causal@b1.h8.q4096.k4096")
+
+Every error is an elsa_tune.errors.ElsaTuneError whose message ends with what to do. Importing this package does nothing else: every
+name is loaded when it is first used. `elsa-tune --help` describes the command, `elsa-tune doctor` this machine.
 """
 
 from importlib import import_module
@@ -51,14 +75,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"elsa_tune.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'elsa_tune' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"elsa_tune.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # whom a name that is not there is a mistake
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"elsa_tune.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module 'elsa_tune' has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = getattr(import_module(f"elsa_tune.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

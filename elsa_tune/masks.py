@@ -177,8 +177,9 @@ def _is_compiled() -> bool:
 def may_be_read(x: Tensor) -> bool:
     """Whether asking for numbers costs nothing and nobody watches: a plain tensor on a CPU, which no transform wraps."""
     import torch
+    from torch._C._functorch import peek_interpreter_stack
 
-    return x.is_cpu and type(x) is torch.Tensor and torch._C._functorch.peek_interpreter_stack() is None
+    return x.is_cpu and type(x) is torch.Tensor and peek_interpreter_stack() is None
 
 
 def _check_limit(limit: Array, value: Tensor, kv_len: int) -> None:
@@ -211,7 +212,9 @@ def _aligned(array: Array, given: Any) -> Tensor:
     if value.layout != torch.strided:
         raise WrongArguments(f"{array.name} is {value.layout}; it must be a dense tensor")
     if value.dim() > len(array.axes):
-        raise WrongArguments(f"{array.name} {tuple(value.shape)} has more dimensions than [{', '.join(array.axes)}]")
+        raise WrongArguments(
+            f"{array.name} {tuple(value.shape)} has too many dimensions; it must be [{', '.join(array.axes)}]"
+        )
     if (
         value.is_complex()
         or value.dtype in (torch.uint16, torch.uint32, torch.uint64)  # which torch hardly computes with

@@ -57,10 +57,10 @@ class Attention(Module):
         elsa_tune.attention takes them: of bools, True is seen, unlike torch.nn.MultiheadAttention's."""
         key = query if key is None else key
         value = key if value is None else value
-        query, key, value = (
+        heads = [
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
             for projection, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
+        ]
         dropout = self.dropout if self.training else 0.0
-        made = attention(query, key, value, attn_mask, dropout, is_causal, enable_gqa=self.shared)
+        made = attention(heads[0], heads[1], heads[2], attn_mask, dropout, is_causal, enable_gqa=self.shared)
         return self.out(made.transpose(-3, -2).flatten(-2))  # type: ignore[no-any-return]

@@ -93,7 +93,7 @@ def unsafe(path: Path) -> str:
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
         return f"{path} is a link; put the thing itself there"
-    if os.name != "posix":
+    if sys.platform == "win32":
         return ""
     if found.st_uid not in (0, os.getuid()):
         return f"{path} belongs to another user; remove it and tune again"

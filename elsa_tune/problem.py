@@ -290,7 +290,7 @@ def _parse(text: str) -> Problem:
     in_order = [name for name, _ in found_numbers] == [*integers, *reals]
     if shape and not (in_order and all(spelled[name].isdigit() for name in integers)):
         own = ", ".join((*integers, *reals)) or "none"
-        raise BadProblem(f"problem {text[:100]!r} needs the numbers of its mask and scores and no others: {own}")
+        raise BadProblem(f"problem {text[:100]!r} must have the numbers of its mask and scores and no others: {own}")
     if not shape:
         return Problem(**values)
     return Problem(

@@ -62,7 +62,7 @@ class Space:
         """Read a variant's spelling. Raises BadVariant."""
         backend, *tokens = text.strip().split(".")
         if backend != self.backend:
-            raise BadVariant(f"variant {text!r} belongs to backend {backend!r}, not {self.backend!r}")
+            raise BadVariant(f"variant {text!r} belongs to backend {backend!r}; give one of {self.backend!r}")
         values: dict[str, Value] = {}
         for token in tokens:
             read = self._spelled.get(token, [])

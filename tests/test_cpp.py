@@ -187,7 +187,7 @@ def test_biases_of_any_size(state: str) -> None:
 def test_large_outputs_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole ones inside the output alone, and none for outputs that the allocator may have had before."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(huge_pages, "_advise", lambda: lambda start, length, advice: asked.append((start, length)))
+    monkeypatch.setattr(huge_pages, "_advise", lambda: lambda start, length: asked.append((start, length)))
     problem = Problem.parse("fp32.d16")
     kernel = kernel_of(here("cpp.serial.{isa}.q2.k4.v4.n16"), problem)
     key, rows = torch.randn(1, 1, 3, 16), huge_pages.FRESH // (4 * 16)

@@ -20,6 +20,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
+from elsa_tune import errors
 from elsa_tune.generate import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +48,8 @@ OWNERS = {
     "filelock": {"tuning/trial.py"},
     "pynvml": {"tuning/telemetry.py"},
     "rich": {"shell/screen.py"},
-    "click": {"shell/cli.py", "shell/cli_db.py", "shell/cli_report.py", "shell/cli_run.py"},
-    "click_default_group": {"shell/cli.py"},
+    "click": {f"shell/{name}.py" for name in ("cli", "cli_db", "cli_report", "cli_run", "completions", "manual")},
+    "click_default_group": {"shell/manual.py"},
     "archspec": {"device.py"},
     "platformdirs": {"places.py"},
     "tomli": {"places.py"},
@@ -102,6 +103,7 @@ def test_every_foreign_library_has_an_owner() -> None:
 
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 FOLDERS = (
+    {"__main__"},  # python -m elsa_tune
     {"shell"},
     {"integrations", "nn"},  # nn: what people build models of
     {"tuning", "dispatch", "ship"},
@@ -398,3 +400,47 @@ def test_nobody_tells_torchs_kernels_by_their_name() -> None:
         for node in ast.walk(parsed(path)):
             text = node.value if isinstance(node, ast.Constant) else ""
             assert not (isinstance(text, str) and re.search(r"sdpa\.%|^sdpa\.$", text)), (path, text)
+
+
+REMEDIES = re.compile(r"; |: use |\bmust ")
+"""A message goes on to say what to do, or says how it must be."""
+
+PASSED_ON = {"error", "reason", "problem", "failure", "trouble"}
+"""Names of messages that were made elsewhere, and end as those do."""
+
+
+def without_a_remedy(tree: ast.AST) -> list[str]:
+    """Messages of errors of ours that neither say what to do nor end in a message that was made elsewhere."""
+    ours = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.ElsaTuneError)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) in ours):
+            continue
+        said = node.exc.args[0] if node.exc.args else node.exc
+        last = said.values[-1] if isinstance(said, ast.JoinedStr) else said
+        made_elsewhere = {
+            leaf.id if isinstance(leaf, ast.Name) else leaf.attr.strip("_")
+            for leaf in ast.walk(last)
+            if isinstance(leaf, ast.Name | ast.Attribute)
+        }
+        if not made_elsewhere & PASSED_ON and not any(REMEDIES.search(word) for word in words(ast.walk(said))):
+            found.append(ast.unparse(said))
+    return found
+
+
+def test_every_error_says_what_to_do() -> None:
+    assert {path.name: found for path in SOURCES if (found := without_a_remedy(parsed(path)))} == {}
+
+
+def test_the_rule_about_errors_sees_what_breaks_it() -> None:
+    for program in ("raise BadProblem('it is wrong')", "raise BadDevice(f'{device} is not here')", "raise NoRoom()"):
+        assert without_a_remedy(ast.parse(program)), program
+    for program in (
+        "raise BadProblem('it is wrong; take another')",
+        "raise BadDevice(f'x: {error}')",
+        "raise KernelMissing(reason)",
+        "raise TypeError('x')",
+    ):
+        assert not without_a_remedy(ast.parse(program)), program

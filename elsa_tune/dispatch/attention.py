@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from elsa_tune.dispatch import exactness, fallback, meaning, operator, passes, ragged, serving
@@ -26,10 +27,10 @@ _grad_enabled = torch.is_grad_enabled
 _autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # fake tensors, counters and tracers want to see torch's own call
 _is_tracing = torch._C._is_tracing  # a recorded trace would hold the allocation of the output, and no kernel
-_transforms = torch._C._functorch.peek_interpreter_stack  # functorch's tensors have no memory of their own
+_transforms = peek_interpreter_stack  # functorch's tensors have no memory of their own
 _SCALES = frozenset((type(None), float))
 _JAGGED = torch.jagged
-_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+_FUNCTIONALIZE = TransformType.Functionalize
 _table = serving.table
 
 
@@ -123,7 +124,7 @@ def _is_transformed() -> bool:
     at_work = forward_ad._current_level >= 0 or _transforms() is not None
     if not at_work or _dispatch_modes() or _is_tracing() or _autocast():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    stack = get_interpreter_stack() or ()
     return all(one.key() != _FUNCTIONALIZE for one in stack)
 
 

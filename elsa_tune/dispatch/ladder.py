@@ -97,18 +97,23 @@ class Known(Protocol):
 
     def of_problem(self, problem: Problem, device: Device) -> list[Winner]:
         """Winners for the very problem on the very device, of the nearest layer that has some."""
+        ...
 
     def of_family(self, problem: Problem, device: Device) -> list[Winner]:
         """Winners for the problem's family, of the device and its kin, best rung first."""
+        ...
 
     def akin(self, problem: Problem, device: Device) -> list[Winner]:
         """The same for every family that differs in its dimensions at most."""
+        ...
 
     def other_masks(self, problem: Problem, device: Device) -> list[Winner]:
         """The same for every family that differs in its mask and scores at most."""
+        ...
 
     def slower(self, device: Device) -> set[tuple[str, str]]:
         """(problem, variant) pairs measured below SDPA on the device."""
+        ...
 
 
 def climb(problem: Problem, device: Device, known: Known) -> Choice:

@@ -95,7 +95,7 @@ def _begin() -> None:
     atexit.register(write)
     finally_write()
     util.register_after_fork(write, finally_write)  # children of multiprocessing forget theirs, and exit without atexit
-    if hasattr(os, "register_at_fork"):
+    if sys.platform != "win32":
         os.register_at_fork(after_in_child=_after_fork)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ def _after_fork() -> None:
     lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_after_fork)
 
 BUILDER = "elsa-tune-build"

@@ -53,7 +53,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise WrongArguments(f"query, key, value {shapes} must have three dimensions, [tokens, heads, dim]")
     if key.shape[:2] != value.shape[:2] or query.shape[2] != key.shape[2]:
         raise WrongArguments(
-            f"query, key, value {shapes} do not fit: key and value have the same tokens and heads, query and key the same dim"
+            f"query, key, value {shapes} do not fit: key and value must have the same tokens and heads, query and key the same dim"
         )
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads and (not enable_gqa or not kv_heads or heads % kv_heads):

@@ -59,6 +59,7 @@ class Kernel(Call, Protocol):
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """A call for tensors of exactly these shapes and strides, with everything that can be computed beforehand done."""
+        ...
 
 
 class Gradients(Protocol):
@@ -131,6 +132,7 @@ class Interposer(Protocol):
 
     def counts(self) -> Counts:
         """Of somebody new who answers."""
+        ...
 
     def bind(
         self, tensors: tuple[Tensor, Tensor, Tensor], is_causal: bool, mask: Tensor | None, counts: Counts,
@@ -197,28 +199,36 @@ class Backend(Asked, Protocol):
 
     def refusal(self, problem: Problem, device: Device) -> str | None:
         """Why this backend cannot serve the problem on the device, or None."""
+        ...
 
     def source(self, variant: Variant, problem: Problem) -> Source | None:
         """The rendered code, or None for a backend that renders nothing."""
+        ...
 
     def command(self, variant: Variant) -> list[str]:
         """The compile command, without input and output; empty where nothing is compiled."""
+        ...
 
     def digest(self, variant: Variant, problem: Problem, device: Device | None = None) -> str:
         """Names what would be built: equal digests are the same kernel."""
+        ...
 
     def build(self, variant: Variant, problem: Problem, device: Device | None = None) -> Built:
         """Compile for the device (None: this machine's), or find in the kernel cache. Raises BuildFailed, CompilerMissing, KernelCacheUnsafe."""
+        ...
 
     def find(self, digest: str) -> Built | None:
         """What was built before under a digest, or None. Never compiles. Raises KernelCacheUnsafe."""
+        ...
 
     def load(self, built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
         """A Kernel, or for a backward problem Gradients."""
+        ...
 
     def toolchain(self, device: Device | None = None) -> dict[str, str]:
         """Names and versions that decide what is built for the device (None: this machine's): provenance of every measurement.
         Raises CompilerMissing where nothing can be built or run."""
+        ...
 
 
 @cache

@@ -13,7 +13,7 @@ from elsa_tune.parts.operand import Array, Operands
 from elsa_tune.problem import Problem
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """An argument as a message shows it: of a tensor its dtype, shape and device."""
     return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else shown(value)
 
@@ -49,7 +49,9 @@ def check_dims(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> N
     """Raise WrongArguments unless the last dimensions are the family's."""
     dims = (query.shape[3], key.shape[3], value.shape[3])
     if dims != (problem.head_dim, problem.head_dim, problem.value_dim):
-        raise WrongArguments(f"query, key, value have dimensions {dims}, which are not of {problem.family}")
+        raise WrongArguments(
+            f"query, key, value have dimensions {dims}, which are not of {problem.family}; load a kernel of their own"
+        )
 
 
 def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: Tensor) -> tuple[Any, ...]:
@@ -71,7 +73,7 @@ def kernel_arguments(problem: Problem, operands: Operands, query: Tensor, key: T
             given.append(value)
             sizes[one.name] = value  # a mask's integers come before its arrays
         else:
-            raise WrongArguments(f"operand {one.name} is a number ({one.kind}), not {described(value)}")
+            raise WrongArguments(f"operand {one.name} is {described(value)}; it must be a number ({one.kind})")
     return tuple(given)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import os
 import re
+import sys
 import threading
 import warnings
 from functools import cache, lru_cache
@@ -347,7 +348,7 @@ def _after_fork() -> None:
     _lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_after_fork)
 elsa_tune_autoload.declare(*elsa_tune_autoload.OPERATORS)
 _torchs: Any = None

@@ -147,7 +147,7 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
             yield logits, value
         for term in chain.terms:
             score = term.at(own[term.name], {"batch": batch, "head": heads}).expand(len(query), 1)
-            yield score, value.new_zeros(1, problem.value_dim)
+            yield score, torch.zeros(1, problem.value_dim, dtype=torch.float64, device=query.device)
 
     out, total = operators.get(problem.operator).rows(some_keys())
     return out.cpu(), total.cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -146,7 +147,7 @@ class Database(Reader):
                 )
             if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
-            if os.name == "posix" and path.stat().st_uid == os.getuid():
+            if sys.platform != "win32" and path.stat().st_uid == os.getuid():
                 path.chmod(path.stat().st_mode & ~0o022)  # a database that others may change is not read
             connection.execute(f"PRAGMA journal_mode = {'DELETE' if _on_network(path) else 'WAL'}")
             connection.execute("PRAGMA synchronous = FULL")

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from elsa_tune.errors import BadMeasurements, ElsaTuneError
 
@@ -30,7 +31,8 @@ def fetched(source: str) -> Iterator[Path]:
         try:
             import fsspec
 
-            with fsspec.open(source, "rb") as remote, target.open("wb") as local:
+            opened: Any = fsspec.open(source, "rb")
+            with opened as remote, target.open("wb") as local:
                 while portion := remote.read(1 << 20):
                     if local.tell() > MOST_BYTES:
                         raise BadMeasurements(

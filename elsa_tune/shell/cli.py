@@ -5,36 +5,68 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from click_default_group import DefaultGroup
+from click.shell_completion import get_completion_class
 
-import elsa_tune
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.shell import cli_db, cli_report, cli_run
+from elsa_tune.shell import cli_db, cli_report, cli_run, examples, manual
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS
 from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
+from elsa_tune.shell.completions import BOTH, DEVICES, FAMILIES, PROBLEMS, TARGETS, VARIANTS, WORKLOADS
 
-_Group: type[click.Group] = DefaultGroup
+
+def _say_versions(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """Print the versions of what matters, and exit."""
+    if asked and not context.resilient_parsing:
+        from elsa_tune.shell import versions
+
+        for name, version in versions.known():
+            click.echo(f"{name} {version}")
+        context.exit()
 
 
-@click.group(cls=_Group, default="tune", default_if_no_args=True)
-@click.version_option(elsa_tune.__version__)
+@click.group(
+    cls=manual.MainGroup,
+    default="tune",
+    default_if_no_args=True,
+    epilog=examples.MAIN,
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_say_versions,
+    help="Print the versions of what matters, compilers included.",
+)  # fmt: skip
 def main() -> None:
     """Generate, tune, remember and dispatch exact attention kernels. Without a command: tune."""
 
 
-@main.command()
+@main.command(epilog=examples.TUNE)
 @click.option(
     "--device",
     default="auto",
     show_default=True,
+    shell_complete=BOTH,
     help="auto, cpu, cuda, hip, opencl, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
 )
-@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to tune.")
-@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Tune this instead; repeatable.")
+@click.option(
+    "--workload",
+    default="default",
+    show_default=True,
+    shell_complete=WORKLOADS,
+    metavar="NAME|FILE",
+    help="Which problems to tune.",
+)
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    shell_complete=PROBLEMS,
+    metavar="SPELLING",
+    help="Tune this instead; repeatable.",
+)
 @click.option(
     "--from-traffic",
     type=click.Path(path_type=Path),
@@ -125,10 +157,15 @@ def _rank(
     sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
 
 
-@main.command()
-@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
-@click.option("--family", default=None, help="Only this family, like fp32.d64.causal.")
-@click.option("--problem", default=None, help="Only this problem.")
+@main.command(epilog=examples.WINNERS)
+@click.option(
+    "--device",
+    default=None,
+    shell_complete=DEVICES,
+    help="Only this device, or those of a kind (cpu) or an architecture.",
+)
+@click.option("--family", default=None, shell_complete=FAMILIES, help="Only this family, like fp32.d64.causal.")
+@click.option("--problem", default=None, shell_complete=PROBLEMS, help="Only this problem.")
 @click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
 @_mistakes_are_messages
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
@@ -152,9 +189,9 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
         click.echo("no winner is recorded; run elsa-tune")
 
 
-@main.command()
-@click.argument("variant")
-@click.argument("problem", default="fp32.d64")
+@main.command(epilog=examples.SHOW)
+@click.argument("variant", shell_complete=VARIANTS)
+@click.argument("problem", default="fp32.d64", shell_complete=FAMILIES)
 @_mistakes_are_messages
 def show(variant: str, problem: str) -> None:
     """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run.
@@ -182,9 +219,15 @@ def show(variant: str, problem: str) -> None:
         click.echo(f"// {shlex.join(command)} kernel.{source.suffix} -o kernel.so")
 
 
-@main.command()
-@click.argument("problem")
-@click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
+@main.command(epilog=examples.EXPLAIN)
+@click.argument("problem", shell_complete=PROBLEMS)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=DEVICES,
+    help="auto, a kind, or a device's full spelling.",
+)
 @_mistakes_are_messages
 def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
@@ -206,10 +249,29 @@ def explain(problem: str, device: str) -> None:
         screen.print_explanation(screen.console(), wanted, serving.explain(wanted, here), tried, mattered)
 
 
-@main.command()
-@click.option("--device", required=True, help="A target: sm_62, cortex_a72, opencl, or a device's full spelling.")
-@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
-@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@main.command(epilog=examples.KIT)
+@click.option(
+    "--device",
+    required=True,
+    shell_complete=BOTH,
+    help="A target: sm_62, cortex_a72, opencl, or a device's full spelling.",
+)
+@click.option(
+    "--workload",
+    default="default",
+    show_default=True,
+    shell_complete=WORKLOADS,
+    metavar="NAME|FILE",
+    help="Which problems to take.",
+)
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    shell_complete=PROBLEMS,
+    metavar="SPELLING",
+    help="Take this instead; repeatable.",
+)
 @click.option("-o", "--output", default="kit", show_default=True, type=click.Path(path_type=Path), help="The folder.")
 @_mistakes_are_messages
 def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> None:
@@ -220,10 +282,14 @@ def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> 
     click.echo(f"{output}: {len(headers)} kernels for {device}; take it there and type make run")
 
 
-@main.command()
-@click.argument("problem")
+@main.command(epilog=examples.EXPORT)
+@click.argument("problem", shell_complete=PROBLEMS)
 @click.option(
-    "--device", default="auto", show_default=True, help="A device that is here, a target, or a full spelling."
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=BOTH,
+    help="A device that is here, a target, or a full spelling.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The header; by default named for the family.")
 @_mistakes_are_messages
@@ -245,7 +311,7 @@ main.add_command(cli_run.run)
 main.add_command(cli_report.report)
 
 
-@main.command()
+@main.command(epilog=examples.FLEET)
 @click.option("--storage", required=True, metavar="URL", help="What the fleet shares, as for tune.")
 @_mistakes_are_messages
 def fleet(storage: str) -> None:
@@ -256,10 +322,31 @@ def fleet(storage: str) -> None:
     screen.print_members(screen.console(), fleets.members(storage))
 
 
-@main.command("compile")
-@click.option("--for", "device", required=True, metavar="TARGET", help="sm_90, gfx942: a device that need not be here.")
-@click.option("--workload", default="default", show_default=True, metavar="NAME|FILE", help="Which problems to take.")
-@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Take this instead; repeatable.")
+@main.command("compile", epilog=examples.COMPILE)
+@click.option(
+    "--for",
+    "device",
+    required=True,
+    shell_complete=TARGETS,
+    metavar="TARGET",
+    help="sm_90, gfx942: a device that need not be here.",
+)
+@click.option(
+    "--workload",
+    default="default",
+    show_default=True,
+    shell_complete=WORKLOADS,
+    metavar="NAME|FILE",
+    help="Which problems to take.",
+)
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    shell_complete=PROBLEMS,
+    metavar="SPELLING",
+    help="Take this instead; repeatable.",
+)
 @click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
 @click.option("-o", "--output", default="ready", show_default=True, type=click.Path(path_type=Path), help="The folder.")
 @_mistakes_are_messages
@@ -277,15 +364,32 @@ def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: f
     sys.exit(0 if count else EXIT_INCOMPLETE)
 
 
-@main.command()
+@main.command(epilog=examples.DOCTOR)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @_mistakes_are_messages
-def doctor() -> None:
+def doctor(as_json: bool) -> None:
     """Devices, compilers, instruction sets, OpenMP, a launch on each GPU, databases, calls handed over to torch, versions; each lack
     with its remedy."""
     from elsa_tune.shell import doctor as examination
     from elsa_tune.shell import screen
 
-    screen.print_findings(screen.console(), examination.examine())
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in examination.examine()], indent=2))
+    else:
+        screen.print_findings(screen.console(), examination.examine())
+
+
+@main.command(epilog=examples.COMPLETION)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, devices, problems and variants in SHELL.
+
+    Read it when a shell starts: eval "$(elsa-tune completion bash)" in ~/.bashrc, the same with zsh in ~/.zshrc, and
+    elsa-tune completion fish | source in ~/.config/fish/config.fish.
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "elsa-tune", "_ELSA_TUNE_COMPLETE").source())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from elsa_tune.errors import ElsaTuneError, one_line
+from elsa_tune.shell import examples, manual
+from elsa_tune.shell.completions import DEVICES, PROBLEMS
 from elsa_tune.shell.exits import EXIT_INCOMPLETE as EXIT_INCOMPLETE
 from elsa_tune.shell.exits import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from elsa_tune.shell.exits import EXIT_MISTAKE as EXIT_MISTAKE
@@ -51,14 +53,19 @@ def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-@click.group()
+@click.group(cls=manual.Group, epilog=examples.DB)
 def db() -> None:
     """The database of measurements: take it elsewhere, bring others' here, keep it whole."""
 
 
-@db.command("export")
-@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
-@click.option("--problem", default=None, help="Only this problem.")
+@db.command("export", epilog=examples.DB_EXPORT)
+@click.option(
+    "--device",
+    default=None,
+    shell_complete=DEVICES,
+    help="Only this device, or those of a kind (cpu) or an architecture.",
+)
+@click.option("--problem", default=None, shell_complete=PROBLEMS, help="Only this problem.")
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this OpenSSH key: FILE.sig.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz; by default printed."
@@ -90,7 +97,7 @@ def export_file(device: str | None, problem: str | None, key: Path | None, outpu
         click.echo(f"{signatures.sign(output, key)}: signed")
 
 
-@db.command("import")
+@db.command("import", epilog=examples.DB_IMPORT)
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @mistakes_are_messages
 def import_files(sources: tuple[str, ...]) -> None:
@@ -113,7 +120,7 @@ def _say_what_was_refused(found: Imported) -> bool:
     return not found.refused
 
 
-@db.command()
+@db.command(epilog=examples.DB_MERGE)
 @click.argument("sources", nargs=-1, required=True, metavar="FILE|URL...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz.")
 @mistakes_are_messages
@@ -126,7 +133,7 @@ def merge(sources: tuple[str, ...], output: Path) -> None:
     sys.exit(0 if _say_what_was_refused(found) else EXIT_INCOMPLETE)
 
 
-@db.command()
+@db.command(epilog=examples.DB_DIFF)
 @click.argument("first")
 @click.argument("second")
 @mistakes_are_messages
@@ -140,7 +147,7 @@ def diff(first: str, second: str) -> None:
     sys.exit(EXIT_INCOMPLETE if found.only_first or found.only_second else 0)
 
 
-@db.command()
+@db.command(epilog=examples.DB_VERIFY)
 @mistakes_are_messages
 def verify() -> None:
     """Compare every measurement with its digest. What is damaged is set aside, and reported.
@@ -167,8 +174,14 @@ def verify() -> None:
         sys.exit(EXIT_INCOMPLETE)
 
 
-@db.command()
-@click.option("--device", default="auto", show_default=True, help="auto, a kind, or a device's full spelling.")
+@db.command(epilog=examples.DB_RACE)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=DEVICES,
+    help="auto, a kind, or a device's full spelling.",
+)
 @click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
@@ -185,7 +198,7 @@ def race(device: str, budget: float) -> None:
         click.echo("nothing imported is left to race")
 
 
-@db.command()
+@db.command(epilog=examples.DB_GC)
 @mistakes_are_messages
 def gc() -> None:
     """Give back space: kernels that no measurement worth keeping names, and what the database no longer uses. No measurement goes."""
@@ -202,7 +215,7 @@ def gc() -> None:
     click.echo(f"{removed} kernels removed; the database takes {path.stat().st_size >> 10} KiB, before {before >> 10}")
 
 
-@db.command()
+@db.command(epilog=examples.DB_INFO)
 @mistakes_are_messages
 def info() -> None:
     """Say what each layer holds. The team's databases that have changed are read again first."""
@@ -215,7 +228,7 @@ def info() -> None:
             click.echo(line)
 
 
-@db.command()
+@db.command(epilog=examples.DB_DOCTOR)
 @mistakes_are_messages
 def doctor() -> None:
     """What is wrong with databases and the kernel cache here, each lack with its remedy."""

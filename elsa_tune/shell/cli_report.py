@@ -9,16 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from elsa_tune.shell import examples, manual
 from elsa_tune.shell.cli_db import mistakes_are_messages
+from elsa_tune.shell.completions import DEVICES, PROBLEMS
 
 if TYPE_CHECKING:
     from elsa_tune.tuning.task import Progress
 
 
-@click.command()
+@click.command(cls=manual.Command, epilog=examples.REPORT)
 @click.argument("sources", nargs=-1, metavar="[LAYER|FILE|URL]...")
-@click.option("--device", default=None, help="Only this device, or those of a kind (cpu) or an architecture.")
-@click.option("--problem", "problems", multiple=True, metavar="SPELLING", help="Only this problem; repeatable.")
+@click.option(
+    "--device",
+    default=None,
+    shell_complete=DEVICES,
+    help="Only this device, or those of a kind (cpu) or an architecture.",
+)
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    shell_complete=PROBLEMS,
+    metavar="SPELLING",
+    help="Only this problem; repeatable.",
+)
 @click.option(
     "-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False),
     help="The page.",

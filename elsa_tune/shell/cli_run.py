@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
-from elsa_tune.shell import cli_report
+from elsa_tune.shell import cli_report, examples, manual
 from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS, mistakes_are_messages
+from elsa_tune.shell.completions import DEVICES
 
 if TYPE_CHECKING:
     from elsa_tune.traffic import Traffic
@@ -43,8 +44,18 @@ effort_option = click.option(
 """Of every command that tunes."""
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
-@click.option("--device", default="auto", show_default=True, help="As for tune; auto: those that the program used.")
+@click.command(
+    cls=manual.Command,
+    context_settings={"allow_interspersed_args": False},
+    epilog=examples.RUN,
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=DEVICES,
+    help="As for tune; auto: those that the program used.",
+)
 @click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds of tuning.")
 @effort_option
 @click.option(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from elsa_tune.integrations import override
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
 from elsa_tune.remember import layers
+from elsa_tune.shell import versions
 from elsa_tune.space import Space
 from elsa_tune.tuning import contender as contenders
 from elsa_tune.tuning import worker as workers
-
-PACKAGES = ("elsa-tune", "torch", "optuna", "pydantic", "jinja2", "numpy")
 
 
 def examine() -> Iterator[Finding]:
@@ -44,24 +42,13 @@ def examine() -> Iterator[Finding]:
     yield from examine_databases(here)
     yield _handovers()
     yield from _ways()
-    yield Finding(
-        "versions",
-        True,
-        ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
-    )
+    yield Finding("versions", True, ", ".join(f"{name} {version}" for name, version in versions.installed()))
 
 
 def examine_databases(here: Device) -> Iterator[Finding]:
     """Database layers and the kernel cache."""
     yield from _layers(here)
     yield _kernels()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed as a package)"
 
 
 def _device(here: Device) -> Finding:

@@ -34,7 +34,7 @@ def make(
     """
     goal = devices.named(device)
     if not export.speakers(goal):
-        raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}")
+        raise BadDevice(f"kits are written in {', '.join(export.languages())}, not for {goal}; name another target")
     with places.written(folder):
         taken = folder.exists() and any(folder.iterdir()) and not (folder / "kernels").is_dir()
     if taken:

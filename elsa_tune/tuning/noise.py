@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,10 @@ STOLEN = 0.02
 SWITCH_SECONDS = 1e-3
 """What an involuntary switch of threads is taken for, where nothing says how long they waited."""
 
-_TICK = 1.0 / (os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100)
+if sys.platform == "win32":
+    _TICK = 0.01
+else:
+    _TICK = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Listener:
         self._before = self._read()
 
     def _open(self, path: str) -> int | None:
+        if sys.platform == "win32":
+            return None
         try:
             file = os.open(path, os.O_RDONLY)
             os.pread(file, 1, 0)  # a kernel built without it may let it be opened, and no more
@@ -111,7 +117,7 @@ class Listener:
 
 
 def _number(file: int | None, read: Callable[[bytes], float]) -> float:
-    if file is None:
+    if file is None or sys.platform == "win32":
         return 0.0
     try:
         return read(os.pread(file, 256, 0))
@@ -120,9 +126,8 @@ def _number(file: int | None, read: Callable[[bytes], float]) -> float:
 
 
 def _switches() -> int:
-    try:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    except ImportError:
+    if sys.platform == "win32":
         return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

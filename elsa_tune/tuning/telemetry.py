@@ -104,12 +104,14 @@ def _ask(program: str, uuid: str) -> Reading:
     """Reads through NVIDIA's program."""
     found = Reading()
     with suppress(OSError, subprocess.SubprocessError):
+        answers = ""
         for reasons in _REASONS:
             command = [program, f"--query-gpu={_QUERY},{reasons}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
             answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+            answers = answer.stdout
             if answer.returncode == 0:
                 break
-        for name, text in zip(_FACTS, answer.stdout.strip().split(","), strict=False):
+        for name, text in zip(_FACTS, answers.strip().split(","), strict=False):
             with suppress(ValueError):  # "[N/A]"
                 found[name] = float(int(text, 16)) if "x" in text else float(text)
     return found

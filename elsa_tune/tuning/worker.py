@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -38,14 +38,14 @@ def _start_worker(memory: int) -> None:
     threading.Thread(target=_end_with_parent, name="elsa-tune-parent", daemon=True).start()
     for name in backends.names():
         backends.get(name).begin_worker()
-    try:
-        import resource
+    if sys.platform == "win32":
+        return  # a system without these limits still has the time-out
+    import resource
 
+    with suppress(ValueError, OSError):
         if memory:
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):
-        pass  # a system without these limits still has the time-out
 
 
 def _end_with_parent() -> None:

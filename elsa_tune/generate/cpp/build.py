@@ -36,7 +36,15 @@ def build_text(text: str, name: str, variant: Variant) -> Built:
         compiler, flags = _compiler.find(), [*FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags]
         compiler.run([*flags, "-S", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.s")], str(variant))
         compiler.run(
-            ["-shared", "-fPIC", *compiler.link, str(folder / "kernel.s"), "-o", str(folder / LIBRARY)], str(variant)
+            [
+                "-shared",
+                *(f for f in FLAGS if f == "-fPIC"),
+                *compiler.link,
+                str(folder / "kernel.s"),
+                "-o",
+                str(folder / LIBRARY),
+            ],
+            str(variant),
         )
         return _machine_code.hot_loops((folder / "kernel.s").read_text())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
+from elsa_tune import places
 from elsa_tune.errors import BuildFailed, CompilerMissing, NoRoom
 
 REMEDY = (
@@ -19,15 +20,18 @@ REMEDY = (
 )
 BUILD_SECONDS = 120
 
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-exceptions",
-    "-fvisibility=hidden",
-)
+WINDOWS = ("-Daligned_alloc(alignment,size)=_aligned_malloc(size,alignment)", "-Dfree=_aligned_free")
+"""Its C library calls them so; its code is movable as it is, and compilers refuse to be told."""
+
+
+def flags(system: str) -> tuple[str, ...]:
+    """What compilers of a system, as sys.platform calls it, are told."""
+    of_system = WINDOWS if system == "win32" else ("-fPIC",)
+    exact = ("-fno-math-errno", "-fno-trapping-math", "-fno-exceptions")
+    return ("-std=c++17", "-O3", *of_system, *exact, "-fvisibility=hidden")
+
+
+FLAGS = flags(sys.platform)
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 
 ZIG_COMPILE, ZIG_LINK = ("-fno-sanitize=all", "-g0"), ("-nostdlib++",)
@@ -71,8 +75,10 @@ class Compiler:
 
 def _candidates() -> list[tuple[str, ...]]:
     """Commands that may be a compiler, those asked for first."""
-    named = [tuple(shlex.split(os.environ["CXX"]))] if os.environ.get("CXX") else []
+    named = [tuple(shlex.split(os.environ["CXX"], posix=os.name == "posix"))] if os.environ.get("CXX") else []
     zig = [(sys.executable, "-m", "ziglang", "c++")] if find_spec("ziglang") else []
+    if zig and not os.access(os.path.expanduser("~"), os.W_OK):  # without a place for what it built it does nothing
+        os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(places.home() / "zig"))
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig
 
 

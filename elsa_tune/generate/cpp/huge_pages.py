@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Callable
 from functools import cache
-from typing import cast
 
 from torch import Tensor
 
@@ -21,13 +21,13 @@ HUGE = 2 << 20
 
 
 @cache
-def _advise() -> Callable[[int, int, int], int] | None:
-    """The system's madvise, where there are huge pages to ask for."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+def _advise() -> Callable[[int, int], object] | None:
+    """The system's madvise for an address and bytes, where there are huge pages to ask for."""
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return cast(Callable[[int, int, int], int], function)
+    return lambda start, bytes: function(start, bytes, mmap.MADV_HUGEPAGE)
 
 
 def ask_for(output: Tensor) -> None:
@@ -36,4 +36,4 @@ def ask_for(output: Tensor) -> None:
         start = -(-output.data_ptr() // HUGE) * HUGE
         end = (output.data_ptr() + output.nbytes) // HUGE * HUGE
         if start < end:
-            advise(start, end - start, mmap.MADV_HUGEPAGE)
+            advise(start, end - start)

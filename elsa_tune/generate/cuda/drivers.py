@@ -48,9 +48,11 @@ class Driver(Protocol):
 
     def capture(self, stream: int) -> int:
         """The number of the capture that the stream is under."""
+        ...
 
     def function(self, code: bytes, name: str, shared: int) -> object:
         """The kernel ``name`` of a module, allowed ``shared`` bytes of shared memory: a handle that only the driver reads."""
+        ...
 
     def launch(self, function: object, launch: Launch, stream: int) -> None:
         """Start it."""
@@ -60,7 +62,7 @@ class CudaDriver:
     """NVIDIA's driver API through cuda-bindings; cuda-core cannot raise a kernel's limit of shared memory."""
 
     def __init__(self) -> None:
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue] - compiled, without stubs
 
         self._api: Any = driver
 

@@ -32,9 +32,11 @@ class Runtime(Protocol):
 
     def floats(self, like: Tensor, count: int) -> Tensor:
         """Memory for so many floats, where ``like`` lies."""
+        ...
 
     def counters(self, like: Tensor, count: int) -> Tensor:
         """So many integers, zero, for launches that leave them zero."""
+        ...
 
 
 class TorchMemory:

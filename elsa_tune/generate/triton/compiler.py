@@ -56,7 +56,8 @@ def _driver_of(device: Device) -> Iterator[None]:
         return
     with _compiling:
         before = driver._active
-        driver.set_active(_Absent(target))
+        absent: Any = _Absent(target)
+        driver.set_active(absent)
         try:
             yield
         finally:

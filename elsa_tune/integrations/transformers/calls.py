@@ -135,7 +135,7 @@ class _Call:
         within = rows.between(first, high)
         if within is None:
             raise WrongArguments(
-                "cu_seq_lens_q, cu_seq_lens_k and the mask leave queries between others without any key"
+                "cu_seq_lens_q, cu_seq_lens_k and the mask leave queries between others without any key; give each a key, or leave the mask out"
             )
         return replace(self, given=None, seen=Seen(within, self.seen.tokens if self.seen else None), causal=False)
 

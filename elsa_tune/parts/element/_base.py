@@ -71,7 +71,9 @@ class Element:
 
         found: Dtype | None = getattr(torch, self.torch, None)
         if found is None:
-            raise BadProblem(f"torch {torch.__version__} has no {self.torch}, of which dtype {self.name} is")
+            raise BadProblem(
+                f"torch {torch.__version__} has no {self.torch}, of which dtype {self.name} is; upgrade torch"
+            )
         return found
 
     @property

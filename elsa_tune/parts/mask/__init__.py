@@ -38,5 +38,5 @@ def get(text: str) -> Mask:
     ones = [of_one_file(word) for word in words]
     if words != sorted(set(words)) or (len(words) > 1 and NONE in words):
         sound = "+".join(sorted(set(words) - {NONE}))
-        raise BadProblem(f"mask {text[:60]!r} is spelled {sound!r}: sorted, each once, and 'none' only alone")
+        raise BadProblem(f"mask {text[:60]!r} must be spelled {sound!r}: sorted, each once, and 'none' only alone")
     return ones[0] if len(ones) == 1 else intersection(ones)

@@ -38,6 +38,6 @@ def get(text: str) -> Chain:
     ones = tuple(of_one_file(word) for word in words if word != NONE)
     if len(set(words)) < len(words) or (len(words) > 1 and NONE in words):
         raise BadProblem(
-            f"score {text[:60]!r} is misspelled: each once, in the order they are done, and 'none' only alone"
+            f"score {text[:60]!r} is misspelled; name each once, in the order they are done, and 'none' only alone"
         )
     return Chain(text, ones)
