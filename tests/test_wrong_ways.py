@@ -648,13 +648,13 @@ def test_what_was_not_foreseen_is_told_apart(here: Here, capsys: pytest.CaptureF
     assert "Traceback" in file.read_text() and not file.stat().st_mode & 0o077
     with pytest.raises(AssertionError):
         one_sentence(err)
-    here.patch.setenv(mishaps.TRACE, "1")
+    here.patch.setenv("ELSA_TUNE_TRACEBACK", "1")
     status, _, err = start(capsys, *arguments)
     assert status == exits.EXIT_UNEXPECTED and "Traceback" in err and "in meet" in err
-    here.patch.setenv(mishaps.TRACE, "0")
+    here.patch.setenv("ELSA_TUNE_TRACEBACK", "0")
     here.fails(errno.EROFS, Path, "mkdir")
     status, _, err = start(capsys, *arguments)
-    assert status == exits.EXIT_UNEXPECTED and err.count("\n") == 1 and f"{mishaps.TRACE}=1 shows" in err
+    assert status == exits.EXIT_UNEXPECTED and err.count("\n") == 1 and "ELSA_TUNE_TRACEBACK=1 shows" in err
 
 
 # Processes of their own.

@@ -15,7 +15,6 @@ from elsa_tune.errors import ElsaTuneError, one_line
 from elsa_tune.shell import lacks
 from elsa_tune.shell.exits import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_UNEXPECTED
 
-TRACE = "ELSA_TUNE_TRACEBACK"
 """The variable that asks for whole traces on stderr."""
 
 FILE = "traceback.txt"
@@ -47,7 +46,7 @@ REMEDIES = {
 def told(error: BaseException, signal: int = 0) -> tuple[int, str]:
     """Exit status and sentence for what ended a command, of which a signal may have been the first cause. An empty sentence: there is
     nobody to tell, or it was told."""
-    if os.environ.get(TRACE) not in (None, "", "0"):
+    if os.environ.get("ELSA_TUNE_TRACEBACK") not in (None, "", "0"):
         traceback.print_exception(error, file=sys.stderr)
     if (
         isinstance(error, KeyboardInterrupt) or signal or type(error).__name__ == "Abort"
@@ -91,7 +90,7 @@ def _of_system(error: BaseException) -> str:
 
 def _unforeseen(error: BaseException) -> str:
     kept = _keep(error)
-    where = f"the whole trace is in {kept}" if kept else f"{TRACE}=1 shows the whole trace"
+    where = f"the whole trace is in {kept}" if kept else "ELSA_TUNE_TRACEBACK=1 shows the whole trace"
     return (
         f"this should not have happened: {type(error).__name__}: {one_line(error)[:300]}; what was recorded is kept, {where}: please report it"
         " with what elsa-tune doctor says"
