@@ -15,8 +15,6 @@ from elsa_tune.errors import ElsaTuneError, one_line
 from elsa_tune.shell import lacks
 from elsa_tune.shell.exits import EXIT_INCOMPLETE, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_UNEXPECTED
 
-"""The variable that asks for whole traces on stderr."""
-
 FILE = "traceback.txt"
 """In the home folder, else in that for temporary files: the trace of what was not foreseen, the last one alone."""
 
