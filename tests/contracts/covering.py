@@ -238,29 +238,39 @@ def variant_with(language: str, family: str, **axes: Value) -> Variant | None:
     return _some(language, (*axes.items(), *LANGUAGES[language].only.get(problem.dtype, ())), problem, 0)
 
 
-def _lawful(fixed: Mapping[str, Value]) -> bool:
-    """Whether some row has those values: they come first, so that what speaks against them is met first."""
-    names = list(dict.fromkeys(["language", *fixed, *parameters()]))
+def _first(fixed: Mapping[str, Value]) -> list[str]:
+    """Parameters with the fixed ones first, so that what speaks against them is met first."""
+    return list(dict.fromkeys(["language", *fixed, *parameters()]))
 
-    def can_be(row: dict[str, Value]) -> bool:
+
+def _lawful(fixed: Mapping[str, Value]) -> bool:
+    """Whether some row has those values. What is against values of axes alone is looked for before families are."""
+    of_axes = {"language", *SEVERAL, *KINDS_OF_VARIANTS}
+
+    def can_be(row: dict[str, Value], names: list[str]) -> bool:
         if len(row) == len(names):
             return True
         name = names[len(row)]
         longer = ({**row, name: value} for value in ([fixed[name]] if name in fixed else parameters()[name]))
-        return any(not doubt(one) and can_be(one) for one in longer)
+        return any(not doubt(one) and can_be(one, names) for one in longer)
 
-    return can_be({})
+    names = _first(fixed)
+    return can_be({}, [name for name in names if name in of_axes]) and can_be({}, names)
 
 
 def _rows(known: list[list[Value]], fixed: Mapping[str, Value], n: int) -> Iterator[list[Value]]:
     """Rows with those values, each meeting as much as it can of what the known ones do not."""
-    said = set(map(tuple, known))
+    names = _first(fixed) if fixed else list(parameters())
+    places = [list(parameters()).index(name) for name in names]
+    said = [[row[place] for place in places] for row in known]
+    every = set(map(tuple, said))
 
     def possible(row: list[Value]) -> bool:
-        chosen = dict(zip(parameters(), row, strict=False))
-        return tuple(row) in said or (all(chosen.get(k, v) == v for k, v in fixed.items()) and not doubt(chosen))
+        chosen = dict(zip(names, row, strict=False))
+        return tuple(row) in every or (all(chosen.get(k, v) == v for k, v in fixed.items()) and not doubt(chosen))
 
-    return iter(AllPairs(list(parameters().values()), possible, known, n))
+    for row in AllPairs([parameters()[name] for name in names], possible, said, n):
+        yield [value for _, value in sorted(zip(places, row, strict=True), key=lambda pair: pair[0])]
 
 
 @cache
