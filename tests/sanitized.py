@@ -17,7 +17,7 @@ from elsa_tune.prove import reference
 from elsa_tune.variant import Variant
 
 for place in (cpp, import_module("elsa_tune.generate.cpp.build")):  # optimised with checks, they compile for minutes
-    place.FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in place.FLAGS)  # type: ignore[attr-defined]
+    place.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in place.FLAGS)  # type: ignore[attr-defined]
 
 
 def run(variant: Variant, problem: Problem) -> None:
