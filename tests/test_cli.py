@@ -20,7 +20,7 @@ from elsa_tune.generate.cpp.build import LIBRARY
 from elsa_tune.generate.cpp.laws import ISAS
 from elsa_tune.measurement import Evidence, Measurement
 from elsa_tune.problem import Problem
-from elsa_tune.shell import cli, cli_db, doctor, ending, screen
+from elsa_tune.shell import cli, doctor, ending, exits, screen
 from elsa_tune.space import Space
 from elsa_tune.tuning.report import Outcome, Report
 
@@ -172,7 +172,7 @@ def test_what_no_kernel_can_serve_is_neither_shown_nor_advised(
     home: Path, variant: str, family: str, reason: str
 ) -> None:
     code, out, err = run("show", variant, family)
-    assert code == cli_db.EXIT_MISTAKE and not out and reason in err and err.count("\n") == 1
+    assert code == exits.EXIT_MISTAKE and not out and reason in err and err.count("\n") == 1
     if variant == VARIANT and "tf32" not in family:  # of which a more exact kernel may serve
         code, out, _ = run("explain", f"{family}@b1.h1.q64.k64", "--device", "cpu")
         assert code == 0 and f"no kernel can serve {family} on {host_cpu()}" in out and reason in out
@@ -195,7 +195,7 @@ def test_what_no_kernel_can_serve_is_neither_shown_nor_advised(
 )
 def test_mistakes_are_one_line_and_name_the_remedy(home: Path, arguments: tuple[str, ...]) -> None:
     code, _, err = run(*arguments)
-    assert code == cli_db.EXIT_MISTAKE
+    assert code == exits.EXIT_MISTAKE
     assert err.startswith("elsa-tune: ") and err.count("\n") == 1 and "Traceback" not in err
 
 
@@ -203,7 +203,7 @@ def test_unwritable_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "file" / "home"))
     code, _, err = run("--problem", SMALL)
-    assert code == cli_db.EXIT_MISTAKE and "ELSA_TUNE_HOME" in err
+    assert code == exits.EXIT_MISTAKE and "ELSA_TUNE_HOME" in err
 
 
 def findings() -> dict[str, doctor.Finding]:

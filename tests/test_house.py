@@ -48,7 +48,10 @@ OWNERS = {
     "filelock": {"tuning/trial.py"},
     "pynvml": {"tuning/telemetry.py"},
     "rich": {"shell/screen.py"},
-    "click": {f"shell/{name}.py" for name in ("cli", "cli_db", "cli_report", "cli_run", "completions", "manual")},
+    "click": {
+        f"shell/{name}.py"
+        for name in ("cli", "cli_db", "cli_report", "cli_run", "cli_ship", "completions", "manual", "options")
+    },
     "click_default_group": {"shell/manual.py"},
     "archspec": {"device.py"},
     "platformdirs": {"places.py"},

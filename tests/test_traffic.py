@@ -29,7 +29,7 @@ from elsa_tune.measurement import Evidence
 from elsa_tune.problem import Problem
 from elsa_tune.remember import traffic as recorded
 from elsa_tune.remember.database import Database
-from elsa_tune.shell import cli, cli_db, cli_run
+from elsa_tune.shell import cli, cli_run, exits
 from elsa_tune.traffic import Asked, Traffic, merged, of, wall_of, worth_tuning
 from elsa_tune.tuning import from_traffic
 from elsa_tune.tuning import tune as tuning
@@ -130,7 +130,7 @@ def test_a_malformed_file_is_one_clear_error(line: str, told: str, home: Path, t
         recorded.read(path)
     assert told in str(caught.value)
     code, out, err = run("--from-traffic", str(path))
-    assert code == cli_db.EXIT_MISTAKE and not out and err.startswith("elsa-tune: traffic ") and err.count("\n") == 1
+    assert code == exits.EXIT_MISTAKE and not out and err.startswith("elsa-tune: traffic ") and err.count("\n") == 1
 
 
 def test_files_and_databases_hold_each_line_once(home: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_files_and_databases_hold_each_line_once(home: Path, tmp_path: Path) -> 
     with pytest.raises(BadWorkload, match="line 1: device 'x'"):
         recorded.read(tmp_path / "fresh.db")
     code, _, err = run("--from-traffic", str(path), "--problem", SMALL)
-    assert code == cli_db.EXIT_MISTAKE and "leave out --problem" in err
+    assert code == exits.EXIT_MISTAKE and "leave out --problem" in err
     path.write_text("")
     assert "is empty" in run("--from-traffic", str(path))[2]
 
@@ -318,7 +318,7 @@ def test_run_records_tunes_and_says_what_is_gained(
     monkeypatch.setitem(EFFORTS, "quick", Effort(trials=2, fewest=2, seconds=5, final_rounds=5))
     file = tmp_path / "kept.jsonl"
     code, out, err = run("run", "--budget", "3", "-o", str(file), "--", *program)
-    assert code == cli_db.EXIT_INCOMPLETE and not out, "the program failed, and stdout is its own"
+    assert code == exits.EXIT_INCOMPLETE and not out, "the program failed, and stdout is its own"
     assert "exit status 3" in err and "400 calls of 1 problem took" in err and f"{SMALL}" in err
     assert "attention on cpu:" in err and "the program as a whole:" in err and "ELSA_TUNE=1" in err
     [one] = recorded.read(file)
@@ -342,26 +342,26 @@ def test_what_was_recorded_outlives_an_interruption(
 
     monkeypatch.setattr(tuning, "tune", stopped)
     code, _, err = run("run", "--", *program)
-    assert code == cli_db.EXIT_INTERRUPTED and f"elsa-tune --from-traffic {places.database()}" in err
+    assert code == exits.EXIT_INTERRUPTED and f"elsa-tune --from-traffic {places.database()}" in err
     [one] = recorded.read(places.database())
     assert weights == [{one.problem: one.seconds}] and one.calls == 400
-    assert run("--from-traffic", str(places.database()))[0] == cli_db.EXIT_INTERRUPTED and weights[1] == weights[0]
+    assert run("--from-traffic", str(places.database()))[0] == exits.EXIT_INTERRUPTED and weights[1] == weights[0]
 
 
 def test_nothing_recorded_is_said_with_its_reason(tmp_path: Path, home: Path, program: tuple[str, ...]) -> None:
     code, _, err = run("run", "--", "true")
-    assert code == cli_db.EXIT_MISTAKE and "no Python of the command imported torch" in err and "exit status 0" in err
+    assert code == exits.EXIT_MISTAKE and "no Python of the command imported torch" in err and "exit status 0" in err
     code, _, err = run("run", "--", sys.executable, "-c", "import torch")
-    assert code == cli_db.EXIT_MISTAKE and "the program asked no attention" in err
+    assert code == exits.EXIT_MISTAKE and "the program asked no attention" in err
     assert "SIGTERM" in run("run", "--", "sh", "-c", "kill -TERM $$")[2]
     code, _, err = run("run", "--", "/no/such/program")
-    assert code == cli_db.EXIT_MISTAKE and "No such file" in err and err.count("\n") == 1
+    assert code == exits.EXIT_MISTAKE and "No such file" in err and err.count("\n") == 1
     code, _, err = run("run", "-o", "/nowhere/at/all", "--", "true")
-    assert code == cli_db.EXIT_MISTAKE and "-o" in err
+    assert code == exits.EXIT_MISTAKE and "-o" in err
     for name, text in (("some.db", b"SQLite format 3\0 and more"), ("some.py", b"import this\n")):
         (tmp_path / name).write_bytes(text)
         code, _, err = run("run", "-o", str(tmp_path / name), "--", "true")
-        assert code == cli_db.EXIT_MISTAKE and name in err and (tmp_path / name).read_bytes() == text
+        assert code == exits.EXIT_MISTAKE and name in err and (tmp_path / name).read_bytes() == text
 
 
 def test_our_own_commands_are_not_served(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ import click
 from click.shell_completion import get_completion_class
 
 from elsa_tune.errors import ElsaTuneError
-from elsa_tune.shell import cli_db, cli_report, cli_run, examples, manual
-from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS
-from elsa_tune.shell.cli_db import mistakes_are_messages as _mistakes_are_messages
-from elsa_tune.shell.completions import BOTH, DEVICES, FAMILIES, PROBLEMS, TARGETS, VARIANTS, WORKLOADS
+from elsa_tune.shell import cli_db, cli_report, cli_run, cli_ship, examples, manual, options
+from elsa_tune.shell.completions import BOTH, FAMILIES, PROBLEMS, VARIANTS
+from elsa_tune.shell.exits import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
 
 
 def _say_versions(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -44,37 +43,19 @@ def main() -> None:
 
 
 @main.command(epilog=examples.TUNE)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=BOTH,
-    help="auto, cpu, cuda, hip, opencl, or a device's full spelling; with --offline a target such as sm_80 or gfx942.",
+@options.here(
+    "auto, cpu, cuda, hip, opencl, or a device's full spelling; with --offline a target such as sm_80 or gfx942.", BOTH
 )
-@click.option(
-    "--workload",
-    default="default",
-    show_default=True,
-    shell_complete=WORKLOADS,
-    metavar="NAME|FILE",
-    help="Which problems to tune.",
-)
-@click.option(
-    "--problem",
-    "problems",
-    multiple=True,
-    shell_complete=PROBLEMS,
-    metavar="SPELLING",
-    help="Tune this instead; repeatable.",
-)
+@options.workload("Which problems to tune.")
+@options.problems("Tune this instead; repeatable.")
 @click.option(
     "--from-traffic",
     type=click.Path(path_type=Path),
     metavar="FILE|DATABASE",
     help="Tune what programs asked instead, as elsa-tune run recorded it.",
 )
-@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds, compiling included.")
-@cli_run.effort_option
+@options.budget("Wall seconds, compiling included.")
+@options.effort
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 @click.option("--sampler", default="local", show_default=True, help="Who proposes variants: local, tpe or random.")
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
@@ -88,7 +69,7 @@ def main() -> None:
     help="Serve the report to this machine's browsers while it tunes.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@_mistakes_are_messages
+@mistakes_are_messages
 def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Path | None, budget: float, effort: str,
          seed: int, sampler: str, exhaustive: bool, storage: str, offline: bool, port: int | None, as_json: bool) -> None:  # fmt: skip
     """Find the fastest exact kernel for each problem on each device.
@@ -158,16 +139,11 @@ def _rank(
 
 
 @main.command(epilog=examples.WINNERS)
-@click.option(
-    "--device",
-    default=None,
-    shell_complete=DEVICES,
-    help="Only this device, or those of a kind (cpu) or an architecture.",
-)
+@options.recorded
 @click.option("--family", default=None, shell_complete=FAMILIES, help="Only this family, like fp32.d64.causal.")
-@click.option("--problem", default=None, shell_complete=PROBLEMS, help="Only this problem.")
+@options.one_problem
 @click.option("--json", "as_json", is_flag=True, help="Print full measurements as JSON.")
-@_mistakes_are_messages
+@mistakes_are_messages
 def winners(device: str | None, family: str | None, problem: str | None, as_json: bool) -> None:
     """List the recorded winners of every layer, and from how many finals each is."""
     from elsa_tune import device as devices
@@ -192,7 +168,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
 @main.command(epilog=examples.SHOW)
 @click.argument("variant", shell_complete=VARIANTS)
 @click.argument("problem", default="fp32.d64", shell_complete=FAMILIES)
-@_mistakes_are_messages
+@mistakes_are_messages
 def show(variant: str, problem: str) -> None:
     """Print the source of VARIANT for PROBLEM (a family is enough) and its compile command. Nothing is run.
 
@@ -221,14 +197,8 @@ def show(variant: str, problem: str) -> None:
 
 @main.command(epilog=examples.EXPLAIN)
 @click.argument("problem", shell_complete=PROBLEMS)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=DEVICES,
-    help="auto, a kind, or a device's full spelling.",
-)
-@_mistakes_are_messages
+@options.here()
+@mistakes_are_messages
 def explain(problem: str, device: str) -> None:
     """Say who serves PROBLEM and why, what was tried, what was rejected, and which axes mattered."""
     from elsa_tune.device import detect
@@ -249,71 +219,16 @@ def explain(problem: str, device: str) -> None:
         screen.print_explanation(screen.console(), wanted, serving.explain(wanted, here), tried, mattered)
 
 
-@main.command(epilog=examples.KIT)
-@click.option(
-    "--device",
-    required=True,
-    shell_complete=BOTH,
-    help="A target: sm_62, cortex_a72, opencl, or a device's full spelling.",
-)
-@click.option(
-    "--workload",
-    default="default",
-    show_default=True,
-    shell_complete=WORKLOADS,
-    metavar="NAME|FILE",
-    help="Which problems to take.",
-)
-@click.option(
-    "--problem",
-    "problems",
-    multiple=True,
-    shell_complete=PROBLEMS,
-    metavar="SPELLING",
-    help="Take this instead; repeatable.",
-)
-@click.option("-o", "--output", default="kit", show_default=True, type=click.Path(path_type=Path), help="The folder.")
-@_mistakes_are_messages
-def kit(device: str, workload: str, problems: tuple[str, ...], output: Path) -> None:
-    """Write a folder that tunes where nothing is installed: kernels, a runner, a Makefile."""
-    from elsa_tune.ship import kit as kits
-
-    headers = kits.make(device, output, problems or None, workload)
-    click.echo(f"{output}: {len(headers)} kernels for {device}; take it there and type make run")
-
-
-@main.command(epilog=examples.EXPORT)
-@click.argument("problem", shell_complete=PROBLEMS)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=BOTH,
-    help="A device that is here, a target, or a full spelling.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The header; by default named for the family.")
-@_mistakes_are_messages
-def export(problem: str, device: str, output: Path | None) -> None:
-    """Write the best known kernel for PROBLEM on a device as one header with a plain C interface."""
-    from elsa_tune import places
-    from elsa_tune.problem import Problem
-    from elsa_tune.ship import export as exports
-
-    made = exports.export(Problem.parse(problem), device)
-    path = output or Path(f"{made.name}.h")
-    with places.written(path):
-        path.write_text(made.text)
-    click.echo(f"{path}: {made.variant} as {made.name}()")
-
-
 main.add_command(cli_db.db)
 main.add_command(cli_run.run)
 main.add_command(cli_report.report)
+for command in (cli_ship.kit, cli_ship.export, cli_ship.compile_for):
+    main.add_command(command)
 
 
 @main.command(epilog=examples.FLEET)
 @click.option("--storage", required=True, metavar="URL", help="What the fleet shares, as for tune.")
-@_mistakes_are_messages
+@mistakes_are_messages
 def fleet(storage: str) -> None:
     """Say who tunes together: worker, device, trials, trials a minute, last sign of life."""
     from elsa_tune.shell import screen
@@ -322,51 +237,9 @@ def fleet(storage: str) -> None:
     screen.print_members(screen.console(), fleets.members(storage))
 
 
-@main.command("compile", epilog=examples.COMPILE)
-@click.option(
-    "--for",
-    "device",
-    required=True,
-    shell_complete=TARGETS,
-    metavar="TARGET",
-    help="sm_90, gfx942: a device that need not be here.",
-)
-@click.option(
-    "--workload",
-    default="default",
-    show_default=True,
-    shell_complete=WORKLOADS,
-    metavar="NAME|FILE",
-    help="Which problems to take.",
-)
-@click.option(
-    "--problem",
-    "problems",
-    multiple=True,
-    shell_complete=PROBLEMS,
-    metavar="SPELLING",
-    help="Take this instead; repeatable.",
-)
-@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
-@click.option("-o", "--output", default="ready", show_default=True, type=click.Path(path_type=Path), help="The folder.")
-@_mistakes_are_messages
-def compile_for(device: str, workload: str, problems: tuple[str, ...], budget: float, output: Path) -> None:
-    """Build the most promising kernels for a device that is not here, and a manifest of what is ready to be timed there."""
-    from elsa_tune.shell import screen
-    from elsa_tune.tuning import offline
-
-    console = screen.console()
-    with console.status("compiling") as status:
-        found = offline.rank(device, problems or None, workload=workload, budget=budget, watch=status.update)
-    count = offline.hand_over(found, device, output)
-    click.echo(f"{output}: {count} kernels for {device}. There: ELSA_TUNE_KERNELS={output / 'kernels'}, and")
-    click.echo(f"elsa-tune db import {output / offline.MANIFEST}; elsa-tune then times these first")
-    sys.exit(0 if count else EXIT_INCOMPLETE)
-
-
 @main.command(epilog=examples.DOCTOR)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@_mistakes_are_messages
+@mistakes_are_messages
 def doctor(as_json: bool) -> None:
     """Devices, compilers, instruction sets, OpenMP, a launch on each GPU, databases, calls handed over to torch, versions; each lack
     with its remedy."""

@@ -3,54 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
-from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from elsa_tune.errors import ElsaTuneError, one_line
-from elsa_tune.shell import examples, manual
-from elsa_tune.shell.completions import DEVICES, PROBLEMS
-from elsa_tune.shell.exits import EXIT_INCOMPLETE as EXIT_INCOMPLETE
-from elsa_tune.shell.exits import EXIT_INTERRUPTED as EXIT_INTERRUPTED
-from elsa_tune.shell.exits import EXIT_MISTAKE as EXIT_MISTAKE
+from elsa_tune.errors import ElsaTuneError
+from elsa_tune.shell import examples, manual, options
+from elsa_tune.shell.exits import EXIT_INCOMPLETE, mistakes_are_messages
 
 if TYPE_CHECKING:
     from elsa_tune.remember.foreign import Imported
-
-
-class _Seconds(click.FloatRange):
-    """A budget: of numbers, what is none ("nan") lies in every range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, context))
-        if isnan(seconds):
-            self.fail(f"{value} is no number of seconds", param, context)
-        return seconds
-
-
-SECONDS = _Seconds(min=1, max=1e7)
-"""Of every --budget."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def mistakes_are_messages(command: Callable[P, R]) -> Callable[P, R]:
-    """Errors raised on purpose are one line on stderr, not a traceback."""
-
-    @wraps(command)
-    def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
-        try:
-            return command(*arguments, **options)
-        except ElsaTuneError as error:
-            click.echo(f"elsa-tune: {one_line(error)}", err=True)
-            sys.exit(EXIT_MISTAKE)
-
-    return wrapped
 
 
 @click.group(cls=manual.Group, epilog=examples.DB)
@@ -59,13 +22,8 @@ def db() -> None:
 
 
 @db.command("export", epilog=examples.DB_EXPORT)
-@click.option(
-    "--device",
-    default=None,
-    shell_complete=DEVICES,
-    help="Only this device, or those of a kind (cpu) or an architecture.",
-)
-@click.option("--problem", default=None, shell_complete=PROBLEMS, help="Only this problem.")
+@options.recorded
+@options.one_problem
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this OpenSSH key: FILE.sig.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file, .jsonl or .jsonl.gz; by default printed."
@@ -175,14 +133,8 @@ def verify() -> None:
 
 
 @db.command(epilog=examples.DB_RACE)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=DEVICES,
-    help="auto, a kind, or a device's full spelling.",
-)
-@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds.")
+@options.here()
+@options.budget()
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
     """Time what was imported for this device, or is disputed, against this machine's own best."""

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elsa_tune.shell import examples, manual
-from elsa_tune.shell.cli_db import mistakes_are_messages
-from elsa_tune.shell.completions import DEVICES, PROBLEMS
+from elsa_tune.shell import examples, manual, options
+from elsa_tune.shell.exits import mistakes_are_messages
 
 if TYPE_CHECKING:
     from elsa_tune.tuning.task import Progress
@@ -19,20 +18,8 @@ if TYPE_CHECKING:
 
 @click.command(cls=manual.Command, epilog=examples.REPORT)
 @click.argument("sources", nargs=-1, metavar="[LAYER|FILE|URL]...")
-@click.option(
-    "--device",
-    default=None,
-    shell_complete=DEVICES,
-    help="Only this device, or those of a kind (cpu) or an architecture.",
-)
-@click.option(
-    "--problem",
-    "problems",
-    multiple=True,
-    shell_complete=PROBLEMS,
-    metavar="SPELLING",
-    help="Only this problem; repeatable.",
-)
+@options.recorded
+@options.problems("Only this problem; repeatable.")
 @click.option(
     "-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path, dir_okay=False),
     help="The page.",

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsa_tune.errors import BadWorkload, ElsaTuneError
-from elsa_tune.shell import cli_report, examples, manual
-from elsa_tune.shell.cli_db import EXIT_INCOMPLETE, EXIT_INTERRUPTED, SECONDS, mistakes_are_messages
-from elsa_tune.shell.completions import DEVICES
+from elsa_tune.shell import cli_report, examples, manual, options
+from elsa_tune.shell.exits import EXIT_INCOMPLETE, EXIT_INTERRUPTED, mistakes_are_messages
 
 if TYPE_CHECKING:
     from elsa_tune.traffic import Traffic
@@ -34,30 +33,14 @@ BOTH_SECONDS = 1.0
 """After which one of those is passed on where no terminal sent it: who ended a group of processes has reached the program by then."""
 
 
-effort_option = click.option(
-    "--effort",
-    default="quick",
-    show_default=True,
-    type=click.Choice(["quick", "full"]),
-    help="How many trials a problem deserves.",
-)
-"""Of every command that tunes."""
-
-
 @click.command(
     cls=manual.Command,
     context_settings={"allow_interspersed_args": False},
     epilog=examples.RUN,
 )
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=DEVICES,
-    help="As for tune; auto: those that the program used.",
-)
-@click.option("--budget", default=180.0, show_default=True, type=SECONDS, help="Wall seconds of tuning.")
-@effort_option
+@options.here("As for tune; auto: those that the program used.")
+@options.budget("Wall seconds of tuning.")
+@options.effort
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Add what was recorded to this file too, JSON lines."
 )
