@@ -5,6 +5,7 @@ Imports little of Python itself, for what else may be missing, too old, or a fil
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -71,7 +72,7 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.dup(number), mode))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -16,10 +16,10 @@ FC = TypeVar("FC", bound="Callable[..., Any] | click.Command")
 class _Seconds(click.FloatRange):
     """A budget: of numbers, what is none ("nan") lies in every range."""
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, context))
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
         if isnan(seconds):
-            self.fail(f"{value} is no number of seconds", param, context)
+            self.fail(f"{value} is no number of seconds", param, ctx)
         return seconds
 
 

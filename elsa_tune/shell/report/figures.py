@@ -92,7 +92,7 @@ def ratios(rows: Sequence[tuple[Problem, Sequence[Chapter | None]]], names: Sequ
 
 def _figure(title: str, drawn: go.Figure) -> Figure:
     drawn.update_layout(title=None, margin={"t": 24, "r": 40, "b": 48, "l": 48})
-    return Figure(title, json.dumps(json.loads(plotly.io.to_json(drawn, validate=False)), separators=(",", ":")))
+    return Figure(title, json.dumps(json.loads(str(plotly.io.to_json(drawn, validate=False))), separators=(",", ":")))
 
 
 # The search as it went.

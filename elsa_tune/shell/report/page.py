@@ -168,7 +168,7 @@ def _software(chapters: Iterable[Chapter]) -> str:
 
 def text(name: str) -> str:
     """A file beside this one."""
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+    return (resources.files("elsa_tune.shell.report") / name).read_text(encoding="utf-8")
 
 
 @cache
