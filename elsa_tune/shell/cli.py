@@ -80,7 +80,7 @@ def main() -> None:
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
 @click.option(
     "--storage", default="", metavar="URL",
-    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder.",
+    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder; sqlite:///FILE here.",
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
 @click.option(
