@@ -257,6 +257,14 @@ def a_program_that_asks_nothing(here: Here) -> list[str]:
     return ["run", "--", "true"]
 
 
+@way("nothing was recorded (ended by signal 35")
+def a_program_that_a_signal_without_a_name_ends(here: Here) -> list[str]:
+    from elsa_tune.shell import cli_run
+
+    here.patch.setattr(cli_run, "_prepare", lambda: None)
+    return ["run", "--", "sh", "-c", "kill -35 $$"]
+
+
 @way("cannot be signed")
 def a_key_that_is_none(here: Here) -> list[str]:
     with Database.for_writing():
