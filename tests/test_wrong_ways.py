@@ -139,6 +139,7 @@ MISTYPED: dict[str, tuple[list[str], str]] = {
     "a storage that nobody answers at": (["fleet", "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/x"], "start it"),
     "traffic of nothing": (["--from-traffic", "nothing.jsonl"], "name a file that elsa-tune run -o wrote"),
     "traffic of a folder": (["--from-traffic", "."], "Is a directory"),
+    "a report of what is not measured": (["--offline", "--device", "sm_80", "--watch"], "leave out --watch"),
     "traffic and problems": (["--from-traffic", "x", "--problem", SMALL], "leave out --problem"),
     "a program that is not there": (["run", "--", "./progam.py"], "name a program"),
     "a program that cannot be executed": (["run", "--", "."], "name a program"),

@@ -116,6 +116,8 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
             exhaustive=exhaustive, storage=storage, port=port,
         ))  # fmt: skip
     if offline:
+        if port is not None:
+            raise ElsaTuneError("--offline measures nothing that a report could show; leave out --watch")
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
         count = len(problems) or len(workloads.read(workload, here))
