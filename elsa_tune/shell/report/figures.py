@@ -129,9 +129,10 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
 
 
 def _map(space: Space, names: Sequence[str], done: Iterable[optuna.trial.FrozenTrial]) -> go.Figure:
-    """The best ratio for each pair of values of two axes, values in the order of the space; empty where none was tried."""
+    """The best ratio for each pair of values of two axes, values in the order of the space; empty where none was tried. Of a variant the
+    newest ratio counts: a final, not the trial of a few rounds before it."""
     best: dict[tuple[Any, Any], float] = {}
-    for trial in done:
+    for trial in {tuple(trial.params.items()): trial for trial in done}.values():
         pair = trial.params[names[0]], trial.params[names[1]]
         best[pair] = max(best.get(pair, 0.0), trial.value or 0.0)
     values = {axis.name: axis.values for axis in space.axes}
