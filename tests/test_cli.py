@@ -138,6 +138,23 @@ def test_it_says_what_was_gained_and_what_was_not(winners: list[float | None], t
     assert told in ending.gained(outcomes)
 
 
+def test_what_to_type_next_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make tune` leaves the command in .venv, where no shell looks for it before that is activated."""
+    script = tmp_path / ".venv" / "bin" / "activate"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / ".venv"))
+    outcomes = [Outcome(Problem.parse(SMALL), host_cpu(), None)]
+    for path, told in (
+        ("", "unchanged (first type: source .venv/bin/activate): "),
+        (str(script.parent), "unchanged: "),
+    ):
+        monkeypatch.setenv("PATH", path)
+        assert f"For your program, {told}elsa-tune run -- python" in ending.lines(outcomes)[-1]
+        (script.parent / "elsa-tune").touch(0o755)
+
+
 def test_a_workload_file(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f'[mine]\nproblems = ["{SMALL}"]\n')

@@ -61,7 +61,7 @@ def main() -> None:
 @click.option("--exhaustive", is_flag=True, help="Walk the whole space instead of searching it.")
 @click.option(
     "--storage", default="", metavar="URL",
-    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder.",
+    help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder; sqlite:///FILE here.",
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
 @click.option(
@@ -97,6 +97,8 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
             exhaustive=exhaustive, storage=storage, port=port,
         ))  # fmt: skip
     if offline:
+        if port is not None:
+            raise ElsaTuneError("--offline measures nothing that a report could show; leave out --watch")
         _rank(console, device, workload, problems, budget, seed, as_json)
     for here in detect(device):
         count = len(problems) or len(workloads.read(workload, here))

@@ -93,8 +93,15 @@ class _Ended:
     wall: float
 
     def __str__(self) -> str:
-        told = f"ended by {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
+        told = f"ended by {_name(-self.status)}" if self.status < 0 else f"exit status {self.status}"
         return f"{told}, {self.wall:.1f} s"
+
+
+def _name(number: int) -> str:
+    """Of a signal; those of real time have none."""
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 def _prepare() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from elsa_tune.device import Device
 from elsa_tune.dispatch.serving import asks_for
@@ -62,9 +66,18 @@ def _next(outcomes: Iterable[Outcome]) -> list[str]:
     if not any(o.device.kind == "cpu" for o in outcomes):
         return []
     return [
-        "For your program, unchanged: elsa-tune run -- python your_program.py tunes what it asks, and then"
+        f"For your program, unchanged{_activation()}: elsa-tune run -- python your_program.py tunes what it asks, and then"
         " ELSA_TUNE=1 python your_program.py uses it."
     ]
+
+
+def _activation() -> str:
+    """What lets a shell find the command, and the Python that has it, where it does not: after `make tune`, for one."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("elsa-tune") or not script.is_file():
+        return ""
+    near = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    return f" (first type: source {shlex.quote(str(near))})"
 
 
 def calls(outcomes: Iterable[Outcome]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which variant to try next: Optuna's ask and tell over one space. The only file that imports optuna."""
+"""Which variant to try next: Optuna's ask and tell over one space."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from elsa_tune.variant import Value, Variant
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", "Target and region quantiles", UserWarning)  # of few ratios that are all alike
 
 SAMPLERS: dict[str, tuple[float, Callable[[int], optuna.samplers.BaseSampler]]] = {
     "local": (0.8, lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4)),

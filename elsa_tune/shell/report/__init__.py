@@ -11,10 +11,10 @@ from elsa_tune.shell.report.page import Writer
 
 
 def write(output: Path, sources: Sequence[str], device: str | None, problems: Sequence[str]) -> int:
-    """Write the page of what sources say of a device and problems, and return how many chapters it has. Raises ElsaTuneError, NoRoom."""
+    """Write the page of what sources say of a device and problems, and return how many problems it is of. Raises ElsaTuneError, NoRoom."""
     found = contents(sources, device, problems)
     page = Writer().page(found)
     with places.written(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")
-    return len(found.chapters)
+    return len({chapter.problem for chapter in found.chapters})

@@ -32,6 +32,9 @@ ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
 DECADES = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5)]
 """Where logarithmic axes are labelled."""
 
+OPERATIONS = {"gflops": "multiply-adds"}
+"""What readers call a peak whose name in measurements is not that."""
+
 WIDE = 2.5
 """How far a roof goes beyond its outermost point, as a factor."""
 
@@ -106,13 +109,16 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
     if len(done) < FEWEST_TRIALS:
         return
     ratio = "ratio to torch's own"
-    yield _figure(f"{backend}: ratio over trials", visualization.plot_optimization_history(study, target_name=ratio))
+    drawn = visualization.plot_optimization_history(study, target_name=ratio)
+    drawn.update_layout(legend=ABOVE)
+    yield _figure(f"{backend}: ratio over trials", drawn)
     varied = [axis.name for axis in space.axes if len({trial.params[axis.name] for trial in done}) > 1]
     shares = search.mattered(study)
     ranked = sorted(varied, key=lambda name: -shares.get(name, 0.0))
-    if shares:
+    if shares and varied:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         drawn = visualization.plot_param_importances(study, evaluator=evaluator, params=varied, target_name=ratio)
+        drawn.update_yaxes(title=None)  # it would lie on the names of axes
         yield _figure(f"{backend}: axes that mattered", drawn)
     if ranked:
         drawn = visualization.plot_slice(study, params=ranked[:MOST_SLICES], target_name=ratio)
@@ -123,9 +129,10 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
 
 
 def _map(space: Space, names: Sequence[str], done: Iterable[optuna.trial.FrozenTrial]) -> go.Figure:
-    """The best ratio for each pair of values of two axes, values in the order of the space; empty where none was tried."""
+    """The best ratio for each pair of values of two axes, values in the order of the space; empty where none was tried. Of a variant the
+    newest ratio counts: a final, not the trial of a few rounds before it."""
     best: dict[tuple[Any, Any], float] = {}
-    for trial in done:
+    for trial in {tuple(trial.params.items()): trial for trial in done}.values():
         pair = trial.params[names[0]], trial.params[names[1]]
         best[pair] = max(best.get(pair, 0.0), trial.value or 0.0)
     values = {axis.name: axis.values for axis in space.axes}
@@ -174,7 +181,7 @@ def _roofline(dots: dict[str, list[tuple[Problem, Measurement]]], chapters: Iter
             x=xs,
             y=[min(peak, bandwidth * x) for x in xs],
             mode="lines",
-            name=f"{name}: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s",
+            name=f"{OPERATIONS.get(name, name)}: {peak:.0f} GFLOP/s, {bandwidth:.0f} GB/s",
         )
     for name, found in dots.items():
         figure.add_scatter(

@@ -18,7 +18,7 @@ function dressed(layout) {
 
 function draw(figure) {
   const plot = figure.querySelector(".plot"), said = JSON.parse(figure.querySelector("script").textContent);
-  const shown = said.layout.height ? plot.style.height = said.layout.height + "px" : null;
+  if (said.layout.height) plot.style.height = said.layout.height + "px";
   const panels = Object.keys(said.layout).filter(name => /^xaxis\d*$/.test(name)).length;
   const width = panels > 2 ? { width: Math.max(plot.clientWidth, 170 * panels), autosize: false } : {};
   plot.dataset.drawn = "yes";

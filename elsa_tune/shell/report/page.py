@@ -149,8 +149,11 @@ def _peaks(chapters: Iterable[Chapter]) -> str:
     for chapter in chapters:
         for name, value in chapter.peaks.items():
             found.setdefault(name, []).append(value)
-    units = {"gbytes": ("memory", "GB/s"), "gflops": ("multiply-adds", "GFLOP/s")}
-    told = [(*units.get(name, (name, "GFLOP/s")), statistics.median(values)) for name, values in sorted(found.items())]
+    units = {"gbytes": ("memory", "GB/s")}
+    told = [
+        (*units.get(name, (figures.OPERATIONS.get(name, name), "GFLOP/s")), statistics.median(values))
+        for name, values in sorted(found.items())
+    ]
     return ", ".join(f"{name} {value:.0f} {unit}" for name, unit, value in told)
 
 
