@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,10 +40,9 @@ class Live:
 
     def __init__(self, port: int = 0) -> None:
         try:
-            self._server = ThreadingHTTPServer((LOOPBACK, port), _handler(self))
+            self._server = _Server((LOOPBACK, port), _handler(self))
         except OSError as error:
             raise ElsaTuneError(f"port {port}: {error.strerror}; name another, --watch=PORT") from error
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="elsa-tune-watch", daemon=True)
         self._writer = page.Writer()
         self._page = NOTHING_YET
@@ -109,6 +109,15 @@ class Live:
     def _told(self) -> dict[str, Any]:
         left = max(0.0, self._end - time.monotonic())
         return {**self._news, "left": left, "edition": self._edition, "ended": self._ended}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away before it was answered is nobody's news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
