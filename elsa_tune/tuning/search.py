@@ -234,7 +234,8 @@ def study(space: Space, measurements: Iterable[Measurement]) -> optuna.Study:
         with suppress(BadVariant):
             params = dict(space.parse(m.variant).values)
             state = optuna.trial.TrialState.COMPLETE if m.ratio else optuna.trial.TrialState.FAIL
-            found.add_trial(optuna.trial.create_trial(state=state, value=m.ratio, params=params, distributions=axes))
+            value = m.ratio or None  # a foreign ratio may be 0
+            found.add_trial(optuna.trial.create_trial(state=state, value=value, params=params, distributions=axes))
     return found
 
 

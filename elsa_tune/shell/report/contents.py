@@ -18,6 +18,9 @@ from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import Layer
 from elsa_tune.tuning.report import Outcome
 
+MOST_TOLD = 300
+"""Letters of why measurements were left out, where nothing else was found."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -129,8 +132,9 @@ def contents(sources: Sequence[str] = (), device: str | None = None, problems: I
     chapters = [chapter for chapter in known if not wanted or chapter.problem in wanted]
     if not chapters:
         asked = f" of {', '.join(map(str, wanted))}" if wanted else ""
+        told = f" ({'; '.join(dict.fromkeys(notes))[:MOST_TOLD]})" if notes else ""
         raise BadMeasurements(
-            f"nothing was measured{asked} in {', '.join(sources or ['own'])}; run elsa-tune, or name a file of measurements"
+            f"nothing was measured{asked} in {', '.join(sources or ['own'])}{told}; run elsa-tune, or name a file of measurements"
         )
     notes += layers.troubles(layer for layer, _ in read.values())
     return Contents(chapters, list(dict.fromkeys(notes)))
