@@ -258,6 +258,13 @@ def test_who_left_everything_out_says_why(measured: Path, tmp_path: Path) -> Non
     assert code == 2 and "left out 1" in said and "JSON" in said
 
 
+def test_a_database_that_is_not_readable_is_not_one_without_measurements(home: Path) -> None:
+    home.mkdir(exist_ok=True)
+    (home / "measurements.db").write_bytes(b"no database" * 1000)
+    code, said = run("report")
+    assert code == 2 and "measurements.db" in said and len(said.strip().splitlines()) == 1, said
+
+
 def test_a_ratio_of_nothing_is_a_failed_trial(measured: Path, tmp_path: Path) -> None:
     file = tmp_path / "theirs.jsonl"
     file.write_text(replace(searched(LONG)[0], ratio=0.0, ratio_low=0.0, ratio_high=0.0).line + "\n")

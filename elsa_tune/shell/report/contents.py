@@ -129,6 +129,7 @@ def contents(sources: Sequence[str] = (), device: str | None = None, problems: I
     recorded = {m.device for _, tried in read.values() for m in tried}
     meant = set(devices.among(device, recorded)) if device and recorded else recorded
     known = [chapter for layer, tried in read.values() for chapter in _chapters(layer, tried, meant, notes)]
+    notes += layers.troubles(layer for layer, _ in read.values())
     chapters = [chapter for chapter in known if not wanted or chapter.problem in wanted]
     if not chapters:
         asked = f" of {', '.join(map(str, wanted))}" if wanted else ""
@@ -136,7 +137,6 @@ def contents(sources: Sequence[str] = (), device: str | None = None, problems: I
         raise BadMeasurements(
             f"nothing was measured{asked} in {', '.join(sources or ['own'])}{told}; run elsa-tune, or name a file of measurements"
         )
-    notes += layers.troubles(layer for layer, _ in read.values())
     return Contents(chapters, list(dict.fromkeys(notes)))
 
 
