@@ -106,7 +106,9 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
     if len(done) < FEWEST_TRIALS:
         return
     ratio = "ratio to torch's own"
-    yield _figure(f"{backend}: ratio over trials", visualization.plot_optimization_history(study, target_name=ratio))
+    history = visualization.plot_optimization_history(study, target_name=ratio)
+    history.update_layout(legend=ABOVE)
+    yield _figure(f"{backend}: ratio over trials", history)
     varied = [axis.name for axis in space.axes if len({trial.params[axis.name] for trial in done}) > 1]
     shares = search.mattered(study)
     ranked = sorted(varied, key=lambda name: -shares.get(name, 0.0))
