@@ -209,6 +209,8 @@ HOSTILE = {
     "a terminal's escape": ({"reason": "\x1b[2Jyou are fine"}, "reason"),
     "an escape in a name": ({"\x1b[2J": 1}, "x1b"),
     "a newline in a fact": ({"provenance": {"torch": "2\n"}}, "provenance"),
+    "words for a peak": ({"provenance": {"peak_gflops": "fast"}}, "peak_gflops"),
+    "a word for a share": ({"provenance": {"disturbed": "yes"}}, "disturbed"),
     "many facts": ({"provenance": {f"f{i}": 1.0 for i in range(100)}}, "provenance"),
     "many samples": ({"samples": [1.0] * 12_000}, "samples"),
     "a long line": ({"samples": [1.0] * 20_000}, "longer"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
+import struct
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -259,6 +262,27 @@ def test_nothing_to_tell(measured: Path, tmp_path: Path) -> None:
         assert code == 2 and told in said and len(said.strip().splitlines()) == 1, (arguments, said)
 
 
+def test_who_left_everything_out_says_why(measured: Path, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("hello\n")
+    code, said = run("report", str(file))
+    assert code == 2 and "left out 1" in said and "JSON" in said
+
+
+def test_a_database_that_is_not_readable_is_not_one_without_measurements(home: Path) -> None:
+    home.mkdir(exist_ok=True)
+    (home / "measurements.db").write_bytes(b"no database" * 1000)
+    code, said = run("report")
+    assert code == 2 and "measurements.db" in said and len(said.strip().splitlines()) == 1, said
+
+
+def test_a_ratio_of_nothing_is_a_failed_trial(measured: Path, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.jsonl"
+    file.write_text(replace(searched(LONG)[0], ratio=0.0, ratio_low=0.0, ratio_high=0.0).line + "\n")
+    code, said = run("report", str(file), "-o", str(tmp_path / "r.html"))
+    assert code == 0 and "1 problems" in said, said
+
+
 def test_what_another_version_recorded_is_a_note(measured: Path) -> None:
     """A winner that this version cannot spell has no code; a problem that it cannot read has no chapter."""
     with Database.for_writing() as database:
@@ -300,6 +324,19 @@ def test_only_this_machine_is_answered(served: live.Live) -> None:
     port = int(served.address.rsplit(":", 1)[1].strip("/"))
     with pytest.raises(ElsaTuneError, match="--watch=PORT"):
         live.Live(port)
+
+
+def test_who_goes_away_before_an_answer_is_nobodys_news(served: live.Live, capfd: pytest.CaptureFixture[str]) -> None:
+    """A tab that is closed while it loads resets its connection: no trace on the terminal, and others are answered."""
+    port = int(served.address.rsplit(":", 1)[1].strip("/"))
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port)) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            browser.sendall(f"GET /plotly.js HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            browser.recv(1)
+    fetched(served.address + "plotly.js")
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_is_written_while_nobody_looks(served: live.Live) -> None:

@@ -175,6 +175,9 @@ def test_formulas_are_drawn(site: Path) -> None:
 
 READ = (
     "index",
+    "tutorial",
+    "install",
+    "gallery",
     "how-it-works",
     "performance",
     "reference/masks",

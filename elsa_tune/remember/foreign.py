@@ -57,6 +57,10 @@ _Number = Annotated[float, Field(ge=0, le=1e12)]
 _Samples = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], Field(max_length=10_000)]
 
 
+_NUMBERS = ("peak_", "disturbed", "kernels")
+"""How the facts of a provenance begin that are computed with."""
+
+
 class Line(BaseModel):
     """What a line may say: enumerations, bounded numbers, and spellings that today's nouns read."""
 
@@ -100,6 +104,8 @@ def sound(line: str) -> Measurement:
         raise ValueError(
             f"{wrong[0]}: not that of {found.variant if wrong[0] == 'role' else found.incumbent or 'nobody'}"
         )
+    if words := sorted(k for k, v in found.provenance.items() if isinstance(v, str) and k.startswith(_NUMBERS)):
+        raise ValueError(f"provenance: {words[0]} should be a number")
     measurement = Measurement(**{**found.__dict__, **roles})
     if measurement.line != line:  # another's spelling of the same content, unless it says something twice
         try:

@@ -64,10 +64,7 @@ def main() -> None:
     help="Tune together with every machine that names it: postgresql+psycopg://..., or journal:FILE in a shared folder; sqlite:///FILE here.",
 )  # fmt: skip
 @click.option("--offline", is_flag=True, help="Rank variants for a GPU that is not here: compiled, not measured.")
-@click.option(
-    "--watch", "port", is_flag=False, flag_value=0, type=click.IntRange(0, 65535), metavar="[PORT]",
-    help="Serve the report to this machine's browsers while it tunes.",
-)  # fmt: skip
+@options.watch
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @mistakes_are_messages
 def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Path | None, budget: float, effort: str,

@@ -34,7 +34,10 @@ def report(sources: tuple[str, ...], device: str | None, problems: tuple[str, ..
     from elsa_tune.shell import report as reports
 
     count = reports.write(output, sources, device, problems)
-    click.echo(f"{output}: {count} problem{'s' * (count > 1)}; open it in a browser, it needs no network")
+    click.echo(
+        err=not output.is_file(),
+        message=f"{output}: {count} problem{'s' * (count > 1)}; open it in a browser, it needs no network",
+    )
 
 
 @contextmanager

@@ -44,9 +44,12 @@ BOTH_SECONDS = 1.0
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Add what was recorded to this file too, JSON lines."
 )
+@options.watch
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @mistakes_are_messages
-def run(device: str, budget: float, effort: str, output: Path | None, command: tuple[str, ...]) -> None:
+def run(
+    device: str, budget: float, effort: str, output: Path | None, port: int | None, command: tuple[str, ...]
+) -> None:  # fmt: skip
     """Run COMMAND as it is, record what it asks of torch's attention, and tune that.
 
     Write it as in: elsa-tune run -- python program.py. What was recorded is kept in the database before anything is tuned.
@@ -81,6 +84,7 @@ def run(device: str, budget: float, effort: str, output: Path | None, command: t
         budget=budget,
         effort=effort,
         wall=ended.wall,
+        port=port,
     )
     sys.exit(status or (EXIT_INCOMPLETE if ended.status else 0))
 

@@ -20,7 +20,8 @@ def lines(outcomes: Sequence[Outcome], program: str = "") -> list[str]:
     """What was gained, and how it is used: by ``program``, a command that the run was for, or by anybody's."""
     if program:
         return [gained(outcomes), f"Use it: ELSA_TUNE=1 {program}"]
-    return [gained(outcomes), *calls(outcomes), *_next(outcomes)]
+    used = calls(outcomes) if any(o.winner and not o.winner.is_rival for o in outcomes) else []
+    return [gained(outcomes), *used, *_next(outcomes)]
 
 
 def gained(outcomes: Sequence[Outcome]) -> str:
@@ -29,13 +30,16 @@ def gained(outcomes: Sequence[Outcome]) -> str:
         return "No problem was asked for: nothing was gained."
     won = [o.winner for o in outcomes if o.winner and not o.winner.is_rival]
     ratios = [winner.ratio for winner in won if not winner.measurement.disturbed]
-    torchs = sum(bool(o.winner and o.winner.is_rival) for o in outcomes)
+    torchs = [o for o in outcomes if o.winner and o.winner.is_rival]
+    untried = sum(o.tried == 0 for o in torchs)
     unsettled, none = len(won) - len(ratios), sum(o.winner is None for o in outcomes)
     told = [
         f"{len(ratios) or 'None'} of {len(outcomes)} problem{'s' * (len(outcomes) > 1)} {_are(max(1, len(ratios)))} {_faster(ratios)}"
     ]
-    if torchs:
-        told.append(f"of {torchs} torch's own kernel is the fastest of those measured, and serves")
+    if len(torchs) > untried:
+        told.append(f"of {len(torchs) - untried} torch's own kernel is the fastest of those measured, and serves")
+    if untried:
+        told.append(f"of {untried} no kernel of ours was tried yet: give a longer --budget")
     if unsettled:
         told.append(
             f"of {unsettled} a faster one is not settled, for others used the machine: run again when it is quiet"
@@ -52,7 +56,7 @@ def _are(count: int) -> str:
 
 
 def _faster(ratios: Sequence[float]) -> str:
-    than = "faster than by torch's own kernels"
+    than = "faster than with torch's own kernels"
     if not ratios:
         return than
     if len(ratios) == 1:

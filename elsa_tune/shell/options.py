@@ -54,6 +54,12 @@ effort = click.option(
 )
 
 
+watch = click.option(
+    "--watch", "port", is_flag=False, flag_value=0, type=click.IntRange(0, 65535), metavar="[PORT]",
+    help="Serve the report to this machine's browsers while it tunes.",
+)  # fmt: skip
+
+
 def workload(meaning: str = "Which problems to take.") -> Callable[[FC], FC]:
     """A list of problems by its name or file."""
     return click.option(

@@ -99,7 +99,7 @@ _LEAST_NAME = 12
 def _board(families: Sequence[OfFamily], width: int) -> Table:
     """A line a family, names shortened so that numbers fit."""
     numbers = {
-        "best": [f"{f.best:.2f}" for f in families],
+        "best": [_number(f.best, ".2f") for f in families],
         "trials": [f"{f.trials}/{f.target}" for f in families],
         "failures": [str(f.failures) for f in families],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elsa_tune.device import Device
 from elsa_tune.measurement import Evidence
@@ -13,19 +13,23 @@ from elsa_tune.tuning.peaks import least_seconds
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One line of the final table. ``limit`` is the share of what the measured peaks would allow."""
+    """One line of the final table. ``limit`` is the share of what the measured peaks would allow, ``tried`` how many variants of ours were ever
+    tried here, or None where nobody counted."""
 
     problem: Problem
     device: Device
     winner: Evidence | None
     gflops: float | None = None
     limit: float | None = None
+    tried: int | None = None
 
     @classmethod
     def of(cls, database: Database, problem: Problem, device: Device) -> Outcome:
         """The recorded winner of a problem and how close it comes to the peaks measured in the same run."""
-        winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
-        return cls.won(problem, device, winner)
+        where = {"device": str(device), "problem": str(problem)}
+        winner = next(iter(database.winners(True, **where)), None)
+        tried = {m.variant for m in database.measurements(True, **where) if not m.is_rival and m.status != "candidate"}
+        return replace(cls.won(problem, device, winner), tried=len(tried))
 
     @classmethod
     def won(cls, problem: Problem, device: Device, winner: Evidence | None) -> Outcome:

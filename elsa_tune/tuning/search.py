@@ -227,7 +227,8 @@ FEWEST = 8
 
 def study(space: Space, measurements: Iterable[Measurement]) -> optuna.Study:
     """What was measured of a space as a study of Optuna's, in the order given: a trial a measurement, its value the ratio to the
-    incumbent; of a variant that cannot be used a failed trial. What the space does not have any more is left out."""
+    incumbent, its stage and the interval beside it; of a variant that cannot be used a failed trial. What the space does not have any more is
+    left out."""
     found, axes = optuna.create_study(direction="maximize"), _distributions(space)
     for m in measurements:
         if not m.variant.startswith(f"{space.backend}."):
@@ -235,7 +236,13 @@ def study(space: Space, measurements: Iterable[Measurement]) -> optuna.Study:
         with suppress(BadVariant):
             params = dict(space.parse(m.variant).values)
             state = optuna.trial.TrialState.COMPLETE if m.ratio else optuna.trial.TrialState.FAIL
-            found.add_trial(optuna.trial.create_trial(state=state, value=m.ratio, params=params, distributions=axes))
+            value = m.ratio or None  # a foreign ratio may be 0
+            beside = {"stage": m.stage, "low": m.ratio_low or 0.0, "high": m.ratio_high or value}
+            found.add_trial(
+                optuna.trial.create_trial(
+                    state=state, value=value, params=params, distributions=axes, user_attrs=beside
+                )
+            )
     return found
 
 

@@ -97,10 +97,11 @@ FAILURES = ("wrong", "failed", "timeout", "pruned")
 
 @dataclass(frozen=True, slots=True)
 class OfFamily:
-    """What a run knows of a family: the best ratio to torch's own among its problems so far, variants tried, wanted, and failed."""
+    """What a run knows of a family: the best ratio to torch's own among its problems so far, None before anything of ours was timed, variants
+    tried, wanted, and failed."""
 
     family: str
-    best: float
+    best: float | None
     trials: int
     target: int
     failures: int
@@ -128,7 +129,7 @@ class Progress:
             found.setdefault(str(task.problem.family), []).append(task)
         return [
             OfFamily(
-                family, max(t.best for t in tasks), sum(t.trials for t in tasks), sum(t.target for t in tasks),
+                family, max((t.best for t in tasks if t.ranked()), default=None), sum(t.trials for t in tasks), sum(t.target for t in tasks),
                 sum(t.counts.get(status, 0) for t in tasks for status in FAILURES),
             )
             for family, tasks in sorted(found.items())

@@ -32,6 +32,8 @@ from elsa_tune.tuning.turn import HARDLY, try_late_ones_again, turn
 from elsa_tune.tuning.worker import Worker, WorkerFailed
 
 BUDGET = 180.0
+MOST_NAMED = 5
+"""Problems that a note names."""
 
 
 def tune(
@@ -188,6 +190,7 @@ def _settle(run: Run, contested: dict[str, list[str]]) -> None:
 def _say_what_was_not_done(run: Run) -> None:
     wanted = min(HARDLY, run.effort.trials)
     if few := [f"{t.problem} ({t.trials})" for t in run.tasks if t.trials < min(wanted, t.target)]:
+        few = [*few[:MOST_NAMED], *([f"{len(few) - MOST_NAMED} more"] if len(few) > MOST_NAMED else [])]
         run.notes.append(f"time for fewer than {HARDLY} variants: {', '.join(few)}; a longer --budget tries more")
     if run.trials.waited > GRACE * run.budget:
         run.notes.append(f"waited {run.trials.waited:.0f} s for another elsa-tune that used this machine")

@@ -130,6 +130,10 @@ def examine() -> Iterator[Finding]:
     try:
         found = _compiler.find()
         yield Finding("C++ compiler", True, f"{' '.join(found.command)}: {found.version}")
+        if named := _compiler.passed_over(found):
+            yield Finding(
+                "CXX", False, f"{named} does not answer, and was passed over", "name a compiler that does, or unset CXX"
+            )
     except CompilerMissing as error:
         yield Finding("C++ compiler", False, "none; torch's own SDPA serves", str(error))
     file, entry = _pool.openmp()

@@ -82,6 +82,12 @@ def _candidates() -> list[tuple[str, ...]]:
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig
 
 
+def passed_over(found: Compiler) -> str:
+    """The command of CXX where it is not the compiler that was found; empty where it is, or where none is named."""
+    named = os.environ.get("CXX", "")
+    return named if named and tuple(shlex.split(named, posix=os.name == "posix")) != found.command else ""
+
+
 @cache
 def find() -> Compiler:
     """The first compiler that answers: $CXX, g++, clang++, c++, then zig from PyPI. Raises CompilerMissing."""

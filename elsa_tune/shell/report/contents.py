@@ -18,6 +18,13 @@ from elsa_tune.remember.database import Database
 from elsa_tune.remember.layers import Layer
 from elsa_tune.tuning.report import Outcome
 
+MOST_TOLD = 300
+"""Letters of why measurements were left out, where nothing else was found."""
+
+
+LAYERS = ("own", "imported", "team", "shipped")
+"""Words for what is no file."""
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -113,7 +120,7 @@ class Contents:
 
 
 def contents(sources: Sequence[str] = (), device: str | None = None, problems: Iterable[str] = ()) -> Contents:
-    """What layers (``own``, ``imported``, ``team``, ``shipped``), files and addresses of measurements say; without any, one's own.
+    """What layers (LAYERS), files and addresses of measurements say; without any, one's own.
 
     ``device`` keeps one device, or those of a kind or an architecture, ``problems`` those that are spelled so. Raises BadMeasurements
     where that is nothing, BadDevice, BadProblem, NotTrusted.
@@ -126,13 +133,14 @@ def contents(sources: Sequence[str] = (), device: str | None = None, problems: I
     recorded = {m.device for _, tried in read.values() for m in tried}
     meant = set(devices.among(device, recorded)) if device and recorded else recorded
     known = [chapter for layer, tried in read.values() for chapter in _chapters(layer, tried, meant, notes)]
+    notes += layers.troubles(layer for layer, _ in read.values())
     chapters = [chapter for chapter in known if not wanted or chapter.problem in wanted]
     if not chapters:
         asked = f" of {', '.join(map(str, wanted))}" if wanted else ""
+        told = f" ({'; '.join(dict.fromkeys(notes))[:MOST_TOLD]})" if notes else ""
         raise BadMeasurements(
-            f"nothing was measured{asked} in {', '.join(sources or ['own'])}; run elsa-tune, or name a file of measurements"
+            f"nothing was measured{asked} in {', '.join(sources or ['own'])}{told}; run elsa-tune, or name a file of measurements"
         )
-    notes += layers.troubles(layer for layer, _ in read.values())
     return Contents(chapters, list(dict.fromkeys(notes)))
 
 
@@ -143,7 +151,10 @@ def _layers(source: str, notes: list[str]) -> Iterator[Layer]:
         yield replace(layer, name=f"{layer.name}, {layer.place}") if len(named) > 1 else layer
     if not named:
         refused: Counter[str] = Counter()
-        found = foreign.measurements(source, refused)
+        try:
+            found = foreign.measurements(source, refused)
+        except BadMeasurements as error:
+            raise BadMeasurements(f"{error}, or one of the layers {', '.join(LAYERS)}") from error
         notes += [f"{source}: left out {count}: {reason}" for reason, count in refused.items()]
         yield Layer(source, source, Database.in_memory(found, source))
 

@@ -35,6 +35,8 @@ DECADES = [digit * 10**power for power in range(-2, 8) for digit in (1, 2, 5)]
 OPERATIONS = {"gflops": "multiply-adds"}
 """What readers call a peak whose name in measurements is not that."""
 
+RATIO = "ratio to torch's own"
+
 WIDE = 2.5
 """How far a roof goes beyond its outermost point, as a factor."""
 
@@ -108,10 +110,8 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
     done = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     if len(done) < FEWEST_TRIALS:
         return
-    ratio = "ratio to torch's own"
-    drawn = visualization.plot_optimization_history(study, target_name=ratio)
-    drawn.update_layout(legend=ABOVE)
-    yield _figure(f"{backend}: ratio over trials", drawn)
+    ratio = RATIO
+    yield _figure(f"{backend}: ratio over trials", _history(study))
     varied = [axis.name for axis in space.axes if len({trial.params[axis.name] for trial in done}) > 1]
     shares = search.mattered(study)
     ranked = sorted(varied, key=lambda name: -shares.get(name, 0.0))
@@ -126,6 +126,20 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
         yield _figure(f"{backend}: axis by axis", drawn)
     if len(ranked) > 1:
         yield _figure(f"{backend}: best ratio by {ranked[0]} and {ranked[1]}", _map(space, ranked[:2], done))
+
+
+def _history(study: optuna.Study) -> go.Figure:
+    """Ratio over trials as Optuna draws it, and upon it finals, of many samples, with their intervals: a single trial is noisy."""
+    drawn = visualization.plot_optimization_history(study, target_name=RATIO)
+    finals = [one for one in study.get_trials(deepcopy=False) if one.user_attrs["stage"] == "final" and one.value]
+    if finals:
+        above, below = ([abs(one.user_attrs[side] - one.value) for one in finals] for side in ("high", "low"))
+        drawn.add_scatter(
+            name="finals", mode="markers", marker={"size": 9, "symbol": "diamond"}, x=[one.number for one in finals],
+            y=[one.value for one in finals], error_y={"symmetric": False, "array": above, "arrayminus": below},
+        )  # fmt: skip
+    drawn.update_layout(legend=ABOVE)
+    return drawn
 
 
 def _map(space: Space, names: Sequence[str], done: Iterable[optuna.trial.FrozenTrial]) -> go.Figure:

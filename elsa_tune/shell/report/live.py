@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.shell.report import page
@@ -24,8 +27,8 @@ EDITION_LASTS = 10.0
 WATCHED = 15.0
 """Seconds since somebody asked for news, after which nobody looks on and no page is written."""
 
-FAREWELL = 5.0
-"""Seconds that who looks on has to fetch the last page."""
+FAREWELL = 4.0
+"""Seconds that those who look on have to fetch the last page: they ask every two."""
 
 NOTHING_YET = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>elsa-tune report</title>
 <link rel="icon" href="data:,"><body><main><p>Nothing is measured yet.</p></main>"""
@@ -39,10 +42,9 @@ class Live:
 
     def __init__(self, port: int = 0) -> None:
         try:
-            self._server = ThreadingHTTPServer((LOOPBACK, port), _handler(self))
+            self._server = _Server((LOOPBACK, port), _handler(self))
         except OSError as error:
             raise ElsaTuneError(f"port {port}: {error.strerror}; name another, --watch=PORT") from error
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="elsa-tune-watch", daemon=True)
         self._writer = page.Writer()
         self._page = NOTHING_YET
@@ -50,7 +52,7 @@ class Live:
         self._edition, self._ended = 0, False
         self._end = time.monotonic()  # of the budget
         self._written = self._asked = float("-inf")
-        self._bid_farewell = threading.Event()
+        self._problems: list[str] = []
 
     @property
     def address(self) -> str:
@@ -67,7 +69,7 @@ class Live:
         if kind is None and self._is_watched():
             self._write()
             self._ended = True
-            self._bid_farewell.wait(FAREWELL)
+            time.sleep(FAREWELL)
         self._server.shutdown()
         self._server.server_close()
 
@@ -75,6 +77,7 @@ class Live:
         """Take over what a run knows; called between measurements, where a page may be written."""
         self._news = {"families": [asdict(family) for family in progress.families], "doing": progress.doing}
         self._end = time.monotonic() + progress.left
+        self._problems = [str(task.problem) for task in progress.tasks]
         if self._is_watched() and time.monotonic() - self._written > EDITION_LASTS:
             self._write()
 
@@ -83,32 +86,34 @@ class Live:
 
     def _write(self) -> None:
         self._written = time.monotonic()
-        try:
-            self._page = self._writer.page(contents(), live=True)
-        except ElsaTuneError:  # nothing is measured yet, or the database is locked: the last page serves
-            return
-        self._edition += 1
+        with suppress(Exception):  # nothing is measured yet, a locked database, a fault of ours: no page ends a run
+            self._page = self._writer.page(contents(problems=self._problems), live=True)
+            self._edition += 1
 
     # What is asked of it.
 
     def answer(self, path: str) -> tuple[str, str] | None:
-        """Content type and content of a path; None for one that is not there."""
-        self._asked = time.monotonic()
+        """Content type and content of an address's path; None for one that is not there."""
+        self._asked, path = time.monotonic(), urlsplit(path).path
         answers: dict[str, Callable[[], tuple[str, str]]] = {
-            "/": lambda: ("text/html", self._read()),
+            "/": lambda: ("text/html", self._page),
             "/news": lambda: ("application/json", json.dumps(self._told())),
             "/plotly.js": lambda: ("text/javascript", page.plotly_js()),
         }
         return answers[path]() if path in answers else None
 
-    def _read(self) -> str:
-        if self._ended:
-            self._bid_farewell.set()
-        return self._page
-
     def _told(self) -> dict[str, Any]:
         left = max(0.0, self._end - time.monotonic())
         return {**self._news, "left": left, "edition": self._edition, "ended": self._ended}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away before it was answered is nobody's news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
@@ -116,7 +121,7 @@ def _handler(live: Live) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if (self.headers.get("Host") or "").rpartition(":")[0] not in (LOOPBACK, "localhost"):
+            if urlsplit(f"//{self.headers.get('Host')}").hostname not in (LOOPBACK, "localhost"):
                 self.send_error(HTTPStatus.FORBIDDEN)
             elif (found := live.answer(self.path)) is None:
                 self.send_error(HTTPStatus.NOT_FOUND)

@@ -50,6 +50,9 @@ function openTarget() {
 
 dark.addEventListener("change", drawAgain);
 addEventListener("hashchange", openTarget);
+document.addEventListener("click", event => {
+  if (event.target.closest("a[href^='#']")) setTimeout(openTarget);  // the address may say so already
+});
 addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
   for (const figure of document.querySelectorAll("figure")) draw(figure);
@@ -60,7 +63,7 @@ openTarget();
 // A page that is served while it is tuned asks for news, and takes over what is new without closing what its reader opened.
 
 const live = document.getElementById("live");
-let known = -1;
+let known = -1, missed = 0;
 
 function row(cells, kind) {
   const line = document.createElement("tr");
@@ -72,7 +75,7 @@ function tell(news) {
   const table = document.createElement("table"), doing = document.createElement("p");
   doing.textContent = news.ended ? "Tuning has ended; this is what it found." : `${Math.round(news.left)} s left. ${news.doing}`;
   table.append(row(["family", "best ratio", "trials", "failures"], "th"));
-  for (const f of news.families) table.append(row([f.family, f.best.toFixed(2), `${f.trials}/${f.target}`, f.failures], "td"));
+  for (const f of news.families) table.append(row([f.family, f.best === null ? "-" : f.best.toFixed(2), `${f.trials}/${f.target}`, f.failures], "td"));
   live.replaceChildren(doing, table);
 }
 
@@ -86,19 +89,21 @@ async function refresh() {
 }
 
 async function ask() {
+  let news;
   try {
-    const news = await (await fetch("/news")).json();
-    tell(news);
-    if (news.edition !== known) {
-      if (known >= 0) await refresh();
-      known = news.edition;
-    }
-    if (news.ended) return;
+    news = await (await fetch("/news")).json();
+    missed = 0;
   } catch {
+    if (++missed < 5) return setTimeout(ask, 1000);
     live.firstElementChild.textContent = "elsa-tune does not answer any more: tuning has ended, or was stopped. elsa-tune report writes what it found.";
     return;
   }
-  setTimeout(ask, 2000);
+  tell(news);
+  if (news.edition !== known) {
+    known = news.edition;
+    await refresh().catch(() => { known = -1; });
+  }
+  if (!news.ended) setTimeout(ask, 2000);
 }
 
 if (live) ask();
