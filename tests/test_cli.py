@@ -66,7 +66,7 @@ def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixtu
     """attention() where it can pose the family, masks and scores too; else the call of load() that does, which is what it says."""
     shape = "b2.h2.q9.k9"
     problems = (f"fp32.d16.causal@{shape}", f"fp32.strict.d16.causal+lengths.softcap@{shape}.softcap30")
-    outcomes = [Outcome(Problem.parse(problem), host_cpu(), None) for problem in problems]
+    outcomes = [Outcome(Problem.parse(problem), host_cpu(), evidence(2.0)) for problem in problems]
     screen.print_report(screen.console(), Report(outcomes, 1.0, []))
     asked, loaded = capsys.readouterr().out.splitlines()[-3:-1]
     screen.print_report(screen.console(), Report(outcomes, 1.0, []), "python mine.py")
@@ -128,14 +128,17 @@ def evidence(ratio: float, busy: bool = False) -> Evidence:
             [3.0, -3.0],
             "1 of 2 problems is faster than by torch's own kernels, 3.00 times; of 1 a faster one is not settled",
         ),
+        ([0.0], "of 1 no kernel of ours was tried yet: give a longer --budget"),
         ([], "nothing was gained"),
     ],
 )
 def test_it_says_what_was_gained_and_what_was_not(winners: list[float | None], told: str) -> None:
-    """Negative: measured while others used the machine."""
-    made = [ratio and evidence(abs(ratio), ratio < 0) for ratio in winners]
-    outcomes = [Outcome(Problem.parse(SMALL), host_cpu(), winner or None) for winner in made]
+    """Negative: measured while others used the machine; 0: torch's own, for nothing else was tried."""
+    made = [None if ratio is None else evidence(abs(ratio) or 1.0, ratio < 0) for ratio in winners]
+    tried = [0 if ratio == 0 else 3 for ratio in winners]
+    outcomes = [Outcome(Problem.parse(SMALL), host_cpu(), w, tried=t) for w, t in zip(made, tried, strict=True)]
     assert told in ending.gained(outcomes)
+    assert any("Use it" in line for line in ending.lines(outcomes)) == any(abs(ratio or 0) > 1 for ratio in winners)
 
 
 def test_what_to_type_next_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

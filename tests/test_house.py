@@ -47,7 +47,7 @@ OWNERS = {
     "pebble": {"tuning/worker.py"},
     "filelock": {"tuning/trial.py"},
     "pynvml": {"tuning/telemetry.py"},
-    "rich": {"shell/screen.py"},
+    "rich": {"shell/screen.py", "shell/progress.py"},
     "click": {
         f"shell/{name}.py"
         for name in ("cli", "cli_db", "cli_report", "cli_run", "cli_ship", "completions", "manual", "options")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import socket
 import struct
@@ -28,7 +30,7 @@ from elsa_tune.measurement import Measurement
 from elsa_tune.problem import Problem
 from elsa_tune.remember import lines
 from elsa_tune.remember.database import Database
-from elsa_tune.shell import cli, screen
+from elsa_tune.shell import cli, progress
 from elsa_tune.shell.report import figures, live
 from elsa_tune.shell.report.contents import Contents, contents
 from elsa_tune.shell.report.page import Writer
@@ -280,7 +282,28 @@ def test_a_ratio_of_nothing_is_a_failed_trial(measured: Path, tmp_path: Path) ->
     file = tmp_path / "theirs.jsonl"
     file.write_text(replace(searched(LONG)[0], ratio=0.0, ratio_low=0.0, ratio_high=0.0).line + "\n")
     code, said = run("report", str(file), "-o", str(tmp_path / "r.html"))
-    assert code == 0 and "1 problems" in said, said
+    assert code == 0 and "1 problem;" in said, said
+
+
+def test_a_layer_that_is_misspelled_and_a_disk_that_fills(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are named where none is meant, and a page that is there is replaced as a whole or not at all."""
+    code, said = run("report", "shiped")
+    assert code == 2 and "own, imported, team, shipped" in said
+    page = tmp_path / "report.html"
+    page.write_text("what was there")
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        with self.open("w") as file:
+            file.write(text[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        code, said = run("report", "-o", str(page))
+    assert code == 2 and "free some space" in said and page.read_text() == "what was there"
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["report.html"]
 
 
 def test_what_another_version_recorded_is_a_note(measured: Path) -> None:
@@ -295,11 +318,12 @@ def test_what_another_version_recorded_is_a_note(measured: Path) -> None:
 # While it is tuned.
 
 
-def progress(left: float = 30.0) -> Progress:
+def so_far(*others: str) -> Progress:
+    """Of a run of LONG and other problems, 30 seconds before its end."""
     task = Task(Problem.parse(LONG), [], trials=3, target=12)
     for m in searched(LONG)[:4]:
         task.note(m)
-    return Progress([task], f"{LONG}  building", 100.0 - left, 100.0)
+    return Progress([task, *(Task(Problem.parse(one), []) for one in others)], f"{LONG}  building", 70.0, 100.0)
 
 
 @pytest.fixture
@@ -340,12 +364,41 @@ def test_who_goes_away_before_an_answer_is_nobodys_news(served: live.Live, capfd
 
 
 def test_nothing_is_written_while_nobody_looks(served: live.Live) -> None:
-    served(progress())
+    served(so_far())
     assert "Nothing is measured" in served._page
     news = json.loads(fetched(served.address + "news"))
     assert news["families"][0]["family"] == "fp32.d64" and 0 < news["left"] <= 30 and not news["ended"]
-    served(progress())
+    served(so_far())
     assert LONG in fetched(served.address)
+
+
+def test_no_fault_of_a_page_ends_a_run(served: live.Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched(served.address + "news")
+    served(so_far())
+    page = fetched(served.address)
+    monkeypatch.setattr(figures, "of", lambda chapter: 1 / 0)
+    with Database.for_writing() as database:
+        database.record(replace(searched(LONG)[3], created=500.0))
+    served(so_far())
+    assert LONG in page and fetched(served.address) == page, "the last one serves"
+
+
+def test_everybody_who_looks_on_gets_the_last_page(
+    measured: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live.Live() as server:
+        tabs = [browser.new_page(), browser.new_page()]
+        for tab in tabs:
+            tab.goto(server.address)
+        server(so_far())
+        for tab in tabs:
+            tab.locator("#live table").wait_for()
+        monkeypatch.setattr(
+            live.time, "sleep", lambda seconds: [tab.wait_for_timeout(1000 * seconds / 2) for tab in tabs]
+        )
+    for tab in tabs:
+        assert "Tuning has ended" in tab.inner_text("#live") and tab.locator("details").count() >= 1
+        tab.close()
 
 
 def test_the_page_goes_along(served: live.Live, browser: Any) -> None:
@@ -353,14 +406,14 @@ def test_the_page_goes_along(served: live.Live, browser: Any) -> None:
     tab = browser.new_page()
     seen = Seen(tab, (served.address, "data:", "blob:"))
     tab.goto(served.address)
-    served(progress())
+    served(so_far())
     tab.locator("#live table").wait_for()
     assert "fp32.d64" in tab.inner_text("#live")
     tab.locator("details", has_text=LONG).first.locator("summary").click()
     with Database.for_writing() as database:
         for m in searched("fp32.d64.causal@b1.h8.q1024.k1024"):
             database.record(m)
-    served(progress())
+    served(so_far("fp32.d64.causal@b1.h8.q1024.k1024"))
     tab.get_by_text("fp32.d64.causal@b1.h8.q1024.k1024").first.wait_for()
     assert tab.locator("details[open]").count() == 1
     tab.locator("details[open] .main-svg").first.wait_for()
@@ -384,7 +437,7 @@ def test_the_board_fits_the_screen(width: int, height: int) -> None:
     ]
     tasks[5].trials = 3
     console = Console(width=width, height=height, force_terminal=True, record=True)
-    board = screen.Board(Progress(tasks, "fp32.d64  building", 10.0, 100.0), 0.0)
+    board = progress.Board(Progress(tasks, "fp32.d64  building", 10.0, 100.0), 0.0)
     with console.capture() as drawn:
         console.print(board)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", drawn.get()).rstrip("\n").split("\n")

@@ -9,11 +9,27 @@ from collections.abc import Iterator
 import click
 
 from elsa_tune.shell.cli import main
+from elsa_tune.shell.manual import FILES, STATUS, VARIABLES
 
-from ._markdown import said, table
+from ._markdown import code, said, table
 
 VERBATIM = "\b\n"
 """How click marks a paragraph whose lines stay as they are."""
+
+
+def statuses() -> str:
+    """What exit statuses mean."""
+    return table(["exit status", "means"], ((code(name), _plain(what)) for name, what in STATUS.items()))
+
+
+def variables() -> str:
+    """What a person may set."""
+    return table(["variable", "does"], ((code(name), _plain(what)) for name, what in VARIABLES.items()))
+
+
+def files_kept() -> str:
+    """What lies in the home folder and the configuration folder."""
+    return table(["file", "holds"], ((code(name), what) for name, what in FILES.items()))
 
 
 def command_reference() -> str:

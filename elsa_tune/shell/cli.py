@@ -79,7 +79,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
     """
     from elsa_tune import workload as workloads
     from elsa_tune.device import detect
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import for_programs, screen
     from elsa_tune.tuning import tune as tuning
 
     console = screen.console(stderr=as_json)
@@ -112,7 +112,7 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
         console.print("stopped; everything measured so far is kept, and the next run goes on from it", highlight=False)
         sys.exit(EXIT_INTERRUPTED)
     if as_json:
-        click.echo(screen.report_json(result))
+        click.echo(for_programs.report(result))
     else:
         screen.print_report(console, result)
     sys.exit(0 if result.complete else EXIT_INCOMPLETE)
@@ -122,7 +122,7 @@ def _rank(
     console: Any, device: str, workload: str, problems: tuple[str, ...], budget: float, seed: int, as_json: bool
 ) -> NoReturn:
     """Rank for a target that is not here, print the shortlists, and exit: 0 if every problem has candidates."""
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import for_programs, screen
     from elsa_tune.tuning import offline
 
     console.print(f"ranking for {device} for up to {budget:.0f} s; nothing is measured", highlight=False)
@@ -131,7 +131,7 @@ def _rank(
             device, problems or None, workload=workload, budget=budget, seed=seed, watch=status.update
         )  # fmt: skip
     if as_json:
-        click.echo(screen.rankings_json(found))
+        click.echo(for_programs.ranked(found))
     else:
         screen.print_rankings(console, found, offline.target(device))
     sys.exit(0 if all(ranking.candidates for ranking in found) else EXIT_INCOMPLETE)
@@ -147,7 +147,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
     """List the recorded winners of every layer, and from how many finals each is."""
     from elsa_tune import device as devices
     from elsa_tune.remember import layers
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import for_programs, screen
 
     known = layers.layers()
     recorded = {one for layer in known for one, _ in layer.finals_of()}
@@ -157,7 +157,7 @@ def winners(device: str | None, family: str | None, problem: str | None, as_json
     for trouble in layers.troubles(known):
         click.echo(f"elsa-tune: {trouble}", err=True)
     if as_json:
-        click.echo(json.dumps([screen.winner_json(m) for m in found], indent=2))
+        click.echo(json.dumps([for_programs.winner(m) for m in found], indent=2))
     elif found:
         screen.print_winners(screen.console(), found)
     else:

@@ -138,11 +138,11 @@ def verify() -> None:
 @mistakes_are_messages
 def race(device: str, budget: float) -> None:
     """Time what was imported for this device, or is disputed, against this machine's own best."""
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import progress, screen
     from elsa_tune.tuning import tune as tuning
 
     console = screen.console()
-    with screen.LiveProgress(console) as watch:
+    with progress.LiveProgress(console) as watch:
         found = tuning.settle(device, budget=budget, watch=watch)
     if found.outcomes:
         screen.print_report(console, found)

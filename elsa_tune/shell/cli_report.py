@@ -43,7 +43,7 @@ def report(sources: tuple[str, ...], device: str | None, problems: tuple[str, ..
 @contextmanager
 def watching(console: Any, port: int | None) -> Iterator[Callable[[Progress], None]]:
     """Who is told of a run: the terminal, and browsers of this machine where a port is given (0: any that is free). Raises ElsaTuneError."""
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import progress
 
     with ExitStack() as stack:
         told: list[Callable[[Progress], None]] = []
@@ -53,10 +53,10 @@ def watching(console: Any, port: int | None) -> Iterator[Callable[[Progress], No
             live = stack.enter_context(Live(port))
             console.print(f"watch it at {live.address} while it tunes", highlight=False)
             told.append(live)
-        told.append(stack.enter_context(screen.LiveProgress(console)))
+        told.append(stack.enter_context(progress.LiveProgress(console)))
 
-        def watch(progress: Progress) -> None:
+        def watch(so_far: Progress) -> None:
             for one in told:
-                one(progress)
+                one(so_far)
 
         yield watch

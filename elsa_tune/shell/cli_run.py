@@ -232,7 +232,7 @@ def tune_for(
     device: str = "auto", port: int | None = None, **options: Any,
 ) -> int:  # fmt: skip
     """Say what was asked, tune for it, and print what that gains ``program``; the exit status. ``source`` is where the traffic is kept."""
-    from elsa_tune.shell import screen
+    from elsa_tune.shell import for_programs, screen
     from elsa_tune.tuning import from_traffic
 
     for here in from_traffic.devices(device, traffic):
@@ -247,7 +247,7 @@ def tune_for(
         )  # fmt: skip
         return EXIT_INTERRUPTED
     if as_json:
-        click.echo(screen.report_json(report, forecasts))
+        click.echo(for_programs.report(report, forecasts))
     else:
         for one in forecasts:
             screen.print_forecast(console, one)

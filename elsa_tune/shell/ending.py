@@ -56,7 +56,7 @@ def _are(count: int) -> str:
 
 
 def _faster(ratios: Sequence[float]) -> str:
-    than = "faster than with torch's own kernels"
+    than = "faster than by torch's own kernels"
     if not ratios:
         return than
     if len(ratios) == 1:

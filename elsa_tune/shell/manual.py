@@ -26,9 +26,10 @@ STATUS = {
     "130": "stopped from the keyboard, by another signal 128 and its number; what was measured is kept",
 }
 FILES = {
-    "measurements.db": "every measurement, SQLite; in ELSA_TUNE_HOME or the platform's cache folder",
+    "measurements.db": "every measurement, SQLite, append-only; in ELSA_TUNE_HOME or the platform's cache folder",
     "kernels/": "built kernels, each with its source; beside it",
     "layers/": "copies of a team's databases; beside it",
+    "tuning.lock": "held by who times on this machine; beside it",
     "traceback.txt": "of the last error that nobody foresaw; beside it",
     "handovers.jsonl": "why torch answered calls in a kernel's place; beside it",
     "config.toml": "`databases` of a team and `trusted` keys; in ELSA_TUNE_HOME or the platform's configuration folder",

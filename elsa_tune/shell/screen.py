@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,9 +23,6 @@ from elsa_tune.tuning.forecast import Forecast
 from elsa_tune.tuning.offline import Ranking, Target, occupancy
 from elsa_tune.tuning.race import Ratio
 from elsa_tune.tuning.report import Outcome, Report
-from elsa_tune.tuning.task import OfFamily, Progress
-
-_LINE_EVERY = 15.0
 
 
 def console(stderr: bool = False) -> Console:
@@ -38,7 +30,8 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if (sys.stderr if stderr else sys.stdout).isatty() else 120)
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number as it is shown, or a dash."""
     return "-" if value is None else format(value, form)
 
 
@@ -48,73 +41,8 @@ def _ratio(found: Evidence) -> str:
     return f"{found.ratio:.2f} [{found.ratio_low:.2f}, {found.ratio_high:.2f}]"
 
 
-class LiveProgress:
-    """One screen that is redrawn while tuning and never scrolls; on a log file, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True, vertical_overflow="crop")
-        self._last_line = 0.0
-
-    def __enter__(self) -> LiveProgress:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._console.is_terminal:
-            self._live.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        if self._console.is_terminal:
-            self._live.update(Board(progress, time.monotonic()))
-        elif time.monotonic() - self._last_line > _LINE_EVERY:
-            self._last_line = time.monotonic()
-            trials = sum(task.trials for task in progress.tasks)
-            self._console.print(f"{progress.left:4.0f} s left, {trials} trials, {progress.doing}", highlight=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Board:
-    """What a run knew at a moment (of time.monotonic()), within the lines of the terminal: families, what is done, seconds left."""
-
-    progress: Progress
-    moment: float
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        families = self.progress.families
-        room = max(1, console.size.height - 4)  # beside a head, two lines below and the cursor's
-        shown = sorted(families, key=lambda f: f.trials >= f.target)[:room]  # those at work first
-        yield _board(sorted(shown, key=lambda f: f.family), console.width)
-        left = max(0.0, self.progress.left - (time.monotonic() - self.moment))
-        hidden = f"; {len(families) - len(shown)} families more" if len(shown) < len(families) else ""
-        for line in (f"{left:.0f} s left{hidden}; best: ratio to torch's own", self.progress.doing):
-            yield Text(line, no_wrap=True, overflow="ellipsis")
-
-
-_LEAST_NAME = 12
-"""Columns of a terminal that a family's name has at least; where that leaves too few, failures are not shown."""
-
-
-def _board(families: Sequence[OfFamily], width: int) -> Table:
-    """A line a family, names shortened so that numbers fit."""
-    numbers = {
-        "best": [_number(f.best, ".2f") for f in families],
-        "trials": [f"{f.trials}/{f.target}" for f in families],
-        "failures": [str(f.failures) for f in families],
-    }
-    widths = {name: 2 + max(map(len, (name, *cells))) for name, cells in numbers.items()}
-    if width - sum(widths.values()) < _LEAST_NAME:
-        del numbers["failures"], widths["failures"]
-    table = _table("family", *numbers)
-    table.columns[0].no_wrap, table.columns[0].overflow = True, "ellipsis"
-    table.columns[0].max_width = max(1, width - sum(widths.values()) - 1)
-    for family, *cells in zip(families, *numbers.values(), strict=True):
-        table.add_row(family.family, *cells)
-    return table
-
-
-def _table(*columns: str) -> Table:
+def listing(*columns: str) -> Table:
+    """A table whose first column is text and the others numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
@@ -140,16 +68,14 @@ def _put(console: Console, table: Table) -> None:
 
 def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     """The final table of a run: two lines a problem, the second its winner."""
-    table = _table("problem, winner", "ratio to SDPA [95 %]", "GFLOP/s", "of limit", "error")
+    table = listing("problem, winner", "ratio to SDPA [95 %]", "GFLOP/s", "of limit", "error")
     for o in outcomes:
         if o.winner is None:
             table.add_row(f"{o.problem}\n  none", "-", "-", "-", "-")
             continue
         limit = "-" if o.limit is None else f"{100 * o.limit:.0f} %"
         name = f"{o.problem}\n  {o.winner.variant}"
-        table.add_row(
-            name, _ratio(o.winner), _number(o.gflops, ".0f"), limit, _number(o.winner.measurement.error, ".1e")
-        )
+        table.add_row(name, _ratio(o.winner), number(o.gflops, ".0f"), limit, number(o.winner.measurement.error, ".1e"))
     return table
 
 
@@ -164,7 +90,7 @@ def print_report(console: Console, report: Report, program: str = "") -> None:
         highlight=False,
     )
     if gains := whole_models.gains(report.outcomes):
-        table = _table("model", "attention", "whole model, at most")
+        table = listing("model", "attention", "whole model, at most")
         for gain in gains:
             table.add_row(gain.model.name, f"{gain.attention:.2f}", f"{gain.whole:.2f}")
         _put(console, table)
@@ -176,19 +102,12 @@ def print_report(console: Console, report: Report, program: str = "") -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def winner_json(found: Evidence) -> dict[str, Any]:
-    """A winner as JSON types: its newest final, with the ratio of all of its ``finals``."""
-    pooled = asdict(found)
-    newest = pooled.pop("measurement")
-    return {**{f.name: newest[f.name] for f in fields(Measurement) if f.init}, **pooled}
-
-
 def print_traffic(console: Console, traffic: Iterable[Traffic], device: Device, wall: float) -> None:
     """What programs asked of a device, what of it is tuned, and what is not."""
     found = of(device, traffic)
     asked, tuned = merged(one.asked for one in found), worth_tuning(one.asked for one in found)
     lasted, total = max(wall, wall_of(found)), sum(one.seconds for one in asked)
-    table = _table("asked", "calls", "seconds", "of the program")
+    table = listing("asked", "calls", "seconds", "of the program")
     for one in asked:
         if one.problem in tuned:
             table.add_row(
@@ -205,7 +124,7 @@ def print_traffic(console: Console, traffic: Iterable[Traffic], device: Device, 
 
 def print_forecast(console: Console, found: Forecast) -> None:
     """What traffic will gain by the winners of a device."""
-    table = _table("forecast", "calls", "seconds by torch", "ratio [95 %]", "saved")
+    table = listing("forecast", "calls", "seconds by torch", "ratio [95 %]", "saved")
     for gain in found.gains:
         if gain.saved > 0:
             table.add_row(
@@ -227,40 +146,11 @@ def _interval(ratio: Ratio) -> str:
     return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def forecast_json(found: Forecast) -> dict[str, Any]:
-    """A forecast as JSON types; ``whole`` is null where nobody knows what the programs took."""
-    gains = [{**asdict(gain), "problem": str(gain.problem), "saved": gain.saved} for gain in found.gains]
-    said = {"device": str(found.device), "wall": found.wall, "before": found.before, "gains": gains}
-    intervals = {"after": found.after, "attention": found.attention, "whole": found.whole}
-    return {**said, **{name: value and asdict(value) for name, value in intervals.items()}}
-
-
-def report_json(report: Report, forecasts: Iterable[Forecast] = ()) -> str:
-    """A run's report for programs."""
-    lines = [
-        {
-            "problem": str(o.problem),
-            "device": str(o.device),
-            "winner": o.winner and winner_json(o.winner),
-            "gflops": o.gflops,
-            "share_of_limit": o.limit,
-            "reproduce": o.command,
-        }
-        for o in report.outcomes
-    ]
-    gains = {g.model.name: {"attention": g.attention, "whole": g.whole} for g in whole_models.gains(report.outcomes)}
-    content = {
-        "complete": report.complete, "seconds": report.seconds, "notes": report.notes, "outcomes": lines, "models": gains,
-        "forecasts": [forecast_json(one) for one in forecasts],
-    }  # fmt: skip
-    return json.dumps(content, indent=2)
-
-
 def print_rankings(console: Console, rankings: Iterable[Ranking], goal: Target) -> None:
     """Shortlists for a device that is not here. The order is predicted; nothing was measured."""
     for ranking in rankings:
         best = ranking.best
-        table = _table("variant", "registers", "shared KiB", "blocks", "against the first")
+        table = listing("variant", "registers", "shared KiB", "blocks", "against the first")
         for c in best:
             r = c.built.resources
             table.add_row(
@@ -279,33 +169,16 @@ def print_rankings(console: Console, rankings: Iterable[Ranking], goal: Target) 
     )
 
 
-def rankings_json(rankings: Iterable[Ranking]) -> str:
-    """The shortlists for programs; ``predicted_seconds`` orders them and is no measurement."""
-    lines = [
-        {
-            "problem": str(ranking.problem),
-            "compiled": len(ranking.candidates),
-            "refused": ranking.refused,
-            "candidates": [
-                {"variant": str(c.variant), "predicted_seconds": c.predicted, "resources": dict(c.built.resources)}
-                for c in ranking.best
-            ],
-        }
-        for ranking in rankings
-    ]
-    return json.dumps({"measured": False, "rankings": lines}, indent=2)
-
-
 def print_winners(console: Console, winners: Iterable[Evidence]) -> None:
     """Recorded winners by device, two lines a problem."""
     devices: dict[str, list[Evidence]] = {}
     for m in winners:
         devices.setdefault(m.device, []).append(m)
     for device, rows in devices.items():
-        table = _table("problem, winner", "ratio to SDPA [95 %]", "finals", "error")
+        table = listing("problem, winner", "ratio to SDPA [95 %]", "finals", "error")
         for m in rows:
             name = f"{m.problem}\n  {m.variant}"
-            table.add_row(name, _ratio(m), str(m.finals), _number(m.measurement.error, ".1e"))
+            table.add_row(name, _ratio(m), str(m.finals), number(m.measurement.error, ".1e"))
         console.print(device, highlight=False, soft_wrap=True)
         _put(console, table)
 
@@ -326,7 +199,7 @@ def print_explanation(
     )
     latest = {m.variant: m for m in tried if m.status == "ok" and m.ratio}
     for m in sorted(latest.values(), key=lambda m: -(m.ratio or 0))[:5]:
-        console.print(f"  {_number(m.ratio, '.2f')}  {m.variant} ({m.stage})", highlight=False, soft_wrap=True)
+        console.print(f"  {number(m.ratio, '.2f')}  {m.variant} ({m.stage})", highlight=False, soft_wrap=True)
     print_exactness(console, latest)
     rejected = {m.variant: m for m in tried if m.status != "ok"}
     if rejected:
@@ -345,7 +218,7 @@ def print_exactness(console: Console, latest: Mapping[str, Measurement]) -> None
     error, exact = torchs_error(latest.values()), as_exact(latest.values(), 1.0)
     if error is not None:
         words = (
-            f"{exact[0].variant} ({_number(exact[0].ratio, '.2f')}, {exact[0].error:.1e})" if exact else "none measured"
+            f"{exact[0].variant} ({number(exact[0].ratio, '.2f')}, {exact[0].error:.1e})" if exact else "none measured"
         )
         console.print(f"fastest at or below torch's error of {error:.1e}: {words}", highlight=False, soft_wrap=True)
 

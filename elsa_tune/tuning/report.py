@@ -26,9 +26,9 @@ class Outcome:
     @classmethod
     def of(cls, database: Database, problem: Problem, device: Device) -> Outcome:
         """The recorded winner of a problem and how close it comes to the peaks measured in the same run."""
-        where = {"device": str(device), "problem": str(problem)}
-        winner = next(iter(database.winners(True, **where)), None)
-        tried = {m.variant for m in database.measurements(True, **where) if not m.is_rival and m.status != "candidate"}
+        winner = next(iter(database.winners(True, device=str(device), problem=str(problem))), None)
+        known = database.measurements(True, device=str(device), problem=str(problem))
+        tried = {m.variant for m in known if not m.is_rival and m.status != "candidate"}
         return replace(cls.won(problem, device, winner), tried=len(tried))
 
     @classmethod

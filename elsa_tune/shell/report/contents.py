@@ -154,7 +154,7 @@ def _layers(source: str, notes: list[str]) -> Iterator[Layer]:
         try:
             found = foreign.measurements(source, refused)
         except BadMeasurements as error:
-            raise BadMeasurements(f"{error}, or one of the layers {', '.join(LAYERS)}") from error
+            raise BadMeasurements(f"{error}; or use one of the layers {', '.join(LAYERS)}") from error
         notes += [f"{source}: left out {count}: {reason}" for reason, count in refused.items()]
         yield Layer(source, source, Database.in_memory(found, source))
 
