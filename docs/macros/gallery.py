@@ -69,7 +69,7 @@ def changes(problem: str, than: str = "", axes: Axes | None = None, without: Axe
         lines = _difference(other.source.text, shown.source.text)
         counted = sum(line.startswith("+") for line in lines)
         text = _fenced(f"diff <({other.command}) \\\n     <({shown.command})", "sh")
-        return text + _folded(f"{counted} lines that the other has not", "\n".join(lines), "diff", opened=True)
+        return text + _folded(f"{counted} lines that the other has not", "\n".join(lines), "diff")
 
     return _tabs(changed)
 
@@ -120,8 +120,8 @@ def _difference(old: str, new: str) -> list[str]:
     return [line for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:] if line.strip()]
 
 
-def _folded(title: str, text: str, lexer: str, opened: bool = False) -> str:
-    return f'???{"+" if opened else ""} example "{title}"\n\n' + textwrap.indent(_fenced(text, lexer), "    ")
+def _folded(title: str, text: str, lexer: str) -> str:
+    return f'???+ example "{title}"\n\n' + textwrap.indent(_fenced(text, lexer), "    ")
 
 
 def _fenced(text: str, lexer: str) -> str:
