@@ -333,7 +333,7 @@ def exactness(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if times:
             mean, worst = math.exp(statistics.mean(map(math.log, times.values()))), max(times.values())
             verdicts.append({
-                "goal": name, "asked": 1.0, "asked_worst": 1.0, "geometric_mean": mean, "worst": worst,
+                "goal": name, "asked": 1.0, "asked_worst": 1.0, "at_most": True, "geometric_mean": mean, "worst": worst,
                 "worst_at": max(times, key=lambda n: times[n]), "reached": worst <= 1.0,
             })  # fmt: skip
     return verdicts
@@ -444,6 +444,7 @@ def main() -> None:
         {
             "goal": "elsa-tune within its 180 s, seconds at most",
             "asked": 198,
+            "at_most": True,
             "worst": longest,
             "reached": longest <= 198,
         }

@@ -28,8 +28,8 @@ def test_losses_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
         dict(goal="won", asked=2.0, geometric_mean=2.5, worst=2.1, worst_at="a", reached=True, ceiling_geometric_mean=3.0),
         dict(goal="lost", asked=2.0, geometric_mean=1.5, worst=1.1, worst_at="a", reached=False),
         dict(goal="lost by its worst", asked=0.9, geometric_mean=1.0, worst=0.5, worst_at="a", reached=False),
-        dict(goal="errors", asked=1.0, geometric_mean=0.9, worst=2.2, worst_at="a", reached=False),
-        dict(goal="seconds", asked=198, worst=182.2, reached=True),
+        dict(goal="errors", asked=1.0, at_most=True, geometric_mean=0.9, worst=2.2, worst_at="a", reached=False),
+        dict(goal="seconds", asked=198, at_most=True, worst=182.2, reached=True),
         dict(goal="nobody there", asked=1.0, measured=None),
     ]  # fmt: skip
     monkeypatch.setattr(performance, "read", lambda name: {"goals": goals})

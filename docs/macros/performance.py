@@ -53,7 +53,7 @@ def _goal(goal: dict[str, Any]) -> list[str]:
     if "worst" not in goal:
         return [goal["goal"], f"{goal['asked']:.2f}", "not measured", "", ""]
     mean, worst, asked = goal.get("geometric_mean"), goal["worst"], goal["asked"]
-    at_most = mean is None or worst > 1.001 * mean
+    at_most = goal.get("at_most", False)
     by_mean = not at_most and mean < asked
     digits = 0 if asked >= 100 else 2
     told = short(f"{worst:.{digits}f}", not goal["reached"] and not by_mean, at_most)
