@@ -432,7 +432,7 @@ def a_compiler_that_is_killed(here: Here) -> list[str]:
 @way("timed out")
 def a_compiler_that_hangs(here: Here) -> list[str]:
     here.compiler('[ "$1" = --version ] && echo mine 1.0 || exec sleep 100')
-    here.patch.setattr(compilers.Compiler.run, "__defaults__", (0.2,))
+    here.patch.setattr(compilers.Compiler.run, "__defaults__", (0.2, Path()))
     return built(here)
 
 

@@ -34,18 +34,12 @@ def build_text(text: str, name: str, variant: Variant) -> Built:
     def fill(folder: Path) -> Mapping[str, int]:
         (folder / "kernel.cpp").write_text(text)
         compiler, flags = _compiler.find(), [*FLAGS, *WARNINGS, *ISAS[str(variant.axes["isa"])].flags]
-        compiler.run([*flags, "-S", str(folder / "kernel.cpp"), "-o", str(folder / "kernel.s")], str(variant))
-        compiler.run(
-            [
-                "-shared",
-                *(f for f in FLAGS if f == "-fPIC"),
-                *compiler.link,
-                str(folder / "kernel.s"),
-                "-o",
-                str(folder / LIBRARY),
-            ],
-            str(variant),
-        )
+        movable = [flag for flag in FLAGS if flag == "-fPIC"]
+        for arguments in (  # by names without a folder, so that equal text is equal work to who remembers a compiler's
+            [*flags, "-S", "kernel.cpp", "-o", "kernel.s"],
+            ["-shared", *movable, *compiler.link, "kernel.s", "-o", LIBRARY],
+        ):
+            compiler.run(arguments, str(variant), folder=folder)
         return _machine_code.hot_loops((folder / "kernel.s").read_text())
 
     return _built(name, _kernel_cache.add(name, LIBRARY, fill))

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 from elsa_tune import places
 from elsa_tune.errors import BuildFailed, CompilerMissing, NoRoom
@@ -46,9 +47,11 @@ class Compiler:
     link: tuple[str, ...]
     version: str
 
-    def run(self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS) -> None:
-        """Run it with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its complaint,
-        NoRoom where the disk is full."""
+    def run(
+        self, arguments: list[str], what: str, seconds: float = BUILD_SECONDS, folder: Path = Path()
+    ) -> None:  # fmt: skip
+        """Run it in a folder with arguments that end with its output, for so long at most. Raises BuildFailed with the first lines of its
+        complaint, NoRoom where the disk is full."""
         try:
             done = subprocess.run(
                 [*self.command, *arguments],
@@ -57,6 +60,7 @@ class Compiler:
                 errors="replace",
                 timeout=seconds,
                 check=False,
+                cwd=folder,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"{what}: {error}; try another compiler with CXX=...") from error
@@ -67,7 +71,7 @@ class Compiler:
             )
         if done.returncode:
             raise BuildFailed(f"{what}: {self.command[0]} failed: {done.stderr.strip()[:600]}; see `elsa-tune doctor`")
-        if not os.path.isfile(arguments[-1]):
+        if not (folder / arguments[-1]).is_file():
             raise BuildFailed(
                 f"{what}: {self.command[0]} wrote no {os.path.basename(arguments[-1])}; try another compiler with CXX=..."
             )
@@ -75,17 +79,22 @@ class Compiler:
 
 def _candidates() -> list[tuple[str, ...]]:
     """Commands that may be a compiler, those asked for first."""
-    named = [tuple(shlex.split(os.environ["CXX"], posix=os.name == "posix"))] if os.environ.get("CXX") else []
+    named = [_named()] if os.environ.get("CXX") else []
     zig = [(sys.executable, "-m", "ziglang", "c++")] if find_spec("ziglang") else []
     if zig and not os.access(os.path.expanduser("~"), os.W_OK):  # without a place for what it built it does nothing
         os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(places.home() / "zig"))
     return named + [(name,) for name in ("g++", "clang++", "c++")] + zig
 
 
+def _named() -> tuple[str, ...]:
+    """The command of CXX, which means the same in any folder."""
+    program, *arguments = shlex.split(os.environ["CXX"], posix=os.name == "posix") or [""]
+    return (os.path.abspath(program) if os.path.dirname(program) else program, *arguments)
+
+
 def passed_over(found: Compiler) -> str:
-    """The command of CXX where it is not the compiler that was found; empty where it is, or where none is named."""
-    named = os.environ.get("CXX", "")
-    return named if named and tuple(shlex.split(named, posix=os.name == "posix")) != found.command else ""
+    """CXX where it is not the compiler that was found; empty where it is, or where none is named."""
+    return os.environ["CXX"] if os.environ.get("CXX") and _named() != found.command else ""
 
 
 @cache

@@ -21,7 +21,7 @@ from elsa_tune.parts.operand import Operands
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LIBRARY = "native.so"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-shared")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden")
 BUILD_SECONDS = 60
 _AXES = 4
 
@@ -38,8 +38,11 @@ def _build() -> Path:
 
     def fill(folder: Path) -> Mapping[str, int]:
         include, lib = ["-isystem", str(torchs / "include")], ["-L", str(torchs / "lib"), "-ltorch_cpu"]
-        command = [*FLAGS, *include, str(SOURCE), *lib, "-o", str(folder / LIBRARY)]
-        compiler.run(command, "torch's operator", seconds=BUILD_SECONDS)
+        for command in (
+            [*FLAGS, *include, "-c", str(SOURCE), "-o", "native.o"],
+            ["-shared", "native.o", *lib, "-o", LIBRARY],
+        ):
+            compiler.run(command, "torch's operator", seconds=BUILD_SECONDS, folder=folder)
         return {}
 
     return kernel_cache.add(name, LIBRARY, fill)[0]
