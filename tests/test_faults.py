@@ -180,6 +180,7 @@ def test_forty_readers_beside_a_writer(home: Path) -> None:
     assert not troubles, troubles[:3]
 
 
+@pytest.mark.slow
 def test_forty_processes_read_during_a_tune(home: Path) -> None:
     """No reading fails, and nobody sees less than before."""
     program = f"""

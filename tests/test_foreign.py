@@ -112,7 +112,7 @@ def test_importing_writes_and_parses_nothing_twice(tmp_path: Path, monkeypatch: 
 
 
 @given(contents, contents, contents)
-@settings(patient, max_examples=700)
+@settings(patient, max_examples=300)
 def test_merging_is_idempotent_commutative_and_associative(
     tmp_path: Path, a: list[Measurement], b: list[Measurement], c: list[Measurement]
 ) -> None:

@@ -207,6 +207,7 @@ LAUNCHED = [
 """Variants and problems for targets, and in how many kinds their modules' kernels are launched."""
 
 
+@pytest.mark.slow
 def test_no_launch_compiles(tmp_path: Path) -> None:
     """What was built is what launches ask for, whatever lengths, groups, strides and log-sum-exps calls have: in the process that
     times, nothing is left to compile."""
