@@ -154,7 +154,9 @@ def _passed_on(program: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _is_at_a_terminal() -> bool:
     """Whether a terminal sends its signals to this process, and so to the program too."""
-    with suppress(OSError, AttributeError):
+    if sys.platform == "win32":
+        return False
+    with suppress(OSError):
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
         try:
             return os.tcgetpgrp(terminal) == os.getpgrp()

@@ -99,7 +99,7 @@ class Stopping:
 
 def _interrupt(number: int) -> None:
     """The signal, to the thread that handles it."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
-    else:
+    if sys.platform == "win32":
         signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -59,7 +59,7 @@ def _end_with_parent() -> None:
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Processes started meanwhile never get a terminal's Ctrl-C: who tunes ends them, and they have nothing to say."""
-    if not hasattr(signal, "pthread_sigmask"):
+    if sys.platform == "win32":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
