@@ -87,6 +87,19 @@ def written(path: Path, remedy: str = "name another with -o") -> Iterator[None]:
         raise NoRoom(f"{path}: {error.strerror or error}; free some space and make it writable, or {remedy}") from error
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, but where what is there is none that could be replaced, as a device. Raises OSError."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    work = Path(f"{path}.{os.getpid()}.part")
+    try:
+        work.write_bytes(content)
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
 def unsafe(path: Path) -> str:
     """Why a file or folder is not to be trusted: a link, another user's (the administrator's is fine), or writable by others;
     empty if it may be."""

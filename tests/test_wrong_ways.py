@@ -503,7 +503,7 @@ def a_disk_that_fills_while_a_kit_is_written(here: Here) -> list[str]:
 
 @way("No space left on device; free some space")
 def a_disk_that_fills_while_a_header_is_written(here: Here) -> list[str]:
-    here.fails(errno.ENOSPC, Path, "write_text")
+    here.fails(errno.ENOSPC, Path, "write_bytes")
     return ["export", SMALL]
 
 

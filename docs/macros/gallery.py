@@ -12,6 +12,7 @@ from elsa_tune.errors import KernelMissing
 from elsa_tune.generate import backends, lawful
 from elsa_tune.generate.render import Source
 from elsa_tune.problem import Problem
+from elsa_tune.shell.report import page
 from elsa_tune.space import Space
 from elsa_tune.variant import Value, Variant
 
@@ -20,9 +21,6 @@ DEVICES = ("zen5", "sm_86")
 
 LANGUAGES = {"cpp": "C++", "cuda": "CUDA C", "triton": "Triton"}
 """What readers call the language of a backend, where its name is not that."""
-
-LEXERS = {"cpp": "c++", "cu": "cuda", "py": "python"}
-"""Who colours a source, by its suffix."""
 
 Axes = Mapping[str, Value]
 
@@ -53,7 +51,7 @@ def kernels(problem: str, axes: Axes | None = None) -> str:
         shown = _first(backend, Problem.parse(problem), device, axes or {})
         text, suffix = shown.source.text, shown.source.suffix
         return _fenced(shown.command, "sh") + _folded(
-            f"the whole kernel, {len(text.splitlines())} lines", text, LEXERS[suffix]
+            f"the whole kernel, {len(text.splitlines())} lines", text, page.LANGUAGES[suffix]
         )
 
     return _tabs(whole)

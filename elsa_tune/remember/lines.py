@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from elsa_tune import places
 from elsa_tune.errors import FolderTaken
 from elsa_tune.measurement import Measurement
 
@@ -36,11 +36,8 @@ def write(measurements: Iterable[Measurement], path: Path) -> int:
 def write_lines(lines: list[str], path: Path) -> int:
     """Write lines that are sorted already, as ``write``."""
     text = "".join(f"{line}\n" for line in lines).encode()
-    work = Path(f"{path}.{os.getpid()}.part")
     try:
-        work.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-        work.replace(path)
+        places.replace(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
     except OSError as error:
-        work.unlink(missing_ok=True)
         raise FolderTaken(f"{path}: {error}; name a file that can be written with -o") from error
     return len(lines)

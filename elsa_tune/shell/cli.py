@@ -100,7 +100,9 @@ def tune(device: str, workload: str, problems: tuple[str, ...], from_traffic: Pa
     for here in detect(device):
         count = len(problems) or len(workloads.read(workload, here))
         kinds = f"{here.memory >> 30} GiB" if here.kind != "cpu" else ", ".join(here.isas)
-        console.print(f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problems", highlight=False)
+        console.print(
+            f"{here}  {here.name}, {here.cores} cores, {kinds}: {count} problem{'s' * (count != 1)}", highlight=False
+        )
     console.print(f"tuning for up to {budget:.0f} s, effort {effort}", highlight=False)
     try:
         with cli_report.watching(console, port) as watch:

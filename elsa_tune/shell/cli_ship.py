@@ -40,7 +40,7 @@ def export(problem: str, device: str, output: Path | None) -> None:
     made = exports.export(Problem.parse(problem), device)
     path = output or Path(f"{made.name}.h")
     with places.written(path):
-        path.write_text(made.text)
+        places.replace(path, made.text.encode())
     click.echo(f"{path}: {made.variant} as {made.name}()")
 
 

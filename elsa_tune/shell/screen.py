@@ -35,7 +35,8 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _ratio(found: Evidence) -> str:
+def ratio(found: Evidence) -> str:
+    """What finals say together of a winner, with the interval."""
     if found.variant == found.measurement.incumbent:
         return "1, torch's own"
     return f"{found.ratio:.2f} [{found.ratio_low:.2f}, {found.ratio_high:.2f}]"
@@ -75,7 +76,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
             continue
         limit = "-" if o.limit is None else f"{100 * o.limit:.0f} %"
         name = f"{o.problem}\n  {o.winner.variant}"
-        table.add_row(name, _ratio(o.winner), number(o.gflops, ".0f"), limit, number(o.winner.measurement.error, ".1e"))
+        table.add_row(name, ratio(o.winner), number(o.gflops, ".0f"), limit, number(o.winner.measurement.error, ".1e"))
     return table
 
 
@@ -178,7 +179,7 @@ def print_winners(console: Console, winners: Iterable[Evidence]) -> None:
         table = listing("problem, winner", "ratio to SDPA [95 %]", "finals", "error")
         for m in rows:
             name = f"{m.problem}\n  {m.variant}"
-            table.add_row(name, _ratio(m), str(m.finals), number(m.measurement.error, ".1e"))
+            table.add_row(name, ratio(m), str(m.finals), number(m.measurement.error, ".1e"))
         console.print(device, highlight=False, soft_wrap=True)
         _put(console, table)
 

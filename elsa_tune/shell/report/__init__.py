@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,18 +16,5 @@ def write(output: Path, sources: Sequence[str], device: str | None, problems: Se
     page = Writer().page(found)
     with places.written(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        _replace(output, page)
+        places.replace(output, page.encode())
     return len({chapter.problem for chapter in found.chapters})
-
-
-def _replace(output: Path, page: str) -> None:
-    """Write a page whole or not at all, but where the file is none that could be replaced. Raises OSError."""
-    if output.exists() and not output.is_file():
-        output.write_text(page, encoding="utf-8")
-        return
-    work = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        work.write_text(page, encoding="utf-8")
-        work.replace(output)
-    finally:
-        work.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -74,11 +74,6 @@ class Chapter:
                 found.setdefault((m.status, m.reason), {})[m.variant] = None
         grouped = [Rejection(status, reason, tuple(variants)) for (status, reason), variants in found.items()]
         return sorted(grouped, key=lambda one: -len(one.variants))
-
-    @cached_property
-    def counts(self) -> Mapping[str, int]:
-        """Measurements by status."""
-        return Counter(m.status for m in self.tried)
 
     @cached_property
     def peaks(self) -> dict[str, float]:

@@ -90,7 +90,7 @@ def ratios(rows: Sequence[tuple[Problem, Sequence[Chapter | None]]], names: Sequ
                 "arrayminus": [w.ratio - w.ratio_low for _, w in found],
             },
         )  # fmt: skip
-    figure.update_layout(height=140 + 30 * len(rows), xaxis_title="ratio to torch's own", legend=ABOVE)
+    figure.update_layout(height=140 + 30 * len(rows), xaxis_title=RATIO, legend=ABOVE)
     figure.update_yaxes(autorange="reversed", automargin=True)
     return _figure("Ratios side by side", figure)
 
@@ -110,18 +110,17 @@ def _of_search(chapter: Chapter, backend: str) -> Iterator[Figure]:
     done = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     if len(done) < FEWEST_TRIALS:
         return
-    ratio = RATIO
     yield _figure(f"{backend}: ratio over trials", _history(study))
     varied = [axis.name for axis in space.axes if len({trial.params[axis.name] for trial in done}) > 1]
     shares = search.mattered(study)
     ranked = sorted(varied, key=lambda name: -shares.get(name, 0.0))
     if shares and varied:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        drawn = visualization.plot_param_importances(study, evaluator=evaluator, params=varied, target_name=ratio)
+        drawn = visualization.plot_param_importances(study, evaluator=evaluator, params=varied, target_name=RATIO)
         drawn.update_yaxes(title=None)  # it would lie on the names of axes
         yield _figure(f"{backend}: axes that mattered", drawn)
     if ranked:
-        drawn = visualization.plot_slice(study, params=ranked[:MOST_SLICES], target_name=ratio)
+        drawn = visualization.plot_slice(study, params=ranked[:MOST_SLICES], target_name=RATIO)
         drawn.update_layout(width=None, showlegend=False)
         yield _figure(f"{backend}: axis by axis", drawn)
     if len(ranked) > 1:

@@ -6,6 +6,7 @@ import hashlib
 import shlex
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from elsa_tune import __version__
 from elsa_tune.errors import ElsaTuneError
 from elsa_tune.generate import backends
 from elsa_tune.measurement import Measurement
+from elsa_tune.shell import screen
 from elsa_tune.shell.report import figures
 from elsa_tune.shell.report.contents import Chapter, Column, Contents
 from elsa_tune.shell.report.figures import Figure
@@ -91,11 +93,8 @@ class Writer:
         )  # fmt: skip
 
     def _place(self, column: Column, chapters: Sequence[Chapter]) -> Place:
-        counts: dict[str, int] = {}
-        for chapter in chapters:
-            for status, count in chapter.counts.items():
-                counts[status] = counts.get(status, 0) + count
-        told = ", ".join(f"{count} {status}" for status, count in sorted(counts.items(), key=lambda one: -one[1]))
+        counts = Counter(m.status for chapter in chapters for m in chapter.tried)
+        told = ", ".join(f"{count} {status}" for status, count in counts.most_common())
         return Place(
             column,
             _peaks(chapters),
@@ -189,18 +188,11 @@ def plotly_js() -> str:
 
 def _interval(outcome: Outcome) -> str:
     """A winner's ratio with its interval."""
-    won = outcome.winner
-    if won is None:
-        return "-"
-    return "1, torch's own" if won.is_rival else f"{won.ratio:.2f} [{won.ratio_low:.2f}, {won.ratio_high:.2f}]"
+    return screen.ratio(outcome.winner) if outcome.winner else "-"
 
 
 def _trial(m: Measurement) -> str:
     return f"{m.ratio:.2f} [{m.ratio_low or 0:.2f}, {m.ratio_high or 0:.2f}]" if m.ratio else "-"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 @cache
@@ -212,5 +204,5 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(interval=_interval, trial=_trial, number=_number)
+    environment.filters.update(interval=_interval, trial=_trial, number=screen.number)
     return environment.get_template(name)
