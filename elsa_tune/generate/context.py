@@ -20,6 +20,10 @@ def of_family(problem: Problem) -> dict[str, Any]:
     bounds = {limit.name for limit in mask.limits}
     reads = [one for one in problem.declared if isinstance(one, Array) and one.placed and one.name not in bounds]
     return {
+        "direction": problem.direction,
+        "bends": [one for one in chain.ones if one.bends] if problem.direction == "backward" else [],
+        "row_gradients": [one for one in chain.arrays if not one.over_keys],
+        "dense_gradients": [one for one in chain.arrays if one.over_keys],
         "mask": mask,
         "scores": chain,
         "scored": tested or any(not one.term for one in chain.ones),

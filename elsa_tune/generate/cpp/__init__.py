@@ -13,16 +13,16 @@ import torch
 
 from elsa_tune.device import Device
 from elsa_tune.errors import CompilerMissing
-from elsa_tune.generate.backends import Built, Finding, Interposer, Kernel
+from elsa_tune.generate.backends import Built, Finding, Gradients, Interposer, Kernel
 from elsa_tune.generate.context import of_family
 from elsa_tune.generate.cpp import compiler as _compiler
 from elsa_tune.generate.cpp import native as _native
 from elsa_tune.generate.cpp import peak as _peak
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import build_text, find
-from elsa_tune.generate.cpp.call import CppKernel
+from elsa_tune.generate.cpp.call import CppGradients, CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
-from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES
+from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES, columns, reliable
 from elsa_tune.generate.cpp.real import real_of
 from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
 from elsa_tune.generate.portable import Portable
@@ -35,7 +35,7 @@ from elsa_tune.problem import Problem
 from elsa_tune.variant import Variant
 
 __all__ = ["LAWS", "find"]
-TEMPLATE = "cpp/attention.cpp.j2"
+TEMPLATES = {"forward": "cpp/attention.cpp.j2", "backward": "cpp/backward.cpp.j2"}
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
@@ -46,8 +46,6 @@ def refusal(problem: Problem, device: Device) -> str | None:
     precision = elements.precision(problem.precision)
     if precision not in elements.get(problem.dtype).precisions or precision.rounds_products:
         return f"the C++ backend multiplies and adds what states are of; {problem.dtype} has no class {problem.precision} there"
-    if problem.direction != "forward":
-        return "the C++ backend has no backward kernels"
     return family_has_text("cpp", problem) or dims_are_generated(problem)
 
 
@@ -56,8 +54,9 @@ def source(variant: Variant, problem: Problem) -> Source:
     """The C++ text for the problem's family."""
     axes, real = variant.axes, real_of(problem.dtype)
     strategy, lanes = scan.get(str(axes["scan"])), real.lanes(int(axes["lanes"]))
+    isa, grad_tile = ISAS[str(axes["isa"])], int(axes["grad_tile"])
     return render(
-        TEMPLATE,
+        TEMPLATES[problem.direction],
         {
             **axes,
             "lanes": lanes,
@@ -75,6 +74,9 @@ def source(variant: Variant, problem: Problem) -> Source:
             "element": elements.get(problem.dtype),
             "block_m": int(axes["query_vectors"]) * lanes // int(axes["chunk"]),
             "exp": EXP,
+            "query_columns": columns(problem.head_dim, lanes, grad_tile, isa),
+            "value_columns": columns(problem.value_dim, lanes, grad_tile, isa),
+            "reliable": reliable(problem),
             "scratch_bytes": SCRATCH_BYTES,
         },
     )
@@ -110,10 +112,10 @@ def _network(variant: Variant) -> dict[str, int]:
     return counts
 
 
-def load(built: Built, variant: Variant, problem: Problem) -> Kernel:
+def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients:
     """The kernel of the problem's family."""
     assert built.path is not None
-    return CppKernel(built.path, problem)
+    return CppKernel(built.path, problem) if problem.direction == "forward" else CppGradients(built.path, problem)
 
 
 def toolchain(device: Device | None = None) -> dict[str, str]:

@@ -16,13 +16,17 @@ from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.cpp import huge_pages
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.pool import Pool
-from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
+from elsa_tune.generate.operands import named
+from elsa_tune.generate.tensors import check_dims, kernel_arguments, lse_dtype, new_output, rows_contiguous
+from elsa_tune.parts import score as scores
 from elsa_tune.parts.operand import Array, arguments
 from elsa_tune.problem import Problem
 
 # struct Call of templates/cpp/call.j2: five pointers that change with every call, then what a layout decides.
 _POINTERS = struct.Struct("<5q").pack
 _LAYOUT = struct.Struct("<17qdqq").pack
+# The same of templates/cpp/gradients/call.j2.
+_GRADIENTS = struct.Struct("<10q29qdqq").pack
 
 
 class Whole(NamedTuple):
@@ -131,3 +135,82 @@ class CppKernel:
             return out
 
         return call
+
+
+class CppGradients:
+    """A compiled backward family."""
+
+    def __init__(self, library: Path, problem: Problem) -> None:
+        function = ctypes.CDLL(str(library)).elsa_gradients
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        self._function, self._problem = function, problem
+        self._arrays = scores.get(problem.score).arrays
+        operands = "".join("d" if a.kind == "real" else "q" for a in arguments(problem.declared))
+        along = [a for a in self._arrays if not a.over_keys]
+        self._along, self._dense = along, [a for a in self._arrays if a.over_keys]
+        self._rest = struct.Struct(f"<{operands}{'q' * len(along)}{'qqqqq' * len(self._dense)}").pack
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        grad: Tensor,
+        scale: float | None = None,
+        operands: Operands = (),
+        grad_lse: Tensor | None = None,
+        asked: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, ...]:
+        problem = self._problem
+        check_dims(problem, query, key, value)
+        inputs = query, key, value, output, grad = tuple(map(rows_contiguous, (query, key, value, output, grad)))
+        batch, heads, q_len, head_dim = query.shape
+        _, kv_heads, kv_len, _ = value.shape
+        asked = (*asked, *[False] * (3 + len(self._arrays) - len(asked)))
+        made = [
+            new_output(x, x.shape[3]) if wanted else None for x, wanted in zip((query, key, value), asked, strict=False)
+        ]
+        given = kernel_arguments(problem, operands, query, key)
+        own = named(problem, operands)
+        grads = {
+            a.name: query.new_zeros(
+                own[a.name].shape if a.over_keys else (batch, heads, q_len), dtype=lse_dtype(query)
+            )
+            for a, wanted in zip(self._arrays, asked[3:], strict=True)
+            if wanted
+        }
+        told: list[int] = [_address(grads.get(a.name)) for a in self._along]
+        for a in self._dense:
+            x = grads.get(a.name)
+            told += [_address(x), *((s if n > 1 else 0 for s, n in zip(x.stride(), x.shape)) if x is not None else [0] * 4)]
+        lse = lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        strides = [n for x in inputs for n in x.stride()[:3]] + [
+            n for x in made for n in (x.stride()[:3] if x is not None else (0, 0, 0))
+        ]
+        call = _GRADIENTS(
+            *(x.data_ptr() for x in (query, key, value, output, lse, grad)), *map(_address, (grad_lse, *made)),
+            batch, heads, kv_heads, q_len, kv_len, *strides,
+            1 / math.sqrt(head_dim) if scale is None else scale, torch.get_num_threads(),
+            _pool.openmp()[1] if Pool.usable else 0,
+        ) + self._rest(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), *told)  # fmt: skip
+        if self._function(call):
+            raise MemoryError("the kernel could not allocate its sums; free memory or use splits=1")
+        return (*made, *(self._whole(a, grads.get(a.name), own[a.name]) for a in self._arrays))
+
+    def _whole(self, array: Array, grad: Tensor | None, given: Tensor) -> Tensor | None:
+        """What an operand receives, from what each row adds."""
+        if grad is None or array.over_keys:
+            return None if grad is None else grad.to(given.dtype)
+        axes = ("batch", "heads", "q_len")
+        shared = tuple(
+            n for n, axis in enumerate(axes) if axis not in array.axes or given.shape[array.axes.index(axis)] == 1
+        )
+        summed = torch.from_numpy(grad.numpy().sum(shared, dtype="float64", keepdims=True)) if shared else grad
+        return summed.reshape(given.shape).to(given.dtype)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -105,6 +105,51 @@ def value_tile_fits(value_tile: int, chunk: int, problem: Problem) -> str | None
     return f"{value_tile} value columns at once, of {steps}" if value_tile > steps else None
 
 
+def columns(dim: int, lanes: int, grad_tile: int, isa: Isa) -> int:
+    """Vectors of columns in registers while gradients of keys are formed, with ``grad_tile`` keys: as many as there is room for, or
+    fewer where that leaves none over."""
+    vectors = math.ceil(dim / lanes)
+    room = max(1, (isa.registers - 1) // (grad_tile + 1))
+    return math.ceil(vectors / math.ceil(vectors / room))
+
+
+def reliable(problem: Problem) -> float:
+    """The log-sum-exp, as a float of the states, from which on its rounding is no longer negligible beside what else is rounded."""
+    element = elements.get(problem.dtype)
+    return min(32.0 * elements.precision(problem.precision).unit / element.unit, 1024.0)
+
+
+def axes_of_direction(
+    chunk: int, head_parts: int, workers: int, state: str, grad_tile: int, products: int, problem: Problem
+) -> str | None:
+    """Gradients are of rows in lanes and of sums, not of states; what forms them is nothing to the forward pass."""
+    if problem.direction == "forward":
+        return "the forward pass has no gradients to form" if (grad_tile, products) != (6, 5) else None
+    plain = (chunk, head_parts, workers, state) == (1, 1, 1, "triple")
+    return None if plain else "gradients carry no states, and their lanes are rows"
+
+
+def grad_tile_fills_registers(isa: str, lanes: int, grad_tile: int, problem: Problem) -> str | None:
+    """As other tiles do."""
+    if problem.direction == "forward":
+        return None
+    there = real_of(problem.dtype).lanes(lanes)
+    for dim in (problem.head_dim, problem.value_dim):
+        wide = columns(dim, there, grad_tile, ISAS[isa])
+        if grad_tile * wide + wide + 1 > ISAS[isa].registers:
+            return f"{grad_tile} keys of {wide} vectors exceed {ISAS[isa].registers} registers"
+        if grad_tile * wide < 4:
+            return f"{grad_tile * wide} accumulators cannot hide the latency of a multiply-add"
+    return None
+
+
+def packed_heads_are_of_tasks(packing: str, products: int, problem: Problem) -> str | None:
+    """A head is packed by who goes through all its tiles."""
+    if packing == "head" and products == 7 and problem.direction == "backward":
+        return "tasks of seven products are of one tile, or of a part of the keys"
+    return None
+
+
 def packed_heads_are_read_again(
     lanes: int, chunk: int, query_vectors: int, splits: int, packing: str, problem: Problem
 ) -> str | None:
@@ -180,4 +225,7 @@ LAWS = (
     head_parts_are_long,
     exp_is_exact,
     exp_is_noticed,
+    axes_of_direction,
+    grad_tile_fills_registers,
+    packed_heads_are_of_tasks,
 )

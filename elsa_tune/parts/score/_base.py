@@ -50,6 +50,11 @@ class Score:
         """What a kernel takes because of it, in order."""
         return (*(Number(name, "real") for name in self.reals), *self.arrays)
 
+    @property
+    def bends(self) -> bool:
+        """Whether what becomes of a score grows otherwise than the score does: gradients pass a slope."""
+        return not self.additive and not self.term
+
 
 @dataclass(frozen=True)
 class Chain:

@@ -249,6 +249,7 @@ INLINE void dot_values(const vec (*p)[QV], const float* value, int64_t stride, i
   UNROLL for (int t = 0; t < VT; ++t)
     UNROLL for (int i = 0; i < QV; ++i) w[t][i] = w[t][i] * keep[i] + acc[t][i];
 }
+
 // The query rows of one tile: row r of a KV head is position r / group, query head r % group.
 // Rows past the end read the tile's first row and write to a sink, so nothing branches on them.
 template <int QV>

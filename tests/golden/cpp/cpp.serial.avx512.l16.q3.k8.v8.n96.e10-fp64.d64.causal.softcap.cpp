@@ -228,6 +228,7 @@ INLINE void dot_values(const vec (*p)[QV], const double* value, int64_t stride, 
   UNROLL for (int t = 0; t < VT; ++t)
     UNROLL for (int i = 0; i < QV; ++i) w[t][i] = w[t][i] * keep[i] + acc[t][i];
 }
+
 // Keys up to its own position: the query at a position sees keys low <= key < high; both grow with the position, or stay.
 INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 INLINE int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
