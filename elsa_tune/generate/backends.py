@@ -6,7 +6,7 @@ A backend is a file or folder here with a search space of its name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -63,8 +63,10 @@ class Kernel(Call, Protocol):
 
 
 class Gradients(Protocol):
-    """Computes dQ, dK, dV of a backward family from what the forward pass saved: output, log-sum-exp (float32), and the
-    gradient of the output. Unlike a Kernel it has nothing to bind."""
+    """Computes dQ, dK, dV of a backward family, and what each array of its scores receives, from what the forward pass saved: output,
+    log-sum-exp [batch, heads, q_len] (float32, for float64 float64), and the gradient of the output; where the log-sum-exp is a result
+    too, also from its gradient. ``asked``: which of them are wanted, in that order, those of arrays not unless it says so; the
+    others are None. Unlike a Kernel it has nothing to bind."""
 
     def __call__(
         self,
@@ -76,7 +78,9 @@ class Gradients(Protocol):
         grad: Tensor,
         scale: float | None = None,
         operands: Operands = (),
-    ) -> tuple[Tensor, ...]: ...
+        grad_lse: Tensor | None = None,
+        asked: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from elsa_tune.generate import lawful
 from elsa_tune.generate.backends import Gradients, Kernel
 from elsa_tune.generate.operands import with_example
 from elsa_tune.generate.tensors import lse_dtype, one_of_each
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
-from elsa_tune.prove import reference
+from elsa_tune.prove import gradients, reference
 from elsa_tune.prove.reference import Inputs
 from elsa_tune.variant import Variant
 
@@ -106,6 +107,7 @@ class _Truth:
 
 _truths: dict[tuple[object, ...], _Truth] = {}
 _MOST_TRUTHS = 256
+_LONGEST_OF_GRADIENTS = 1024
 _EVERY_ROW = 1 << 22
 """(query row, key) pairs up to which every row is compared."""
 
@@ -186,25 +188,31 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
     return "" if kept else "a NaN in one query row is lost or spreads to other rows"
 
 
-def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs) -> reference.Error:
-    """The error of dQ, dK and dV for the first and the last KV head."""
+def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs, grad_lse: Tensor | None = None) -> reference.Error:
+    """The error of dQ, dK and dV for the first and the last KV head, or where there are few pairs for all, and of what arrays receive."""
     assert inputs.forward is not None
-    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands)
-    heads = dict.fromkeys(((0, 0), (problem.batch - 1, problem.kv_heads - 1)))
-    return reference.gradient_error(problem, inputs, found, list(heads))
+    beside: dict[str, Any] = {} if grad_lse is None else {"grad_lse": grad_lse}
+    asked = (True,) * (3 + len(scores.get(problem.score).arrays))
+    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands, asked=asked, **beside)
+    heads = [(b, h) for b in range(problem.batch) for h in range(problem.kv_heads)]
+    if problem.q_len * problem.kv_len * problem.batch * problem.heads > _EVERY_ROW:
+        heads = list(dict.fromkeys((heads[0], heads[-1])))
+    return gradients.error(problem, inputs, found, heads, grad_lse)
 
 
 def _check_gradients(
     kernel: Gradients, problem: Problem, generator: torch.Generator, device: str, longest: int
 ) -> Verdict:
-    """The natural cases of the family, with what their forward pass saved."""
+    """The cases of the family that are not long, with what their forward pass saved; of every other one the log-sum-exp is a result too."""
     worst = Verdict(0.0, 0.0)
-    for small, inputs in reference.hostile(problem, generator, longest):
-        if not inputs.natural:
+    for number, (small, inputs) in enumerate(reference.hostile(problem, generator, longest)):
+        if small.kv_len > _LONGEST_OF_GRADIENTS:
             continue
-        case = reference.with_forward(small, inputs, generator).to(device)
+        case = gradients.with_forward(small, inputs, generator).to(device)
+        grad_lse = torch.randn(case.query.shape[:3], generator=generator).to(case.query).to(lse_dtype(case.query))
         before = [x.clone() for x in case.tensors]
-        verdict = judge(problem, inputs.name, gradient_error(kernel, small, case), "")
+        error = gradient_error(kernel, small, case, grad_lse if number % 2 else None)
+        verdict = judge(problem, inputs.name, error, "")
         if not all(torch.equal(x, y) for x, y in zip(before, case.tensors, strict=True)):
             verdict = Verdict(float("inf"), float("inf"), f"{inputs.name}: an input was overwritten")
         if verdict.reason:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from elsa_tune.generate import operands as given
-from elsa_tune.generate.logsumexp import hidden, logsumexp
-from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.generate.logsumexp import hidden
 from elsa_tune.order import arranged
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
@@ -338,12 +337,12 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     largest = float(inputs.value.abs().max()) or 1.0
     u = elements.precision(problem.precision).unit
     unit = operators.get(problem.operator).bound(u, problem.kv_len) * largest
-    more = (2 * _logit_error(problem, inputs) + elements.get(problem.dtype).unit * inputs.additions) * largest
+    more = (2 * logit_error(problem, inputs) + elements.get(problem.dtype).unit * inputs.additions) * largest
     rounding = u * float(truth.double().abs().max()) / largest
     return Error(difference / largest, difference / unit, difference <= LARGEST_CONSTANT * unit + more, rounding)
 
 
-def _logit_error(problem: Problem, inputs: Inputs) -> float:
+def logit_error(problem: Problem, inputs: Inputs) -> float:
     """What rounding its products may cost a logit; those of columns in which every query is 0 cost nothing."""
     scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
     norms = float(inputs.query.float().norm(dim=-1).max() * inputs.key.float().norm(dim=-1).max()) * scale
@@ -367,92 +366,8 @@ def lse_trouble(problem: Problem, inputs: Inputs, rows: Rows, lse: Tensor, truth
     both_far = (truth < far) & (found < far) & (found <= truth / 2) & (found >= 2 * truth) & truth.isfinite()
     difference = torch.where((found == truth) | both_far, 0.0, difference).nan_to_num(math.inf)
     unit = u * (1 + math.log2(problem.kv_len) + truth.abs().nan_to_num(posinf=0.0))
-    allowed = LARGEST_CONSTANT * unit + u * inputs.additions + _logit_error(problem, inputs)
+    allowed = LARGEST_CONSTANT * unit + u * inputs.additions + logit_error(problem, inputs)
     worst = int((difference / allowed).argmax())
     if bool(difference[worst] <= allowed[worst]):
         return ""
     return f"the log-sum-exp errs by {float(difference[worst]):.1e}, more than {float(allowed[worst]):.1e}"
-
-
-# Gradients: from the output and log-sum-exp that the forward pass saved, as every kernel computes them.
-
-
-def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """The case with what its forward pass saved, by float32 or float64 products of 256 rows at a time, and a gradient."""
-    wide = torch.float64 if inputs.query.numel() <= 1 << 16 else torch.float32
-    lse = logsumexp(inputs.query.to(wide), inputs.key.to(wide), problem, inputs.operands, inputs.scale)
-    lse = lse.to(lse_dtype(inputs.query))
-    group, dtype = problem.group, inputs.query.dtype
-    output = torch.empty(*inputs.query.shape[:3], problem.value_dim, dtype=dtype, device=inputs.query.device)
-    for b in range(problem.batch):
-        for h in range(problem.heads):
-            for first in range(0, problem.q_len, 256):
-                p, _ = _weights(problem, inputs, lse, b, h, torch.arange(first, min(first + 256, problem.q_len)), wide)
-                output[b, h, first : first + 256] = (p @ inputs.value[b, h // group].to(wide)).to(dtype)
-    grad = torch.randn(output.shape, generator=generator).to(output)
-    return replace(inputs, forward=(output, lse, grad))
-
-
-def _weights(
-    problem: Problem, inputs: Inputs, lse: Tensor, b: int, h: int, rows: Tensor, wide: torch.dtype
-) -> tuple[Tensor, float]:
-    """P of some query rows of one head against all keys, [rows, kv_len], from the saved log-sum-exp; and the scale."""
-    scale = 1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale
-    at = rows.to(inputs.query.device)
-    scores = inputs.query[b, h, at].to(wide) @ inputs.key[b, h // problem.group].to(wide).T * scale
-    p = operators.get(problem.operator).weights(scores, lse[b, h, at].to(wide))
-    if problem.mask != NONE:
-        p = p.masked_fill(hidden(problem, at[:, None], torch.arange(problem.kv_len, device=at.device), {}), 0.0)
-    return p, scale
-
-
-def gradient_truth(problem: Problem, inputs: Inputs, b: int, h: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 dQ of the first head, dK and dV of KV head ``h`` of batch entry ``b``, from what the forward pass saved."""
-    assert inputs.forward is not None
-    output, lse, grad = inputs.forward
-    key, value, wide = inputs.key[b, h].double(), inputs.value[b, h].double(), torch.float64
-    dk, dv = torch.zeros_like(key), torch.zeros_like(value)
-    dq = torch.zeros(problem.q_len, problem.head_dim, dtype=wide, device=key.device)
-    for head in range(h * problem.group, (h + 1) * problem.group):
-        for first in range(0, problem.q_len, 256):
-            rows = torch.arange(first, min(first + 256, problem.q_len))
-            p, scale = _weights(problem, inputs, lse, b, head, rows, wide)
-            g = grad[b, head, first : first + 256].double()
-            delta = (g * output[b, head, first : first + 256].double()).sum(-1, keepdim=True)
-            ds = operators.get(problem.operator).score_gradient(p, g @ value.T, delta) * scale
-            dv += p.T @ g
-            dk += ds.T @ inputs.query[b, head, first : first + 256].double()
-            if head == h * problem.group:
-                dq[first : first + 256] = ds @ key
-    return dq, dk, dv
-
-
-def gradient_error(problem: Problem, inputs: Inputs, found: tuple[Tensor, ...], heads: list[tuple[int, int]]) -> Error:
-    """The largest error of dQ, dK, dV in some (batch, KV head) pairs, relative to the largest gradient of each kind, or to
-    what rounding dO V^T - D alone may leave of one that cancels.
-
-    Allowed is C u (1 + log2 n) of it, and what rounding the logits costs, as for outputs, with a factor 4 for the three
-    products that each gradient passes through.
-    """
-    u = elements.precision(problem.precision).unit
-    unit = operators.get(problem.operator).bound(u, max(problem.kv_len, problem.q_len))
-    scale = abs(1 / math.sqrt(problem.head_dim) if inputs.scale is None else inputs.scale)
-    assert inputs.forward is not None
-
-    def norm(x: Tensor) -> float:
-        return float(x.float().norm(dim=-1).max())
-
-    terms = norm(inputs.forward[2]) * norm(inputs.value) * scale  # of dS, before they cancel
-    floors = (terms * float(inputs.key.abs().max()), terms * float(inputs.query.abs().max()), 0.0)
-    worst = 0.0
-    for b, h in heads:
-        truths = gradient_truth(problem, inputs, b, h)
-        places = ((b, h * problem.group), (b, h), (b, h))
-        for x, truth, place, floor in zip(found, truths, places, floors, strict=True):
-            difference = float((x[place].double() - truth).abs().max())
-            largest = max(float(truth.abs().max()), floor)
-            if math.isnan(difference):
-                return Error(math.inf, math.inf, False)
-            worst = max(worst, difference / largest if largest else (math.inf if difference > unit else 0.0))
-    allowed = 4 * (LARGEST_CONSTANT * unit + 2 * _logit_error(problem, inputs))
-    return Error(worst, worst / unit, worst <= allowed, u)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.problem import Problem
-from elsa_tune.prove import reference
+from elsa_tune.prove import gradients, reference
 from elsa_tune.prove.reference import Inputs, Rows
 
 
@@ -75,7 +75,7 @@ def _made(problem: Problem, device: Device, count: int) -> Workbench:
     generator = torch.Generator().manual_seed(0)
     first = reference.random_inputs(problem, generator).to(device.torch)
     if problem.direction == "backward":
-        first = reference.with_forward(problem, first, generator)
+        first = gradients.with_forward(problem, first, generator)
     copies = [first.ordered(problem.orders) for _ in range(count)]
     rows = reference.sample_rows(problem, generator)
     return Workbench(problem, copies, rows, reference.attention_rows(problem, first, rows), {}, device.last_cache)

@@ -187,6 +187,13 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
     return None
 
 
+def scan_merges_states(scan: str, workers: int, splits: int, problem: Problem) -> str | None:
+    """Nothing is called a scan that is a fold, and no scan a fold; gradients of splits are sums, added up in order."""
+    if problem.direction == "backward":
+        return "gradients are added up, not scanned" if scan != "serial" else None
+    return scan_has_states(scan, workers, splits)
+
+
 def exp_is_exact(exp_degree: int, problem: Problem) -> str | None:
     """A polynomial that is not 1 at 0 changes a state at every leaf; one that errs too much is of another class."""
     if float(EXP.coefficients(exp_degree)[0]) != 1:
@@ -216,7 +223,7 @@ LAWS = (
     tiles_fill_registers,
     leaf_holds_key_tiles,
     value_tile_fits,
-    scan_has_states,
+    scan_merges_states,
     axis_has_text("cpp", "state"),
     state_is_of_operator,
     packed_heads_are_read_again,

@@ -69,7 +69,7 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients
     name = str(variant.axes["kernel"])
     kernels: dict[str, Callable[[Problem], Kernel]] = {"flex": FlexKernel, "eager": EagerKernel, "runs": RunsKernel}
     kernel = kernels[name](problem) if name in kernels else SdpaKernel(BACKENDS[name], problem)
-    return kernel if problem.direction == "forward" else AutogradKernel(kernel)
+    return kernel if problem.direction == "forward" else AutogradKernel(kernel, problem)
 
 
 def toolchain(device: Device | None = None) -> dict[str, str]:

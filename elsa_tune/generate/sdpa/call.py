@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.posed import Posed, attn_mask, eager
+from elsa_tune.generate.posed import Posed, attn_mask, eager, posed
 from elsa_tune.generate.sdpa.block_masks import block_mask
 from elsa_tune.generate.sdpa.derived import Derived
 from elsa_tune.parts import mask as masks
@@ -167,7 +167,8 @@ class FlexKernel:
 class AutogradKernel:
     """Gradients by autograd through one of torch's kernels; the graph of each set of inputs is made once."""
 
-    def __init__(self, forward: Call) -> None:
+    def __init__(self, forward: Call, family: Problem) -> None:
+        self._family = family
         # what torch compiles may be differentiated only once otherwise; read both when it compiles and when it is called
         self._lasting = (
             partial(functorch.patch, donated_buffer=False) if isinstance(forward, FlexKernel) else nullcontext
@@ -184,7 +185,11 @@ class AutogradKernel:
         grad: Tensor,
         scale: float | None = None,
         operands: Operands = (),
-    ) -> tuple[Tensor, ...]:
+        grad_lse: Tensor | None = None,
+        asked: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, ...]:
+        if grad_lse is not None or any(asked[3:]):
+            return _by_operations(self._family, query, key, value, grad, scale, operands, grad_lse, asked)
         name = (query.data_ptr(), scale, operands)
         with self._lasting():
             if name not in self._graphs:
@@ -192,6 +197,27 @@ class AutogradKernel:
                 self._graphs[name] = self._forward(q, k, v, scale, operands=operands), (q, k, v)
             made, leaves = self._graphs[name]
             return torch.autograd.grad(made, leaves, grad, retain_graph=True)
+
+
+def _by_operations(
+    family: Problem, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float | None, operands: Operands,
+    grad_lse: Tensor | None, asked: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What none of torch's kernels gives: gradients through the log-sum-exp, and of what scores are of."""
+    of_scores = {array.name for array in scores.get(family.score).arrays}
+    own = [
+        x.detach().requires_grad_() if one.name in of_scores else x
+        for one, x in zip(family.declared, operands, strict=True)
+    ]
+    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+    there = posed(family, tuple(own), q, k)
+    hidden = None if family.mask == NONE else ~there.dense()
+    results, given = [eager(there, q, k, v, scale, hidden)], [grad]
+    if grad_lse is not None:
+        results, given = [*results, logsumexp(q, k, family, tuple(own), scale)], [grad, grad_lse]
+    leaves = [q, k, v, *(x for one, x in zip(family.declared, own, strict=True) if one.name in of_scores)]
+    found = torch.autograd.grad(results, leaves, given, allow_unused=True)
+    return tuple(x if wanted else None for x, wanted in zip(found, asked, strict=False))
 
 
 @lru_cache(maxsize=64)

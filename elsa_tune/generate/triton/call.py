@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -70,9 +71,11 @@ class TritonGradients:
         grad: Tensor,
         scale: float | None = None,
         operands: Operands = (),
-    ) -> tuple[Tensor, ...]:
+        grad_lse: Tensor | None = None,
+        asked: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, ...]:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
         more = [operands] if operands else []  # numbers of a mask in closed form; gradients have no others
         with _on(query):
-            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale, *more)
-        return made
+            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale, *more, grad_lse=grad_lse)
+        return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=False))
