@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from elsa_tune.dispatch import exactness, fallback, meaning, operator, passes, ragged, serving
+from elsa_tune.dispatch import exactness, fallback, meaning, operator, ragged, serving
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.dispatch.serving import entry_of
 from elsa_tune.errors import WrongArguments
@@ -93,8 +93,7 @@ def attention(
             wanting = query.requires_grad or key.requires_grad or value.requires_grad
             of_operands = bool(operands) and needs_grad(*operands)
             if (wanting or of_operands) and _grad_enabled():
-                if not of_operands and passes.has_backward(query, key, value, wanted, scale, enable_gqa):
-                    return differentiable(query, key, value, wanted, scale, enable_gqa)
+                return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
             else:
                 try:
                     output = serve(query, key, value, scale, None, None, operands)
@@ -140,7 +139,7 @@ def _transformed(
         wanted = meaning.of(attn_mask, is_causal, query, key)
     if wanted is None or serving.problem_of(query, key, value, wanted, enable_gqa) is None:
         return None
-    return differentiable(query, key, value, wanted, scale, enable_gqa)
+    return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
 
 
 def _of_nested(

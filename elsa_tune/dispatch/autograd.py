@@ -1,34 +1,30 @@
-"""attention() as a differentiable operation of eager code and of torch.func: forward and backward by whoever serves, vmap, jvp."""
+"""attention() as a differentiable operation of eager code and of torch.func: forward and backward by whoever serves, second derivatives,
+forward mode, vmap."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from elsa_tune.dispatch import passes
-from elsa_tune.generate.posed import eager, posed
-from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.dispatch import derivatives, passes
 from elsa_tune.masks import AttnMask
-from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
-from elsa_tune.problem import Problem
 
-_Function: Any = torch.autograd.Function  # which has no types, nor has the next
-unpack_dual: Any = forward_ad.unpack_dual
+_Function: Any = torch.autograd.Function  # which has no types
 
 
 def differentiable(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
-) -> Tensor:
-    """Attention of [batch, heads, length, dim] whose first derivatives, backward and forward, and vmap are known. Saves query, key, value,
-    output and log-sum-exp: O(n) memory."""
-    output, _ = _Attention.apply(query, key, value, wanted, scale, enable_gqa, *wanted.tensors)
-    return output  # type: ignore[no-any-return]
+) -> tuple[Tensor, Tensor]:
+    """Attention of [batch, heads, length, dim] and its log-sum-exp [batch, heads, q_len]: both have first and second derivatives, backward
+    and forward, and vmap. Saves query, key, value, output and log-sum-exp: O(n) memory."""
+    output, lse = _Attention.apply(query, key, value, wanted, scale, enable_gqa, *wanted.tensors)
+    return output, lse
 
 
 class _Attention(_Function):  # type: ignore[misc]
@@ -43,29 +39,36 @@ class _Attention(_Function):  # type: ignore[misc]
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         query, key, value, ctx.wanted, ctx.scale, ctx.enable_gqa, *arrays = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         # in the order in which torch keeps its own: a checkpoint may find another who serves when it computes again
         kept = (*arrays, key, query, value, output[1], output[0])
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *arrays, key, query, value, lse, output = ctx.saved_tensors
-        of_arrays = any(ctx.needs_input_grad[6:])
-        found = _Gradients.apply(
-            grad, query, key, value, output, lse, ctx.wanted, ctx.scale, ctx.enable_gqa, of_arrays, *arrays
-        )
-        of_three, rest = found[:3], found[3:] or [None] * len(arrays)
-        return (*of_three, None, None, None, *rest)
+        asked = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
+        if (grad is None and grad_lse is None) or not any(asked):
+            return (None,) * (6 + len(arrays))
+        found = iter(
+            _Gradients.apply(
+                torch.zeros_like(output) if grad is None else grad, grad_lse, query, key, value, output, lse,
+                ctx.wanted, ctx.scale, ctx.enable_gqa, asked, *arrays,
+            )
+        )  # fmt: skip
+        each = [next(found) if wanted else None for wanted in asked]
+        return (*each[:3], None, None, None, *each[3:])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        *arrays, key, query, value, _, _ = ctx.saved_tensors  # with their tangents
-        with forward_ad._set_fwd_grad_enabled(True):
-            output = _by_operations(query, key, value, ctx.wanted.with_tensors(arrays), ctx.scale)
-            tangent: Tensor = unpack_dual(output).tangent
-            return tangent, None
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        *arrays, key, query, value, _, _ = ctx.saved_tensors
+        wanted = ctx.wanted.with_tensors(arrays)
+        blocked = derivatives.attention(query, key, value, wanted, ctx.scale, True)
+        changes = (*tangents[:3], *_floats(wanted, tangents[6:]))
+        known = [x is not None for x in changes]
+        output, lse = blocked.pushed(known)(query, key, value, *_floats(wanted, arrays), *compress(changes, known))
+        return output, lse
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -74,39 +77,86 @@ class _Attention(_Function):  # type: ignore[misc]
 
 
 class _Gradients(_Function):  # type: ignore[misc]
-    """The backward pass, differentiable no further."""
+    """The backward pass: of those asked for, in order."""
 
     @staticmethod
     def forward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, wanted: AttnMask,
-        scale: float | None, enable_gqa: bool, of_arrays: bool, *arrays: Tensor,
+        grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+        wanted: AttnMask, scale: float | None, enable_gqa: bool, asked: Sequence[bool], *arrays: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = wanted.with_tensors(arrays)
-        if of_arrays:
-            return passes.again(grad, query, key, value, wanted, scale, enable_gqa)
-        return passes.backward(grad, query, key, value, output, lse, wanted, scale, enable_gqa)
+        found = passes.backward(grad, grad_lse, query, key, value, output, lse, wanted, scale, enable_gqa, asked)
+        return tuple(x for x in compress(found, asked) if x is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        grad, grad_lse, query, key, value, _, _, ctx.wanted, ctx.scale, _, ctx.asked, *arrays = inputs
+        ctx.has_lse = grad_lse is not None
+        kept = (grad, *([grad_lse] if ctx.has_lse else []), query, key, value, *arrays)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("attention has first derivatives, and no second ones: neither has torch's fused kernel")
+    def _given(ctx: Any) -> tuple[Sequence[bool], tuple[Tensor, ...], AttnMask]:
+        """What was asked for, by what operations give; what they are given; and the mask."""
+        grad, *rest = ctx.saved_tensors
+        results = (grad, rest.pop(0)) if ctx.has_lse else (grad,)
+        query, key, value, *arrays = rest
+        wanted = ctx.wanted.with_tensors(arrays)
+        asked = (*ctx.asked[:3], *_floats(wanted, ctx.asked[3:]))
+        return asked, (query, key, value, *_floats(wanted, arrays), *results), wanted
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first, given, wanted = _Gradients._given(ctx)
+        needs = ctx.needs_input_grad
+        asked = (*needs[2:5], *_floats(wanted, needs[11:]), needs[0], *([needs[1]] if ctx.has_lse else []))
+        blocked = derivatives.second(*given[:3], wanted, ctx.scale, ctx.has_lse, first, asked)
+        found = iter(blocked(*given, *grads))
+        each = [next(found) if one else None for one in asked]
+        count = len(asked) - 1 - ctx.has_lse
+        of_arrays = iter(each[3:count])
+        names = _scores_of(wanted)
+        arrays = [next(of_arrays) if name in names else None for name in _names(wanted)]
+        return (each[count], each[-1] if ctx.has_lse else None, *each[:3], *[None] * 6, *arrays)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        first, given, wanted = _Gradients._given(ctx)
+        blocked = derivatives.attention(*given[:3], wanted, ctx.scale, ctx.has_lse).pulled(first)
+        changes = (*tangents[2:5], *_floats(wanted, tangents[11:]), tangents[0], *([tangents[1]] if ctx.has_lse else []))
+        known = [x is not None for x in changes]
+        return blocked.pushed(known)(*given, *compress(changes, known))
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        wanted, of_arrays = inputs[6], inputs[9]
-        if of_arrays:  # a tensor that is shared has a gradient of its own for each
+        wanted, asked = inputs[7], inputs[10]
+        if any(asked[3:]):  # a tensor that is shared has a gradient of its own for each
             return _one_by_one(_Gradients, info.batch_size, dims, inputs)
-        return _folded(_Gradients, info.batch_size, dims, inputs, _batch_axes(6, wanted))
+        return _folded(_Gradients, info.batch_size, dims, inputs, _batch_axes(6 + (inputs[1] is not None), wanted))
+
+
+def _names(wanted: AttnMask) -> list[str]:
+    """What its tensors are called, in order."""
+    return [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
+
+
+def _scores_of(wanted: AttnMask) -> set[str]:
+    """The names of its tensors that have gradients."""
+    return {array.name for array in scores.get(wanted.score).arrays}
+
+
+def _floats(wanted: AttnMask, each: Sequence[Any]) -> list[Any]:
+    """Of things that belong to its tensors, those of tensors that have gradients."""
+    of_scores = _scores_of(wanted)
+    return [x for name, x in zip(_names(wanted), each, strict=True) if name in of_scores]
 
 
 def _batch_axes(tensors: int, wanted: AttnMask) -> list[int | None]:
     """Of the inputs that are tensors, in order, the axis that is the batch; None for a tensor of the mask that has none."""
     arrays = (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
     axes = {array.name: array.axes.index("batch") if "batch" in array.axes else None for array in arrays}
-    return [*[0] * tensors, *(axes[name] for name, x in wanted.operands.items() if isinstance(x, Tensor))]
+    return [*[0] * tensors, *(axes[name] for name in _names(wanted))]
 
 
 def _one_by_one(
@@ -140,14 +190,3 @@ def _folded(
             given[n] = x.expand(sizes).movedim(0, axis).flatten(axis, axis + 1)
     found = tuple(x.unflatten(0, (count, batch)) for x in function.apply(*given))
     return found, (0,) * len(found)
-
-
-def _by_operations(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None) -> Tensor:
-    """Attention by torch's plain operations, which have every derivative."""
-    element = elements.of_dtype(query.dtype)
-    assert element is not None
-    family = wanted.of(Problem(dtype=element.name, head_dim=query.shape[3], value_dim=value.shape[3]))
-    there = posed(family, wanted.in_order(query, key), query, key)
-    hidden = None if family.mask == masks.NONE else ~there.dense()
-    wide = lse_dtype(query)
-    return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden).to(query.dtype)

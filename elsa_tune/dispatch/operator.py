@@ -176,11 +176,12 @@ def _backward(
     """The gradients of query, key and value, laid out as these are; where no log-sum-exp was kept, as a program that was exported without
     gradients keeps none, the forward pass is done again."""
     wanted = _wanted(query, key, attn_mask, arrays, integers, reals, spelled)
+    asked = (True, True, True, *[False] * len(wanted.tensors))
     if lse.numel():
-        found = passes.backward(grad, query, key, value, output, lse, wanted, scale, enable_gqa)
+        found = passes.backward(grad, None, query, key, value, output, lse, wanted, scale, enable_gqa, asked)[:3]
     else:
-        found = passes.again(grad, query, key, value, wanted, scale, enable_gqa)[:3]
-    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), found, strict=True))
+        found = passes.by_operations(grad, None, query, key, value, wanted, scale, asked)[:3]
+    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), found, strict=True) if g is not None)
 
 
 def _shapes(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from elsa_tune.dispatch import fallback, serving, torchs
+from elsa_tune.dispatch import derivatives, fallback, serving, torchs
+from elsa_tune.errors import WrongArguments
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 
 
@@ -40,36 +44,44 @@ def attend(
     return fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
 
 
-def has_backward(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
-) -> bool:
-    """Whether gradients can be computed from what a kernel of ours saves, without doing torch's forward pass again."""
-    if serving.gradients_for(query, key, value, wanted, enable_gqa) is not None:
-        return True
-    return torchs.takes(query, key, value, wanted, scale, enable_gqa)
-
-
 def backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, wanted: AttnMask,
-    scale: float | None, enable_gqa: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of query, key and value: by a kernel of ours, by torch's from the same output and log-sum-exp, or again by torch."""
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    wanted: AttnMask, scale: float | None, enable_gqa: bool, asked: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of query, key, value and each tensor of ``wanted``, where ``asked`` for: by a kernel of ours or torch's from the same
+    output and log-sum-exp, or by operations."""
+    names = [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
+    of_tensors = dict(zip(names, asked[3:], strict=True))
     gradients = serving.gradients_for(query, key, value, wanted, enable_gqa)
+    arrays = scores.get(wanted.score).arrays
     if gradients is not None:
-        return gradients(query, key, value, output, lse, grad, scale, wanted.in_order(query, key))
-    if torchs.takes(query, key, value, wanted, scale, enable_gqa):
+        wants = (*asked[:3], *(of_tensors[array.name] for array in arrays))
+        try:
+            found = gradients(query, key, value, output, lse, grad, scale, wanted.in_order(query, key), grad_lse, wants)
+            by_name = dict(zip((array.name for array in arrays), found[3:], strict=False))
+            given = {name: wanted.operands[name] for name in names}
+            rest = (None if (x := by_name.get(name)) is None else x.to(given[name].dtype) for name in names)
+            return (*found[:3], *rest)
+        except WrongArguments:
+            raise
+        except Exception as error:  # no memory, a failed launch
+            serving.hand_over(error, query, key, value, wanted, enable_gqa)
+    plain = grad_lse is None and not any(asked[3:])
+    if plain and torchs.takes(query, key, value, wanted, scale, enable_gqa):
         return torchs.backward(grad, query, key, value, output, lse, torchs.form(query, key, wanted), scale)
-    return again(grad, query, key, value, wanted, scale, enable_gqa)[:3]
+    return by_operations(grad, grad_lse, query, key, value, wanted, scale, asked)
 
 
-def again(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
-) -> tuple[Tensor, ...]:
-    """The gradients of query, key, value and each tensor of floats in ``wanted``, by torch's forward pass and autograd."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in (query, key, value, *wanted.tensors)]
-        q, k, v, *arrays = leaves
-        output = attend(q, k, v, wanted.with_tensors(arrays), scale, enable_gqa)
-        asked = [x for x in leaves if x.requires_grad]
-        found = iter(torch.autograd.grad(output, asked, grad, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in leaves)  # type: ignore[misc]
+def by_operations(
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask,
+    scale: float | None, asked: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The same from query, key and value alone."""
+    of_scores = {array.name for array in scores.get(wanted.score).arrays}
+    names = [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
+    blocked = derivatives.attention(query, key, value, wanted, scale, grad_lse is not None)
+    floats = [x for name, x in zip(names, wanted.tensors, strict=True) if name in of_scores]
+    wants = (*asked[:3], *(one for name, one in zip(names, asked[3:], strict=True) if name in of_scores))
+    results = (grad,) if grad_lse is None else (grad, grad_lse)
+    found = iter(blocked.pulled(wants)(query, key, value, *floats, *results))
+    return tuple(next(found) if one else None for one in asked)

@@ -22,7 +22,6 @@ from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.order import joined, order_of
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import operator as operators
-from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.remember import layers
 
@@ -211,8 +210,7 @@ def problem_of(
 def asks_for(problem: Problem, device: Device) -> bool:
     """Whether a call of attention() can pose a problem of this family with tensors of the device."""
     own = problem.precision == problem.dtype or (device.is_gpu and problem.precision == "tf32")
-    kept = problem.direction == "forward" or not any(isinstance(one, Array) for one in problem.declared)
-    return kept and problem.operator == operators.SOFTMAX and own and (device.is_gpu or device.kind == "cpu")
+    return problem.operator == operators.SOFTMAX and own and (device.is_gpu or device.kind == "cpu")
 
 
 _shelf = Shelf()

@@ -1,0 +1,309 @@
+"""Derivatives of attention that no kernel has, of any order, by torch's operations: some query rows of some heads at a time, and nothing
+is kept between them, so memory grows with lengths as attention's does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elsa_tune.generate.operands import limits_at
+from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.masks import AttnMask
+from elsa_tune.parts import element as elements
+from elsa_tune.parts import mask as masks
+from elsa_tune.parts import score as scores
+from elsa_tune.parts.operand import PLACES, Array, values_at
+from elsa_tune.problem import Problem
+
+_Function: Any = torch.autograd.Function  # which has no types
+
+AT_ONCE = 1 << 18
+"""Scores that exist at a time, at least those of one row of a KV head: a few such tensors stay in a cache."""
+
+QUERY, KEY, LSE = ("batch", "heads", "q_len", "dim"), ("batch", "kv_heads", "kv_len", "dim"), ("batch", "heads", "q_len")
+
+
+class Region(NamedTuple):
+    """Query rows of heads that share some KV heads of a batch entry: where they begin and end along each axis."""
+
+    batch: slice
+    heads: slice
+    kv_heads: slice
+    q_len: slice
+
+    def of(self, x: Tensor, axes: Sequence[str]) -> Any:
+        """The index of its part of a tensor; all of an axis along which it is shared."""
+        places = self._asdict()
+        return tuple(
+            places.get(axis, slice(None)) if n > 1 else slice(None) for axis, n in zip(axes, x.shape, strict=True)
+        )
+
+
+Rows = Callable[..., tuple[Tensor, ...]]
+"""Of a region and its parts of tensors, parts of results."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A function of tensors, computed region by region: ``rows`` of their parts gives parts of results; what regions share is added up.
+    ``given`` and ``made`` name axes of tensors and results, ``like`` which tensor a result is of the shape of, -1 for none; ``shape`` is
+    the problem's."""
+
+    rows: Rows
+    given: tuple[tuple[str, ...], ...]
+    made: tuple[tuple[str, ...], ...]
+    like: tuple[int, ...]
+    shape: Problem
+    fast: Rows | None = None  # the same as ``rows``, without derivatives
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The results, differentiable again."""
+        return tuple(_Blocked.apply(self, *tensors))
+
+    def regions(self) -> Iterator[Region]:
+        """All that there is, each at most AT_ONCE scores."""
+        p = self.shape
+        heads = max(1, min(p.kv_heads, AT_ONCE // max(1, p.group * p.q_len * p.kv_len)))
+        rows = max(1, min(p.q_len, AT_ONCE // max(1, heads * p.group * p.kv_len)))
+        for b in range(p.batch):
+            for h in range(0, p.kv_heads, heads):
+                end = min(h + heads, p.kv_heads)
+                for first in range(0, p.q_len, rows):
+                    yield Region(
+                        slice(b, b + 1), slice(h * p.group, end * p.group), slice(h, end),
+                        slice(first, min(first + rows, p.q_len)),
+                    )  # fmt: skip
+
+    def pulled(self, asked: Sequence[bool]) -> Blocked:
+        """Of the same tensors and what results receive: what the tensors receive that are asked for."""
+        count, rows = len(self.given), self.rows
+        which = [n for n, wanted in enumerate(asked) if wanted]
+
+        def back(region: Region, *parts: Tensor) -> tuple[Tensor, ...]:
+            given = list(parts[:count])
+
+            def of_asked(*some: Tensor) -> tuple[Tensor, ...]:
+                for n, x in zip(which, some, strict=True):
+                    given[n] = x
+                return rows(region, *given)
+
+            _, pull = torch.func.vjp(of_asked, *(given[n] for n in which))
+            return tuple(pull(parts[count:]))
+
+        return Blocked(back, (*self.given, *self.made), tuple(self.given[n] for n in which), tuple(which), self.shape)
+
+    def pushed(self, known: Sequence[bool]) -> Blocked:
+        """Of the same tensors and changes of those that are ``known`` to change: how results change."""
+        count, rows = len(self.given), self.rows
+        which = [n for n, changes in enumerate(known) if changes]
+
+        def along(region: Region, *parts: Tensor) -> tuple[Tensor, ...]:
+            given = list(parts[:count])
+
+            def of_known(*some: Tensor) -> tuple[Tensor, ...]:
+                for n, x in zip(which, some, strict=True):
+                    given[n] = x
+                return rows(region, *given)
+
+            # forward mode does not nest: what is pulled back is linear, and pulled back itself
+            made, pull = torch.func.vjp(of_known, *(given[n] for n in which))
+            _, push = torch.func.vjp(lambda *some: pull(some), *map(torch.zeros_like, made))
+            return tuple(push(parts[count:]))
+
+        return Blocked(along, (*self.given, *(self.given[n] for n in which)), self.made, self.like, self.shape)
+
+
+class _Blocked(_Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(blocked: Blocked, *tensors: Tensor) -> tuple[Tensor, ...]:
+        made: list[Tensor] = []
+        p, rows = blocked.shape, blocked.fast or blocked.rows
+        sizes = {axis: getattr(p, axis) for axis in PLACES}
+        for region in blocked.regions():
+            parts = rows(region, *(x[region.of(x, axes)] for x, axes in zip(tensors, blocked.given, strict=True)))
+            if not made:
+                for part, axes, n in zip(parts, blocked.made, blocked.like, strict=True):
+                    shape = [sizes.get(axis, size) for axis, size in zip(axes, part.shape, strict=True)]
+                    made.append(part.new_zeros(tensors[n].shape if n >= 0 else shape))
+            for whole, part, axes in zip(made, parts, blocked.made, strict=True):
+                whole[region.of(whole, axes)] += part
+        return tuple(made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.blocked, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        asked = ctx.needs_input_grad[1:]
+        found = iter(ctx.blocked.pulled(asked)(*ctx.saved_tensors, *grads))
+        return (None, *(next(found) if wanted else None for wanted in asked))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        known = [x is not None for x in tangents]
+        found: tuple[Tensor, ...] = ctx.blocked.pushed(known)(*ctx.saved_tensors, *(x for x in tangents if x is not None))
+        return found
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        each = [[x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)] for i in range(info.batch_size)]
+        made = tuple(map(torch.stack, zip(*(_Blocked.apply(*some) for some in each), strict=True)))
+        return made, (0,) * len(made)
+
+
+def second(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool,
+    first: Sequence[bool], asked: Sequence[bool],
+) -> Blocked:  # fmt: skip
+    """Of query, key, value and the tensors of floats of ``wanted``, the gradient of the output and with_lse that of the log-sum-exp, and
+    what the ``first`` derivatives receive that were asked for: what all but the last receive, where ``asked`` for."""
+    plain = attention(query, key, value, wanted, scale, with_lse)
+    found = plain.pulled(first).pulled(asked)
+    chain, count = scores.get(wanted.score), len(plain.given)
+    if any(one.bends or one.term for one in chain.ones) or any((*first[3:], *asked[3:count])):
+        return found
+    wide, factor = lse_dtype(query), query.shape[3] ** -0.5 if scale is None else scale
+    scored = _scores(query, key, wanted, scale)
+
+    def fast(region: Region, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        h, n, hk = q.shape[1], q.shape[2], k.shape[1]
+
+        def of_group(x: Tensor) -> Tensor:
+            return x.to(wide).reshape(hk, h // hk * n, -1)
+
+        arrays, (g, *more) = rest[: count - 3], rest[count - 3 :]
+        given = iter(more[with_lse:])
+        u, w, x = (next(given) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False))
+        logits, may_be_blind = scored(region, q, k, *arrays)
+        p = of_group(_weights(logits, may_be_blind)[None])
+        q_, g_, u_, (k_, v_, w_, x_) = of_group(q), of_group(g), of_group(u), (y[0].to(wide) for y in (k, v, w, x))
+        delta = (g_ * (p @ v_)).sum(-1, keepdim=True)
+        for y in more[:with_lse]:
+            delta = delta - of_group(y)
+        t = torch.cat([u_, q_], -1) @ (torch.cat([k_, w_], -1) * factor).mT  # what dS receives
+        a = (g_ @ v_.mT).sub_(delta)
+        mean = torch.mul(p, t).sum(-1, keepdim=True)
+        t.sub_(mean)
+        ds = p * a
+        f = torch.baddbmm(a.mul_(t), g_, x_.mT)  # what P receives, but for what all keys of a row share
+        e = t.mul_(p)  # what dP receives
+        f.sub_(torch.mul(p, f).sum(-1, keepdim=True)).mul_(p)  # what S receives
+        of_q, of_k = torch.baddbmm(f @ k_, ds, w_) * factor, torch.baddbmm(f.mT @ q_, ds.mT, u_) * factor
+        made = [of_q, of_k, e.mT @ g_, *arrays, torch.baddbmm(e @ v_, p, x_), *([mean] if with_lse else [])]
+        like = [q, k, v, *arrays, g, *more[:with_lse]]
+        return tuple(y.reshape(z.shape).to(z.dtype) for y, z, one in zip(made, like, asked, strict=True) if one)
+
+    return replace(found, fast=fast)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool
+) -> Blocked:
+    """Attention of query, key, value and the tensors of floats of ``wanted``, in its order; results are output and, where asked for, the
+    log-sum-exp. The mask's other tensors are held."""
+    chain, wide = scores.get(wanted.score), lse_dtype(query)
+    scored = _scores(query, key, wanted, scale)
+
+    def rows(region: Region, q: Tensor, k: Tensor, v: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+        h, n, hk = q.shape[1], q.shape[2], k.shape[1]
+        logits, may_be_blind = scored(region, q, k, *arrays)
+        weights = _weights(logits, may_be_blind)[..., : v.shape[2]]
+        output = (weights.reshape(hk, h // hk * n, -1) @ v.to(wide)[0]).view(1, h, n, -1).to(q.dtype)
+        return (output, logits.logsumexp(-1)[None]) if with_lse else (output,)
+
+    given = (QUERY, KEY, KEY, *(array.axes for array in _of_scores(wanted).values()))
+    made = (QUERY, LSE) if with_lse else (QUERY,)
+    return Blocked(rows, given, made, tuple(-1 for _ in made), _problem(query, key, value, wanted))
+
+
+def _problem(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask) -> Problem:
+    """What tensors of four axes pose."""
+    element = elements.of_dtype(query.dtype)
+    assert element is not None
+    batch, heads, q_len, head_dim = query.shape
+    family = wanted.of(Problem(dtype=element.name, head_dim=head_dim, value_dim=value.shape[3]))
+    return family.reshaped(batch=batch, heads=heads, kv_heads=key.shape[1], q_len=q_len, kv_len=key.shape[2])
+
+
+def _of_scores(wanted: AttnMask) -> dict[str, Array]:
+    """Its tensors that have derivatives, in its order."""
+    by_name = {array.name: array for array in scores.get(wanted.score).arrays}
+    return {name: by_name[name] for name in wanted.operands if name in by_name}
+
+
+def _scores(query: Tensor, key: Tensor, wanted: AttnMask, scale: float | None) -> Callable[..., tuple[Tensor, bool]]:
+    """A function of a region, parts of query and key, and of arrays of scores."""
+    problem, of_scores, chain = _problem(query, key, key, wanted), _of_scores(wanted), scores.get(wanted.score)
+    wide, head_dim = lse_dtype(query), query.shape[3]
+    factor = head_dim**-0.5 if scale is None else scale
+    operands = wanted.in_order(query, key)
+    held = {one.name: x for one, x in zip(problem.declared, operands, strict=True) if one.name not in of_scores}
+
+    def scores_of(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool]:
+        """Scores of a region's pairs [heads, rows, keys], -inf where they are not seen; and whether a row may see no key."""
+        h, n, hk = q.shape[1], q.shape[2], k.shape[1]
+        grouped = (q.to(wide) * factor).reshape(hk, h // hk * n, head_dim)
+        logits = (grouped @ k.to(wide)[0].mT).view(h, n, -1)
+        place = _places(problem, region, q.device)
+        logits = _scored(chain, logits, {**held, **dict(zip(of_scores, arrays, strict=True))}, place, wide)
+        hidden = _hidden(problem, held, place)
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, float("-inf"))
+        for name, x in zip(of_scores, arrays, strict=True):
+            if of_scores[name] in chain.terms:
+                logits = torch.cat([logits, x.to(wide).view(-1, 1, 1).expand(h, n, 1)], -1)
+        return logits, hidden is not None or bool(arrays)
+
+    return scores_of
+
+
+def _weights(logits: Tensor, may_be_blind: bool) -> Tensor:
+    """Their softmax; a row that sees no key weighs nothing."""
+    if not may_be_blind:
+        return logits.softmax(-1)
+    blind = (logits == float("-inf")).all(-1, keepdim=True)
+    return logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def _places(problem: Problem, region: Region, device: torch.device) -> dict[str, Any]:
+    """Where the pairs of a region are, [heads, rows, keys]."""
+    position = torch.arange(region.q_len.start, region.q_len.stop, device=device)[:, None]
+    head = torch.arange(region.heads.start, region.heads.stop, device=device)[:, None, None]
+    key = torch.arange(problem.kv_len, device=device)
+    at = {"batch": region.batch.start, "head": head, "kv_head": head // problem.group, "position": position, "key": key}
+    return {**at, "behind": problem.kv_len - problem.q_len}
+
+
+def _scored(chain: Any, logits: Tensor, own: dict[str, Any], place: dict[str, Any], wide: torch.dtype) -> Tensor:
+    """What becomes of scores; arrays of scores are parts, counted from where they begin."""
+    beside = {name: x - x.flatten()[0] if isinstance(x, Tensor) else 0 for name, x in place.items() if name != "behind"}
+    for one in chain.ones:
+        if one.term:
+            continue
+        values = values_at(one.operands, own, beside)
+        values = {name: x.to(wide) if isinstance(x, Tensor) else x for name, x in values.items()}
+        logits = one.function(logits, **values, **(place if one.placed else {}))
+    return logits
+
+
+def _hidden(problem: Problem, held: dict[str, Any], place: dict[str, Any]) -> Tensor | None:
+    """Which pairs of a region are not seen; None where all are."""
+    mask = masks.get(problem.mask)
+    if problem.mask == masks.NONE:
+        return None
+    seen: Any = True
+    if mask.cuts_front or mask.cuts_back:
+        limits = limits_at(problem, held, batch=place["batch"], position=place["position"])
+        low, high = problem.seen(place["position"], **limits)
+        seen = (place["key"] >= low) & (place["key"] < high)
+    if mask.tested:
+        seen = mask.passes(held, **{name: place[name] for name in PLACES.values()}) & seen
+    hidden: Tensor = ~seen
+    return hidden
