@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 
 _SESSION_HOME = tempfile.TemporaryDirectory(prefix="elsa-tune-tests-")
 os.environ["ELSA_TUNE_HOME"] = _SESSION_HOME.name  # before anything reads it: tests never touch the user's own
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs beside it: programs that tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("ELSA_TUNE_DB", "ELSA_TUNE_KERNELS"):
     os.environ.pop(name, None)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for work leave the cores to the other worker

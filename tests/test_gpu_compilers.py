@@ -111,11 +111,12 @@ def builders() -> Iterator[Worker]:
         yield found
 
 
-SLOWEST = ("gfx90a", "gfx1100", "gfx1200")
-"""What compiles for minutes; `make test` has gfx942 of them."""
+USUAL = ("sm_70", "sm_80", "sm_90")
+"""Targets of `make test`: others compile for minutes together, those of AMD alone."""
+EACH = [pytest.param(t, marks=[] if t in USUAL else [pytest.mark.slow]) for t in TARGETS]
 
 
-@pytest.mark.parametrize("target", [pytest.param(t, marks=[pytest.mark.slow] if t in SLOWEST else []) for t in TARGETS])
+@pytest.mark.parametrize("target", EACH)
 def test_every_target_compiles_and_no_default_spills(target: str, builders: Worker) -> None:
     goal = offline.target(target)
 
@@ -140,19 +141,14 @@ def test_every_target_compiles_and_no_default_spills(target: str, builders: Work
     assert {text for text, variant in chosen.items() if variant is None} == {p for t, p in UNSERVED if t == target}
 
 
-def test_a_sampled_space_compiles(builders: Worker) -> None:
+@pytest.mark.parametrize("target", [*EACH, pytest.param("gfx942", id="gfx942 of make test")])
+def test_a_sampled_space_compiles(target: str, builders: Worker) -> None:
     """Whatever the laws let through compiles, on every target; the compiler's report says whether it is any good."""
-
-    def compiled(target: str) -> tuple[str, int]:
-        goal, rng = offline.target(target), random.Random(target)
-        problem = Problem.parse(rng.choice(PROBLEMS))
-        variant = next(lawful.variants(SPACE, problem, goal.device, rng=rng))
-        built = builders.run(contender.build, variant, problem, goal.device, timeout=240.0)
-        return f"{variant} for {problem} on {target}", built.resources["registers"]
-
-    with ThreadPoolExecutor(host_cpu().cores) as pool:
-        for name, registers in pool.map(compiled, TARGETS):
-            assert registers > 0, name
+    goal, rng = offline.target(target), random.Random(target)
+    problem = Problem.parse(rng.choice(PROBLEMS))
+    variant = next(lawful.variants(SPACE, problem, goal.device, rng=rng))
+    built = builders.run(contender.build, variant, problem, goal.device, timeout=240.0)
+    assert built.resources["registers"] > 0, f"{variant} for {problem} on {target}"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

@@ -80,7 +80,14 @@ def done_in(copy: Path, page: str) -> list[str]:
     return sorted(files)
 
 
-@pytest.mark.parametrize(("page", "touched"), DONE.items())
+SLOW = ("add-a-state.md",)
+"""The page with the most kernels to run."""
+
+
+@pytest.mark.parametrize(
+    ("page", "touched"),
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[0] in SLOW else []) for one in DONE.items()],
+)
 def test_a_copy_in_which_it_was_done_passes(page: str, touched: list[str], tmp_path: Path) -> None:
     """A scan and a mask in closed form are one file, a state has a text beside it."""
     assert done_in(tmp_path / "copy", page) == touched

@@ -127,8 +127,18 @@ def _run(command: Sequence[str], file: Path) -> _Ended:
             f"{command[0]}: {error.strerror}; name a program, as in elsa-tune run -- python program.py"
         ) from error
     with _passed_on(program):
-        status = program.wait()
+        status = _waited_for(program)
     return _Ended(status, time.monotonic() - begin)
+
+
+LOOK_SECONDS = 0.5
+
+
+def _waited_for(program: subprocess.Popen[bytes]) -> int:
+    """The status that a program ends with. A signal that comes as a wait begins does not end it: so waits are short."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return program.wait(LOOK_SECONDS)
 
 
 @contextmanager
