@@ -19,7 +19,7 @@ from _gpu_log import Log
 from elsa_tune.device import Device
 from elsa_tune.generate import backends
 from elsa_tune.problem import Problem
-from elsa_tune.prove import check, reference
+from elsa_tune.prove import check, gradients, reference
 from elsa_tune.variant import Variant
 
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin", "/opt/cuda/compute-sanitizer")
@@ -34,7 +34,7 @@ def check_once(problem: Problem, variant: Variant, device: Device) -> str:
     inputs, stray = reference.random_inputs(problem, generator), ""
     if problem.direction == "backward":
         error = check.gradient_error(
-            kernel, problem, reference.with_forward(problem, inputs, generator).to(device.torch)
+            kernel, problem, gradients.with_forward(problem, inputs, generator).to(device.torch)
         )
     else:
         rows = reference.every_row(problem)

@@ -180,7 +180,6 @@ def test_show_runs_nothing(home: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "family", "reason"),
     [
-        (VARIANT, "fp32.d64.backward", "no backward kernels"),
         (VARIANT, "fp32.d257", "up to 256"),
         (VARIANT, "fp32.tf32.d64", "no class tf32"),
         (Space.read("triton").start[0], "bf16.d64.softcap.backward", "no gradients of the score softcap"),

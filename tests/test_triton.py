@@ -13,7 +13,7 @@ from elsa_tune.generate.backends import Kernel
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import scan
 from elsa_tune.problem import Problem
-from elsa_tune.prove import check, reference
+from elsa_tune.prove import check, gradients, reference
 
 H200 = Device("cuda", "nvidia_h200", "sm_90", 132)
 MI300 = Device("hip", "amd_instinct_mi300x", "gfx942", 304)
@@ -163,7 +163,7 @@ def test_gradients_of_masks(mask: str, spelling: str) -> None:
                 lengths = {"batch": 1, "heads": 2, "kv_heads": 1, "q_len": q_len, "kv_len": kv_len}
                 posed = family.reshaped(**lengths, integers=tuple(example.values()))
                 inputs = reference.random_inputs(posed, generator)
-                inputs = reference.with_forward(posed, inputs, generator)
+                inputs = gradients.with_forward(posed, inputs, generator)
                 error = check.gradient_error(kernel, posed, inputs)
                 assert error.allowed, (example, lengths, error)
     finally:

@@ -1,9 +1,12 @@
-"""attention() as a differentiable operation of eager code and of torch.func: forward and backward by whoever serves, second derivatives,
-forward mode, vmap."""
+"""attention() as a differentiable operation of eager code and of torch.func.
+
+Forward and backward are by whoever serves; second derivatives and forward mode by operations; and vmap.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -54,7 +57,7 @@ class _Attention(_Function):  # type: ignore[misc]
         found = iter(
             _Gradients.apply(
                 torch.zeros_like(output) if grad is None else grad, grad_lse, query, key, value, output, lse,
-                ctx.wanted, ctx.scale, ctx.enable_gqa, asked, *arrays,
+                ctx.wanted, ctx.scale, ctx.enable_gqa, _Asked(asked), *arrays,
             )
         )  # fmt: skip
         each = [next(found) if wanted else None for wanted in asked]
@@ -65,9 +68,11 @@ class _Attention(_Function):  # type: ignore[misc]
         *arrays, key, query, value, _, _ = ctx.saved_tensors
         wanted = ctx.wanted.with_tensors(arrays)
         blocked = derivatives.attention(query, key, value, wanted, ctx.scale, True)
-        changes = (*tangents[:3], *_floats(wanted, tangents[6:]))
+        changes = derivatives.flags(wanted, tangents[:3], tangents[6:], None)
         known = [x is not None for x in changes]
-        output, lse = blocked.pushed(known)(query, key, value, *_floats(wanted, arrays), *compress(changes, known))
+        output, lse = blocked.pushed(known)(
+            *derivatives.given(query, key, value, wanted), *compress(changes, known)
+        )
         return output, lse
 
     @staticmethod
@@ -76,17 +81,24 @@ class _Attention(_Function):  # type: ignore[misc]
         return _folded(_Attention, info.batch_size, dims, inputs, _batch_axes(3, wanted))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Which gradients are asked for, of query, key, value and the mask's tensors: one thing to torch.func, which takes tuples apart."""
+
+    each: tuple[bool, ...]
+
+
 class _Gradients(_Function):  # type: ignore[misc]
     """The backward pass: of those asked for, in order."""
 
     @staticmethod
     def forward(
         grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-        wanted: AttnMask, scale: float | None, enable_gqa: bool, asked: Sequence[bool], *arrays: Tensor,
+        wanted: AttnMask, scale: float | None, enable_gqa: bool, asked: _Asked, *arrays: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         wanted = wanted.with_tensors(arrays)
-        found = passes.backward(grad, grad_lse, query, key, value, output, lse, wanted, scale, enable_gqa, asked)
-        return tuple(x for x in compress(found, asked) if x is not None)
+        found = passes.backward(grad, grad_lse, query, key, value, output, lse, wanted, scale, enable_gqa, asked.each)
+        return tuple(x for x in compress(found, asked.each) if x is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,66 +109,50 @@ class _Gradients(_Function):  # type: ignore[misc]
         ctx.save_for_forward(*kept)
 
     @staticmethod
-    def _given(ctx: Any) -> tuple[Sequence[bool], tuple[Tensor, ...], AttnMask]:
-        """What was asked for, by what operations give; what they are given; and the mask."""
+    def _given(ctx: Any) -> tuple[AttnMask, list[bool], tuple[Tensor, ...], int]:
+        """The mask, what was asked for, and what the backward pass is of, by operations; how many of these come before results."""
         grad, *rest = ctx.saved_tensors
         results = (grad, rest.pop(0)) if ctx.has_lse else (grad,)
         query, key, value, *arrays = rest
         wanted = ctx.wanted.with_tensors(arrays)
-        asked = (*ctx.asked[:3], *_floats(wanted, ctx.asked[3:]))
-        return asked, (query, key, value, *_floats(wanted, arrays), *results), wanted
+        each = ctx.asked.each
+        first, given = derivatives.flags(wanted, each[:3], each[3:], False), derivatives.given(query, key, value, wanted)
+        return wanted, first, (*given, *results), len(given)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        first, given, wanted = _Gradients._given(ctx)
+        wanted, first, given, count = _Gradients._given(ctx)
         needs = ctx.needs_input_grad
-        asked = (*needs[2:5], *_floats(wanted, needs[11:]), needs[0], *([needs[1]] if ctx.has_lse else []))
+        asked = [*derivatives.flags(wanted, needs[2:5], needs[11:], False), needs[0], *[needs[1]] * ctx.has_lse]
         blocked = derivatives.second(*given[:3], wanted, ctx.scale, ctx.has_lse, first, asked)
         found = iter(blocked(*given, *grads))
         each = [next(found) if one else None for one in asked]
-        count = len(asked) - 1 - ctx.has_lse
-        of_arrays = iter(each[3:count])
-        names = _scores_of(wanted)
-        arrays = [next(of_arrays) if name in names else None for name in _names(wanted)]
+        floats = iter(each[3:count])
+        arrays = [next(floats) if has else None for has in derivatives.has_derivatives(wanted)]
         return (each[count], each[-1] if ctx.has_lse else None, *each[:3], *[None] * 6, *arrays)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        first, given, wanted = _Gradients._given(ctx)
+        wanted, first, given, _ = _Gradients._given(ctx)
         blocked = derivatives.attention(*given[:3], wanted, ctx.scale, ctx.has_lse).pulled(first)
-        changes = (*tangents[2:5], *_floats(wanted, tangents[11:]), tangents[0], *([tangents[1]] if ctx.has_lse else []))
+        changes = derivatives.flags(wanted, tangents[2:5], tangents[11:], None)
+        changes += [tangents[0], *[tangents[1]] * ctx.has_lse]
         known = [x is not None for x in changes]
         return blocked.pushed(known)(*given, *compress(changes, known))
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         wanted, asked = inputs[7], inputs[10]
-        if any(asked[3:]):  # a tensor that is shared has a gradient of its own for each
+        if any(asked.each[3:]):  # a tensor that is shared has a gradient of its own for each
             return _one_by_one(_Gradients, info.batch_size, dims, inputs)
         return _folded(_Gradients, info.batch_size, dims, inputs, _batch_axes(6 + (inputs[1] is not None), wanted))
-
-
-def _names(wanted: AttnMask) -> list[str]:
-    """What its tensors are called, in order."""
-    return [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
-
-
-def _scores_of(wanted: AttnMask) -> set[str]:
-    """The names of its tensors that have gradients."""
-    return {array.name for array in scores.get(wanted.score).arrays}
-
-
-def _floats(wanted: AttnMask, each: Sequence[Any]) -> list[Any]:
-    """Of things that belong to its tensors, those of tensors that have gradients."""
-    of_scores = _scores_of(wanted)
-    return [x for name, x in zip(_names(wanted), each, strict=True) if name in of_scores]
 
 
 def _batch_axes(tensors: int, wanted: AttnMask) -> list[int | None]:
     """Of the inputs that are tensors, in order, the axis that is the batch; None for a tensor of the mask that has none."""
     arrays = (*masks.get(wanted.mask).arrays, *scores.get(wanted.score).arrays)
     axes = {array.name: array.axes.index("batch") if "batch" in array.axes else None for array in arrays}
-    return [*[0] * tensors, *(axes[name] for name in _names(wanted))]
+    return [*[0] * tensors, *(axes[name] for name in derivatives.names(wanted))]
 
 
 def _one_by_one(

@@ -158,19 +158,68 @@ class _Blocked(_Function):  # type: ignore[misc]
         return made, (0,) * len(made)
 
 
+def given(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask) -> tuple[Tensor, ...]:
+    """The tensors that attention() and second() are of: query, key, value, those of ``wanted`` that have derivatives, in its order, and its
+    others."""
+    floats, operands = _of_scores(wanted), wanted.in_order(query, key)
+    held = [
+        x for one, x in zip(_problem(query, key, value, wanted).declared, operands, strict=True)
+        if isinstance(x, Tensor) and one.name not in floats
+    ]  # fmt: skip
+    return (query, key, value, *(wanted.operands[name] for name in floats), *held)
+
+
+def flags(wanted: AttnMask, of_three: Sequence[Any], of_tensors: Sequence[Any], none: Any) -> list[Any]:
+    """What belongs to query, key and value and what belongs to the tensors of ``wanted``, in the order of given(); ``none`` for those
+    without derivatives."""
+    floats = _of_scores(wanted)
+    each = [x for name, x in zip(names(wanted), of_tensors, strict=True) if name in floats]
+    return [*of_three, *each, *[none] * (len(names(wanted)) - len(floats))]
+
+
+def names(wanted: AttnMask) -> list[str]:
+    """What its tensors are called, in order."""
+    return [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
+
+
+def has_derivatives(wanted: AttnMask) -> list[bool]:
+    """Which of its tensors have."""
+    floats = _of_scores(wanted)
+    return [name in floats for name in names(wanted)]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool) -> Blocked:
+    """Attention of given(); results are output and, where asked for, the log-sum-exp."""
+    problem, wide = _problem(query, key, value, wanted), lse_dtype(query)
+    scored = _scores(problem, wanted, scale, wide)
+
+    def rows(region: Region, q: Tensor, k: Tensor, v: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
+        h, n, hk = q.shape[1], q.shape[2], k.shape[1]
+        logits, may_be_blind = scored(region, q, k, *arrays)
+        weights = _weights(logits, may_be_blind)[..., : v.shape[2]]
+        output = (weights.reshape(hk, h // hk * n, -1) @ v.to(wide)[0]).view(1, h, n, -1).to(q.dtype)
+        return (output, logits.logsumexp(-1)[None]) if with_lse else (output,)
+
+    floats = _of_scores(wanted)
+    whole = [one for one in problem.declared if isinstance(one, Array) and one.name not in floats]
+    axes = (QUERY, KEY, KEY, *(one.axes for one in floats.values()), *(("",) * len(one.axes) for one in whole))
+    made = (QUERY, LSE) if with_lse else (QUERY,)
+    return Blocked(rows, axes, made, tuple(-1 for _ in made), problem)
+
+
 def second(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool,
     first: Sequence[bool], asked: Sequence[bool],
 ) -> Blocked:  # fmt: skip
-    """Of query, key, value and the tensors of floats of ``wanted``, the gradient of the output and with_lse that of the log-sum-exp, and
-    what the ``first`` derivatives receive that were asked for: what all but the last receive, where ``asked`` for."""
+    """Of given(), the gradient of the output, with_lse that of the log-sum-exp, and what the ``first`` derivatives receive that were asked
+    for: what all but the last receive, where ``asked`` for."""
     plain = attention(query, key, value, wanted, scale, with_lse)
     found = plain.pulled(first).pulled(asked)
-    chain, count = scores.get(wanted.score), len(plain.given)
-    if any(one.bends or one.term for one in chain.ones) or any((*first[3:], *asked[3:count])):
+    count = len(plain.given)
+    if any(one.bends or one.term for one in scores.get(wanted.score).ones) or any((*first[3:], *asked[3:count])):
         return found
     wide, factor = lse_dtype(query), query.shape[3] ** -0.5 if scale is None else scale
-    scored = _scores(query, key, wanted, scale)
+    scored = _scores(plain.shape, wanted, scale, wide)
 
     def fast(region: Region, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         h, n, hk = q.shape[1], q.shape[2], k.shape[1]
@@ -179,10 +228,9 @@ def second(
             return x.to(wide).reshape(hk, h // hk * n, -1)
 
         arrays, (g, *more) = rest[: count - 3], rest[count - 3 :]
-        given = iter(more[with_lse:])
-        u, w, x = (next(given) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False))
-        logits, may_be_blind = scored(region, q, k, *arrays)
-        p = of_group(_weights(logits, may_be_blind)[None])
+        received = iter(more[with_lse:])
+        u, w, x = (next(received) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False))
+        p = of_group(_weights(*scored(region, q, k, *arrays))[None])
         q_, g_, u_, (k_, v_, w_, x_) = of_group(q), of_group(g), of_group(u), (y[0].to(wide) for y in (k, v, w, x))
         delta = (g_ * (p @ v_)).sum(-1, keepdim=True)
         for y in more[:with_lse]:
@@ -203,26 +251,6 @@ def second(
     return replace(found, fast=fast)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool
-) -> Blocked:
-    """Attention of query, key, value and the tensors of floats of ``wanted``, in its order; results are output and, where asked for, the
-    log-sum-exp. The mask's other tensors are held."""
-    chain, wide = scores.get(wanted.score), lse_dtype(query)
-    scored = _scores(query, key, wanted, scale)
-
-    def rows(region: Region, q: Tensor, k: Tensor, v: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
-        h, n, hk = q.shape[1], q.shape[2], k.shape[1]
-        logits, may_be_blind = scored(region, q, k, *arrays)
-        weights = _weights(logits, may_be_blind)[..., : v.shape[2]]
-        output = (weights.reshape(hk, h // hk * n, -1) @ v.to(wide)[0]).view(1, h, n, -1).to(q.dtype)
-        return (output, logits.logsumexp(-1)[None]) if with_lse else (output,)
-
-    given = (QUERY, KEY, KEY, *(array.axes for array in _of_scores(wanted).values()))
-    made = (QUERY, LSE) if with_lse else (QUERY,)
-    return Blocked(rows, given, made, tuple(-1 for _ in made), _problem(query, key, value, wanted))
-
-
 def _problem(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask) -> Problem:
     """What tensors of four axes pose."""
     element = elements.of_dtype(query.dtype)
@@ -238,30 +266,30 @@ def _of_scores(wanted: AttnMask) -> dict[str, Array]:
     return {name: by_name[name] for name in wanted.operands if name in by_name}
 
 
-def _scores(query: Tensor, key: Tensor, wanted: AttnMask, scale: float | None) -> Callable[..., tuple[Tensor, bool]]:
-    """A function of a region, parts of query and key, and of arrays of scores."""
-    problem, of_scores, chain = _problem(query, key, key, wanted), _of_scores(wanted), scores.get(wanted.score)
-    wide, head_dim = lse_dtype(query), query.shape[3]
-    factor = head_dim**-0.5 if scale is None else scale
-    operands = wanted.in_order(query, key)
-    held = {one.name: x for one, x in zip(problem.declared, operands, strict=True) if one.name not in of_scores}
+def _scores(
+    problem: Problem, wanted: AttnMask, scale: float | None, wide: torch.dtype
+) -> Callable[..., tuple[Tensor, bool]]:
+    """A function of a region, parts of query and key, and the other tensors of given(): scores of a region's pairs [heads, rows, keys],
+    -inf where they are not seen; and whether a row may see no key."""
+    floats, chain = _of_scores(wanted), scores.get(problem.score)
+    factor = problem.head_dim**-0.5 if scale is None else scale
+    whole = [one.name for one in problem.declared if isinstance(one, Array) and one.name not in floats]
+    numbers = {name: x for name, x in wanted.operands.items() if isinstance(x, int | float)}
 
-    def scores_of(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool]:
-        """Scores of a region's pairs [heads, rows, keys], -inf where they are not seen; and whether a row may see no key."""
+    def of_region(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool]:
         h, n, hk = q.shape[1], q.shape[2], k.shape[1]
-        grouped = (q.to(wide) * factor).reshape(hk, h // hk * n, head_dim)
-        logits = (grouped @ k.to(wide)[0].mT).view(h, n, -1)
+        own = numbers | dict(zip((*floats, *whole), arrays, strict=True))
+        grouped = (q.to(wide) * factor).reshape(hk, h // hk * n, -1)
         place = _places(problem, region, q.device)
-        logits = _scored(chain, logits, {**held, **dict(zip(of_scores, arrays, strict=True))}, place, wide)
-        hidden = _hidden(problem, held, place)
+        logits = _scored(chain, (grouped @ k.to(wide)[0].mT).view(h, n, -1), own, place, wide)
+        hidden = _hidden(problem, own, place)
         if hidden is not None:
             logits = logits.masked_fill(hidden, float("-inf"))
-        for name, x in zip(of_scores, arrays, strict=True):
-            if of_scores[name] in chain.terms:
-                logits = torch.cat([logits, x.to(wide).view(-1, 1, 1).expand(h, n, 1)], -1)
-        return logits, hidden is not None or bool(arrays)
+        for term in chain.terms:
+            logits = torch.cat([logits, own[term.name].to(wide).view(-1, 1, 1).expand(h, n, 1)], -1)
+        return logits, hidden is not None or bool(floats)
 
-    return scores_of
+    return of_region
 
 
 def _weights(logits: Tensor, may_be_blind: bool) -> Tensor:

@@ -50,7 +50,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of query, key, value and each tensor of ``wanted``, where ``asked`` for: by a kernel of ours or torch's from the same
     output and log-sum-exp, or by operations."""
-    names = [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
+    names = derivatives.names(wanted)
     of_tensors = dict(zip(names, asked[3:], strict=True))
     gradients = serving.gradients_for(query, key, value, wanted, enable_gqa)
     arrays = scores.get(wanted.score).arrays
@@ -77,11 +77,8 @@ def by_operations(
     scale: float | None, asked: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The same from query, key and value alone."""
-    of_scores = {array.name for array in scores.get(wanted.score).arrays}
-    names = [name for name, x in wanted.operands.items() if isinstance(x, Tensor)]
     blocked = derivatives.attention(query, key, value, wanted, scale, grad_lse is not None)
-    floats = [x for name, x in zip(names, wanted.tensors, strict=True) if name in of_scores]
-    wants = (*asked[:3], *(one for name, one in zip(names, asked[3:], strict=True) if name in of_scores))
+    wants = derivatives.flags(wanted, asked[:3], asked[3:], False)
     results = (grad,) if grad_lse is None else (grad, grad_lse)
-    found = iter(blocked.pulled(wants)(query, key, value, *floats, *results))
+    found = iter(blocked.pulled(wants)(*derivatives.given(query, key, value, wanted), *results))
     return tuple(next(found) if one else None for one in asked)

@@ -217,7 +217,8 @@ def _check_gradients(
             verdict = Verdict(float("inf"), float("inf"), f"{inputs.name}: an input was overwritten")
         if verdict.reason:
             return verdict
-        worst = max(worst, verdict, key=lambda v: v.constant)
+        if inputs.natural:
+            worst = max(worst, verdict, key=lambda v: v.constant)
     return worst
 
 

@@ -10,6 +10,8 @@ from elsa_tune.generate.cpp.real import real_of
 from elsa_tune.generate.laws import axis_has_text, exp_errs_little, only_text, scan_has_states, state_is_of_operator
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
+from elsa_tune.parts import operator as operators
+from elsa_tune.parts import scan as scans
 from elsa_tune.problem import Problem
 
 SCRATCH_BYTES = 64 << 20
@@ -125,7 +127,7 @@ def axes_of_direction(
     """Gradients are of rows in lanes and of sums, not of states; what forms them is nothing to the forward pass."""
     if problem.direction == "forward":
         return "the forward pass has no gradients to form" if (grad_tile, products) != (6, 5) else None
-    plain = (chunk, head_parts, workers, state) == (1, 1, 1, "triple")
+    plain = (chunk, head_parts, workers, state) == (1, 1, 1, operators.get(problem.operator).states[0])
     return None if plain else "gradients carry no states, and their lanes are rows"
 
 
@@ -190,7 +192,7 @@ def head_parts_are_long(chunk: int, head_parts: int, problem: Problem) -> str | 
 def scan_merges_states(scan: str, workers: int, splits: int, problem: Problem) -> str | None:
     """Nothing is called a scan that is a fold, and no scan a fold; gradients of splits are sums, added up in order."""
     if problem.direction == "backward":
-        return "gradients are added up, not scanned" if scan != "serial" else None
+        return None if scans.get(scan).folds else "gradients are added up, not scanned"
     return scan_has_states(scan, workers, splits)
 
 
