@@ -15,7 +15,9 @@ import pytest
 
 _SESSION_HOME = tempfile.TemporaryDirectory(prefix="elsa-tune-tests-")
 os.environ["ELSA_TUNE_HOME"] = _SESSION_HOME.name  # before anything reads it: tests never touch the user's own
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs beside it: programs that tests start would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what runs beside it: programs that tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("ELSA_TUNE_DB", "ELSA_TUNE_KERNELS"):
     os.environ.pop(name, None)

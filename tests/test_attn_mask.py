@@ -367,7 +367,9 @@ def test_gradients_of_operands_are_kept(score: str) -> None:
     with torch.no_grad():
         expected = elsa_tune.attention(q, k, v, mask)
     for out in (elsa_tune.attention(q, k, v, mask), *elsa_tune.attention_with_lse(q, k, v, attn_mask=mask)):
-        (gradient,) = torch.autograd.grad(out.sum(), operand)
+        (gradient,) = torch.autograd.grad(
+            out.sum(), operand, retain_graph=True
+        )  # output and log-sum-exp are of one graph
         assert gradient.isfinite().all()
     assert torch.allclose(elsa_tune.attention(q, k, v, mask), expected, rtol=0, atol=2e-6)
     with pytest.raises(WrongArguments, match="no gradients"):

@@ -80,7 +80,7 @@ def test_the_last_line_names_what_serves(home: Path, capsys: pytest.CaptureFixtu
     assert ending.calls(outcomes[:1]) == [asked] and ending.calls(outcomes[1:]) == [loaded]
     masked = [Outcome(Problem.parse(f"fp32.d16.lengths@{shape}"), host_cpu(), None)]
     assert ending.calls(masked) == [asked.replace("value)", "value, attn_mask)")]
-    (told,) = ending.calls([Outcome(Problem.parse("bf16.d64.lengths.backward@b1.h1.q9.k9"), host_cpu(), None)])
+    (told,) = ending.calls([Outcome(Problem.parse("fp32.strict.d64.backward@b1.h1.q9.k9"), host_cpu(), None)])
     assert "no call asks for gradients" in told
     opencl = replace(host_cpu(), kind="opencl")
     assert 'device="opencl"' in ending.calls([Outcome(Problem.parse(f"fp32.d16@{shape}"), opencl, None)])[0]

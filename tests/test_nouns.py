@@ -200,9 +200,18 @@ def test_nearest_variants_come_first() -> None:
         ("cpp.serial.avx512.l16.q1.k3.v6.n96", "fp32.d64@b1.h8.q99.k99", "tiles_fill_registers"),
         ("cpp.serial.avx512.l16.q4.k5.v6.n96", "fp32.d64@b1.h8.q99.k99", "leaf_holds_key_tiles"),
         ("cpp.serial.avx512.l16.q1.k6.v24.n96", "fp32.d64.v16@b1.h8.q99.k99", "value_tile_fits"),
-        ("cpp.serial.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
-        ("cpp.blelloch.avx512.l16.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
-        ("cpp.hybrid.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_has_states"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_merges_states"),
+        ("cpp.blelloch.avx512.l16.q4.k6.v6.n96", "fp32.d64@b1.h8.q99.k99", "scan_merges_states"),
+        ("cpp.hybrid.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64@b1.h8.q99.k99", "scan_merges_states"),
+        ("cpp.blelloch.avx512.l16.q4.k6.v6.n96.s4", "fp32.d64.backward@b1.h8.q99.k99", "scan_merges_states"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.d2", "fp32.d64.backward@b1.h8.q99.k99", "axes_of_direction"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.products7", "fp32.d64@b1.h8.q99.k99", "axes_of_direction"),
+        ("cpp.serial.avx512.l16.q4.k6.v6.n96.g2", "fp32.d16.backward@b1.h8.q99.k99", "grad_tile_hides_latency"),
+        (
+            "cpp.serial.avx512.l16.q4.k6.v6.n96.products7.head",
+            "fp32.d64.backward@b1.h8.q99.k99",
+            "packed_heads_are_of_tasks",
+        ),
         ("cpp.blelloch.avx512.l16.q4.k6.v6.n96.s4.head", "fp32.d64@b1.h8.q99.k99", "packed_heads_are_read_again"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q64.k99", "packed_heads_are_read_again"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64@b1.h8.q99.k99999", "packed_heads_fit"),
@@ -232,11 +241,21 @@ PARTS = {"scores", "score", "scored", "placed", "reads", "arguments", "elements"
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cpp").axes}
     family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "real", "operator", *PARTS}
-    imported = {"storage", "carried", "operator_of", "test"}
+    imported = {"storage", "carried", "operator_of", "leaf", "test"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
-    used = undeclared(cpp.TEMPLATE)
-    assert not axes - used
-    assert used - axes == family | derived | imported
+    of_gradients = {
+        "query_columns",
+        "value_columns",
+        "reliable",
+        "row_gradients",
+        "dense_gradients",
+        "bends",
+        "direction",
+    }
+    used = {direction: undeclared(name) for direction, name in cpp.TEMPLATES.items()}
+    assert not axes - used["forward"] - used["backward"]
+    assert used["forward"] - axes <= family | derived | imported | of_gradients
+    assert used["backward"] - axes <= family | derived | imported | of_gradients and of_gradients <= used["backward"]
 
 
 def test_triton_axes_and_templates_agree_both_ways() -> None:

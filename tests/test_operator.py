@@ -370,16 +370,6 @@ def test_gradients_of_each_sample_by_what_all_share() -> None:
         assert all(torch.allclose(got[i], grad(loss)(shared, many[i]), atol=5e-5) for i in range(3))
 
 
-def test_there_are_no_second_derivatives_and_that_is_told() -> None:
-    q, k, v = tensors()
-
-    def loss(x: Tensor) -> Tensor:
-        return elsa_tune.attention(x, k, v).square().sum()
-
-    with pytest.raises(RuntimeError, match="no second ones"):
-        grad(lambda x: grad(loss)(x).sum())(q)
-
-
 def test_no_compiler_warns_of_what_we_are_made_of(recwarn: Any) -> None:
     torch._dynamo.reset()
     for name in ("plain", "made inside", "strided"):

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from elsa_tune.dispatch import exactness, fallback, meaning, operator, ragged, serving
+from elsa_tune.dispatch import exactness, fallback, meaning, operator, passes, ragged, serving
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.dispatch.serving import entry_of
 from elsa_tune.errors import WrongArguments
-from elsa_tune.generate.backends import Operands
 from elsa_tune.generate.tensors import needs_grad, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask
 
@@ -48,9 +47,10 @@ def attention(
 
     query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim], value [batch, kv_heads, kv_len,
     value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
-    of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster and no
-    gradient is needed (without a tensor in masks and scores also gradients, on GPUs). Everything else, and every shape that is not
-    tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
+    of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster, and so are
+    its gradients, those of scores' tensors too (on GPUs without a tensor in masks and scores). Second derivatives and forward mode, also
+    by torch.func, are exact and take memory that grows with lengths, where a kernel or torch's fused one served. Everything else, and
+    every shape that is not tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
     mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
     mask on another device; for operands of masks and scores that do not fit; and for a scale that no float can hold.
     """
@@ -66,7 +66,6 @@ def attention(
     ):
         if type(scale) is int:
             scale = number("scale", scale)
-        operands: Operands = ()
         try:
             entry = entry_of(query, key, value, is_causal, enable_gqa)
             wanted: AttnMask | None = CAUSAL if is_causal else NONE
@@ -80,6 +79,12 @@ def attention(
             entry = (*entry, exactness.asked())
         found = _table.get(entry) or serving.decide(entry, query, key, value, wanted, enable_gqa)
         serve, begin = found.call, perf_counter()
+        wanting = query.requires_grad or key.requires_grad or value.requires_grad
+        of_operands = bool(wanted.operands) and needs_grad(*wanted.operands.values())
+        needs = (wanting or of_operands) and _grad_enabled()
+        is_ours = needs and found.problem and type(scale) in _SCALES and not _autocast()
+        if is_ours and passes.keeps(query, key, value, wanted, scale, enable_gqa, serve is not None, of_operands):
+            return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
         if serve is None:
             if found.problem and not _autocast():  # which would make another problem of it
                 plain = attn_mask is None or (isinstance(attn_mask, Tensor) and type(attn_mask) in _PLAIN)
@@ -87,22 +92,17 @@ def attention(
                 output = by_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
                 found.row.count(begin)
                 return output
-        elif type(scale) in _SCALES and not _autocast():
-            if wanted.operands:
-                operands = wanted.in_order(query, key)
-            wanting = query.requires_grad or key.requires_grad or value.requires_grad
-            of_operands = bool(operands) and needs_grad(*operands)
-            if (wanting or of_operands) and _grad_enabled():
-                return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
-            else:
-                try:
-                    output = serve(query, key, value, scale, None, None, operands)
-                    found.row.count(begin)
-                    return output
-                except WrongArguments:
-                    raise
-                except Exception as error:  # no memory for splits, a failed launch
-                    serving.hand_over(error, query, key, value, wanted, enable_gqa)
+        elif not needs and type(scale) in _SCALES and not _autocast():
+            try:
+                output = serve(
+                    query, key, value, scale, None, None, wanted.in_order(query, key) if wanted.operands else ()
+                )
+                found.row.count(begin)
+                return output
+            except WrongArguments:
+                raise
+            except Exception as error:  # no memory for splits, a failed launch
+                serving.hand_over(error, query, key, value, wanted, enable_gqa)
     elif _is_compiling():
         return operator.recorded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     elif (
@@ -158,6 +158,24 @@ def _watched() -> bool:
     """Whether somebody follows the call who must meet torch's own: a compiler, a tracer, a dispatch mode, a transform."""
     followed = _is_compiling() or _dispatch_modes() or _is_tracing()
     return bool(followed or forward_ad._current_level >= 0 or _transforms() is not None)
+
+
+def is_differentiable(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool
+) -> bool:
+    """Whether differentiable() is for such a call: of plain tensors, of which gradients are needed, and which nobody watches."""
+    plain = type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES
+    of_operands = needs_grad(*wanted.operands.values())
+    if (
+        not plain
+        or _autocast()
+        or _watched()
+        or not (_grad_enabled() and (of_operands or needs_grad(query, key, value)))
+    ):
+        return False
+    found = serving.find(query, key, value, wanted, enable_gqa)
+    serves = found.call is not None
+    return bool(found.problem) and passes.keeps(query, key, value, wanted, scale, enable_gqa, serves, of_operands)
 
 
 def served(

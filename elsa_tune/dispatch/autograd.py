@@ -70,9 +70,7 @@ class _Attention(_Function):  # type: ignore[misc]
         blocked = derivatives.attention(query, key, value, wanted, ctx.scale, True)
         changes = derivatives.flags(wanted, tangents[:3], tangents[6:], None)
         known = [x is not None for x in changes]
-        output, lse = blocked.pushed(known)(
-            *derivatives.given(query, key, value, wanted), *compress(changes, known)
-        )
+        output, lse = blocked.pushed(known)(*derivatives.given(query, key, value, wanted), *compress(changes, known))
         return output, lse
 
     @staticmethod
@@ -116,7 +114,10 @@ class _Gradients(_Function):  # type: ignore[misc]
         query, key, value, *arrays = rest
         wanted = ctx.wanted.with_tensors(arrays)
         each = ctx.asked.each
-        first, given = derivatives.flags(wanted, each[:3], each[3:], False), derivatives.given(query, key, value, wanted)
+        first, given = (
+            derivatives.flags(wanted, each[:3], each[3:], False),
+            derivatives.given(query, key, value, wanted),
+        )
         return wanted, first, (*given, *results), len(given)
 
     @staticmethod
@@ -124,7 +125,8 @@ class _Gradients(_Function):  # type: ignore[misc]
         wanted, first, given, count = _Gradients._given(ctx)
         needs = ctx.needs_input_grad
         asked = [*derivatives.flags(wanted, needs[2:5], needs[11:], False), needs[0], *[needs[1]] * ctx.has_lse]
-        blocked = derivatives.second(*given[:3], wanted, ctx.scale, ctx.has_lse, first, asked)
+        query, key, value = given[:3]
+        blocked = derivatives.second(query, key, value, wanted, ctx.scale, ctx.has_lse, first, asked)
         found = iter(blocked(*given, *grads))
         each = [next(found) if one else None for one in asked]
         floats = iter(each[3:count])
@@ -134,7 +136,8 @@ class _Gradients(_Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         wanted, first, given, _ = _Gradients._given(ctx)
-        blocked = derivatives.attention(*given[:3], wanted, ctx.scale, ctx.has_lse).pulled(first)
+        query, key, value = given[:3]
+        blocked = derivatives.attention(query, key, value, wanted, ctx.scale, ctx.has_lse).pulled(first)
         changes = derivatives.flags(wanted, tangents[2:5], tangents[11:], None)
         changes += [tangents[0], *[tangents[1]] * ctx.has_lse]
         known = [x is not None for x in changes]

@@ -19,12 +19,17 @@ from elsa_tune.parts import score as scores
 from elsa_tune.parts.operand import PLACES, Array, values_at
 from elsa_tune.problem import Problem
 
-_Function: Any = torch.autograd.Function  # which has no types
+_Function: Any = torch.autograd.Function  # which has no types, nor has the next
+_pull: Any = torch.func.vjp
 
-AT_ONCE = 1 << 18
+AT_ONCE = 1 << 19
 """Scores that exist at a time, at least those of one row of a KV head: a few such tensors stay in a cache."""
 
-QUERY, KEY, LSE = ("batch", "heads", "q_len", "dim"), ("batch", "kv_heads", "kv_len", "dim"), ("batch", "heads", "q_len")
+QUERY, KEY, LSE = (
+    ("batch", "heads", "q_len", "dim"),
+    ("batch", "kv_heads", "kv_len", "dim"),
+    ("batch", "heads", "q_len"),
+)
 
 
 class Region(NamedTuple):
@@ -91,7 +96,7 @@ class Blocked:
                     given[n] = x
                 return rows(region, *given)
 
-            _, pull = torch.func.vjp(of_asked, *(given[n] for n in which))
+            pull = _pull(of_asked, *(given[n] for n in which))[1]
             return tuple(pull(parts[count:]))
 
         return Blocked(back, (*self.given, *self.made), tuple(self.given[n] for n in which), tuple(which), self.shape)
@@ -110,8 +115,8 @@ class Blocked:
                 return rows(region, *given)
 
             # forward mode does not nest: what is pulled back is linear, and pulled back itself
-            made, pull = torch.func.vjp(of_known, *(given[n] for n in which))
-            _, push = torch.func.vjp(lambda *some: pull(some), *map(torch.zeros_like, made))
+            made, pull = _pull(of_known, *(given[n] for n in which))
+            push = _pull(lambda *some: tuple(pull(some)), *map(torch.zeros_like, made))[1]
             return tuple(push(parts[count:]))
 
         return Blocked(along, (*self.given, *(self.given[n] for n in which)), self.made, self.like, self.shape)
@@ -148,12 +153,17 @@ class _Blocked(_Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         known = [x is not None for x in tangents]
-        found: tuple[Tensor, ...] = ctx.blocked.pushed(known)(*ctx.saved_tensors, *(x for x in tangents if x is not None))
+        found: tuple[Tensor, ...] = ctx.blocked.pushed(known)(
+            *ctx.saved_tensors, *(x for x in tangents if x is not None)
+        )
         return found
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        each = [[x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)] for i in range(info.batch_size)]
+        each = [
+            [x if d is None else x.select(d, i) for x, d in zip(inputs, dims, strict=True)]
+            for i in range(info.batch_size)
+        ]
         made = tuple(map(torch.stack, zip(*(_Blocked.apply(*some) for some in each), strict=True)))
         return made, (0,) * len(made)
 
@@ -188,7 +198,9 @@ def has_derivatives(wanted: AttnMask) -> list[bool]:
     return [name in floats for name in names(wanted)]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool) -> Blocked:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, with_lse: bool
+) -> Blocked:
     """Attention of given(); results are output and, where asked for, the log-sum-exp."""
     problem, wide = _problem(query, key, value, wanted), lse_dtype(query)
     scored = _scores(problem, wanted, scale, wide)
@@ -229,24 +241,27 @@ def second(
 
         arrays, (g, *more) = rest[: count - 3], rest[count - 3 :]
         received = iter(more[with_lse:])
-        u, w, x = (next(received) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False))
+        u, w, x = (
+            next(received) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False)
+        )
         p = of_group(_weights(*scored(region, q, k, *arrays))[None])
         q_, g_, u_, (k_, v_, w_, x_) = of_group(q), of_group(g), of_group(u), (y[0].to(wide) for y in (k, v, w, x))
         delta = (g_ * (p @ v_)).sum(-1, keepdim=True)
         for y in more[:with_lse]:
             delta = delta - of_group(y)
         t = torch.cat([u_, q_], -1) @ (torch.cat([k_, w_], -1) * factor).mT  # what dS receives
-        a = (g_ @ v_.mT).sub_(delta)
-        mean = torch.mul(p, t).sum(-1, keepdim=True)
-        t.sub_(mean)
+        mean = t.mul_(p).sum(-1, keepdim=True)
+        e = t.addcmul_(p, mean, value=-1)  # what dP receives
+        a = torch.cat([g_, -delta], -1) @ torch.cat([v_, torch.ones_like(v_[..., :1])], -1).mT
         ds = p * a
-        f = torch.baddbmm(a.mul_(t), g_, x_.mT)  # what P receives, but for what all keys of a row share
-        e = t.mul_(p)  # what dP receives
-        f.sub_(torch.mul(p, f).sum(-1, keepdim=True)).mul_(p)  # what S receives
-        of_q, of_k = torch.baddbmm(f @ k_, ds, w_) * factor, torch.baddbmm(f.mT @ q_, ds.mT, u_) * factor
-        made = [of_q, of_k, e.mT @ g_, *arrays, torch.baddbmm(e @ v_, p, x_), *([mean] if with_lse else [])]
+        f = a.mul_(e).addcmul_(p, g_ @ x_.mT)  # what P receives, times P, but for what all keys of a row share
+        f.addcmul_(p, f.sum(-1, keepdim=True), value=-1)  # what S receives
+        each: list[Callable[[], Tensor]] = [
+            lambda: torch.baddbmm(f @ k_, ds, w_) * factor, lambda: torch.baddbmm(f.mT @ q_, ds.mT, u_) * factor,
+            lambda: e.mT @ g_, *[lambda: mean] * len(arrays), lambda: torch.baddbmm(e @ v_, p, x_), *[lambda: mean] * with_lse,
+        ]  # fmt: skip
         like = [q, k, v, *arrays, g, *more[:with_lse]]
-        return tuple(y.reshape(z.shape).to(z.dtype) for y, z, one in zip(made, like, asked, strict=True) if one)
+        return tuple(make().reshape(x.shape).to(x.dtype) for make, x, one in zip(each, like, asked, strict=True) if one)
 
     return replace(found, fast=fast)
 
@@ -278,7 +293,7 @@ def _scores(
 
     def of_region(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool]:
         h, n, hk = q.shape[1], q.shape[2], k.shape[1]
-        own = numbers | dict(zip((*floats, *whole), arrays, strict=True))
+        own: dict[str, Any] = {**numbers, **dict(zip((*floats, *whole), arrays, strict=True))}
         grouped = (q.to(wide) * factor).reshape(hk, h // hk * n, -1)
         place = _places(problem, region, q.device)
         logits = _scored(chain, (grouped @ k.to(wide)[0].mT).view(h, n, -1), own, place, wide)

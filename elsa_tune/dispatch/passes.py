@@ -44,6 +44,17 @@ def attend(
     return fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
 
 
+def keeps(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: bool,
+    of_operands: bool,
+) -> bool:  # fmt: skip
+    """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU, and where
+    torch's fused one does. Others are torch's from the beginning."""
+    if not query.is_cpu:
+        return not of_operands and serving.gradients_for(query, key, value, wanted, enable_gqa) is not None
+    return served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))
+
+
 def backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
     wanted: AttnMask, scale: float | None, enable_gqa: bool, asked: Sequence[bool],

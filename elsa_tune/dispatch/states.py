@@ -10,6 +10,7 @@ from torch import Tensor
 
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import fallback, meaning, operator, serving
+from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import check_tensors, described, lse_dtype, needs_grad, number
@@ -53,6 +54,8 @@ def attention_with_lse(
         served = dispatch.served(query, key, value, found, scale, enable_gqa, lse)
         if served is not None:
             return served, lse
+        if dispatch.is_differentiable(query, key, value, found, scale, enable_gqa):
+            return differentiable(query, key, value, found, scale, enable_gqa)
     with nullcontext() if found is None or wanting else serving.left_to_torch(query, key, value, found, enable_gqa):
         output = fallback.attend(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     wanted = of_tensor(attn_mask) if found is None and isinstance(attn_mask, Tensor) else found or NONE

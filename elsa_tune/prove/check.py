@@ -188,12 +188,16 @@ def _not_a_number(kernel: Kernel, problem: Problem, generator: torch.Generator, 
     return "" if kept else "a NaN in one query row is lost or spreads to other rows"
 
 
-def gradient_error(kernel: Gradients, problem: Problem, inputs: Inputs, grad_lse: Tensor | None = None) -> reference.Error:
+def gradient_error(
+    kernel: Gradients, problem: Problem, inputs: Inputs, grad_lse: Tensor | None = None
+) -> reference.Error:
     """The error of dQ, dK and dV for the first and the last KV head, or where there are few pairs for all, and of what arrays receive."""
     assert inputs.forward is not None
     beside: dict[str, Any] = {} if grad_lse is None else {"grad_lse": grad_lse}
     asked = (True,) * (3 + len(scores.get(problem.score).arrays))
-    found = kernel(inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands, asked=asked, **beside)
+    found = kernel(
+        inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands, asked=asked, **beside
+    )
     heads = [(b, h) for b in range(problem.batch) for h in range(problem.kv_heads)]
     if problem.q_len * problem.kv_len * problem.batch * problem.heads > _EVERY_ROW:
         heads = list(dict.fromkeys((heads[0], heads[-1])))

@@ -18,7 +18,6 @@ from elsa_tune.parts import mask as masks
 from elsa_tune.parts import operator as operators
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
-from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 from elsa_tune.prove.reference import LARGEST_CONSTANT, Error, Inputs, logit_error
 
@@ -168,8 +167,15 @@ def error(
     def norm(x: Tensor) -> float:
         return float(x.float().norm(dim=-1).max())
 
-    terms = norm(inputs.forward[2]) * norm(inputs.value) * scale  # of dS, before they cancel
-    floors = (terms * float(inputs.key.abs().max()), terms * float(inputs.query.abs().max()), 0.0)
+    products = norm(inputs.forward[2]) * norm(inputs.value)
+    terms = products * scale  # of dS, before they cancel
+    least = torch.finfo(lse_dtype(inputs.query)).tiny / unit  # weights below are 0
+    floors = (
+        terms * float(inputs.key.abs().max()),
+        terms * float(inputs.query.abs().max()),
+        norm(inputs.forward[2]) * least,
+        products,
+    )
     totals: dict[str, tuple[Tensor, float]] = {}
     worst = 0.0
     for difference, largest in _differences(problem, inputs, found, pairs, grad_lse, floors, totals):
@@ -188,11 +194,11 @@ def _differences(
     for b, h in pairs:
         true = truth(problem, inputs, b, h, grad_lse)
         group = slice(h * problem.group, (h + 1) * problem.group)
-        for x, place, those, floor in zip(
-            found, ((b, group), (b, h), (b, h)), (true.query, true.key, true.value), floors, strict=False
+        for x, head, those, floor in zip(
+            found, (group, h, h), (true.query, true.key, true.value), floors, strict=False
         ):
             if x is not None:
-                yield float((x[place].double() - those).abs().max()), max(float(those.abs().max()), floor)
+                yield float((x[b][head].double() - those).abs().max()), max(float(those.abs().max()), floor)
         for name, (one, size) in true.arrays.items():
             total, largest = totals.get(name, (torch.zeros_like(one), 0.0))
             totals[name] = total + one, largest + size
@@ -201,6 +207,4 @@ def _differences(
         for array, x in zip(arrays, found[3:], strict=False):
             if x is not None:
                 total, largest = totals[array.name]
-                yield float((x.double() - total).abs().max()), largest
-
-
+                yield float((x.double() - total).abs().max()), max(largest, floors[3])

@@ -175,27 +175,21 @@ class CppGradients:
         given = kernel_arguments(problem, operands, query, key)
         own = named(problem, operands)
         grads = {
-            a.name: query.new_zeros(
-                own[a.name].shape if a.over_keys else (batch, heads, q_len), dtype=lse_dtype(query)
-            )
+            a.name: query.new_zeros(own[a.name].shape if a.over_keys else (batch, heads, q_len), dtype=lse_dtype(query))
             for a, wanted in zip(self._arrays, asked[3:], strict=True)
             if wanted
         }
-        told: list[int] = [_address(grads.get(a.name)) for a in self._along]
-        for a in self._dense:
-            x = grads.get(a.name)
-            told += [_address(x), *((s if n > 1 else 0 for s, n in zip(x.stride(), x.shape)) if x is not None else [0] * 4)]
+        along = [_address(grads.get(a.name)) for a in self._along]
+        dense = [word for a in self._dense for word in _place(grads.get(a.name))]
         lse = lse.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        strides = [n for x in inputs for n in x.stride()[:3]] + [
-            n for x in made for n in (x.stride()[:3] if x is not None else (0, 0, 0))
-        ]
+        strides = [n for x in (*inputs, *made) for n in (x.stride()[:3] if x is not None else (0, 0, 0))]
         call = _GRADIENTS(
             *(x.data_ptr() for x in (query, key, value, output, lse, grad)), *map(_address, (grad_lse, *made)),
             batch, heads, kv_heads, q_len, kv_len, *strides,
             1 / math.sqrt(head_dim) if scale is None else scale, torch.get_num_threads(),
             _pool.openmp()[1] if Pool.usable else 0,
-        ) + self._rest(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), *told)  # fmt: skip
+        ) + self._rest(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), *along, *dense)  # fmt: skip
         if self._function(call):
             raise MemoryError("the kernel could not allocate its sums; free memory or use splits=1")
         return (*made, *(self._whole(a, grads.get(a.name), own[a.name]) for a in self._arrays))
@@ -214,3 +208,10 @@ class CppGradients:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _place(x: Tensor | None) -> tuple[int, ...]:
+    """Where a tensor of four axes lies: its address, and what is from one to the next along each axis, 0 where there is one."""
+    if x is None:
+        return (0,) * 5
+    return (x.data_ptr(), *(step if n > 1 else 0 for step, n in zip(x.stride(), x.shape, strict=True)))

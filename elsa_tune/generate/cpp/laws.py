@@ -10,9 +10,9 @@ from elsa_tune.generate.cpp.real import real_of
 from elsa_tune.generate.laws import axis_has_text, exp_errs_little, only_text, scan_has_states, state_is_of_operator
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import exp as exps
-from elsa_tune.parts import operator as operators
 from elsa_tune.parts import scan as scans
 from elsa_tune.problem import Problem
+from elsa_tune.space import Space
 
 SCRATCH_BYTES = 64 << 20
 """At most this much memory for packed heads and the states of splits."""
@@ -125,24 +125,20 @@ def axes_of_direction(
     chunk: int, head_parts: int, workers: int, state: str, grad_tile: int, products: int, problem: Problem
 ) -> str | None:
     """Gradients are of rows in lanes and of sums, not of states; what forms them is nothing to the forward pass."""
-    if problem.direction == "forward":
-        return "the forward pass has no gradients to form" if (grad_tile, products) != (6, 5) else None
-    plain = (chunk, head_parts, workers, state) == (1, 1, 1, operators.get(problem.operator).states[0])
-    return None if plain else "gradients carry no states, and their lanes are rows"
+    forward = {"chunk": chunk, "head_parts": head_parts, "workers": workers, "state": state}
+    idle = {"grad_tile": grad_tile, "products": products} if problem.direction == "forward" else forward
+    usual = {axis.name: axis.default for axis in Space.read("cpp").axes}
+    differ = [name for name, value in idle.items() if value != usual[name]]
+    return f"{', '.join(differ)} are nothing to the {problem.direction} pass" if differ else None
 
 
-def grad_tile_fills_registers(isa: str, lanes: int, grad_tile: int, problem: Problem) -> str | None:
-    """As other tiles do."""
+def grad_tile_hides_latency(isa: str, lanes: int, grad_tile: int, problem: Problem) -> str | None:
+    """Fewer than four sums of a tile wait for one another; columns() never takes more than fit."""
     if problem.direction == "forward":
         return None
     there = real_of(problem.dtype).lanes(lanes)
-    for dim in (problem.head_dim, problem.value_dim):
-        wide = columns(dim, there, grad_tile, ISAS[isa])
-        if grad_tile * wide + wide + 1 > ISAS[isa].registers:
-            return f"{grad_tile} keys of {wide} vectors exceed {ISAS[isa].registers} registers"
-        if grad_tile * wide < 4:
-            return f"{grad_tile * wide} accumulators cannot hide the latency of a multiply-add"
-    return None
+    fewest = min(grad_tile * columns(dim, there, grad_tile, ISAS[isa]) for dim in (problem.head_dim, problem.value_dim))
+    return f"{fewest} accumulators cannot hide the latency of a multiply-add" if fewest < 4 else None
 
 
 def packed_heads_are_of_tasks(packing: str, products: int, problem: Problem) -> str | None:
@@ -235,6 +231,6 @@ LAWS = (
     exp_is_exact,
     exp_is_noticed,
     axes_of_direction,
-    grad_tile_fills_registers,
+    grad_tile_hides_latency,
     packed_heads_are_of_tasks,
 )

@@ -77,5 +77,7 @@ class TritonGradients:
         rows = [rows_contiguous(x) for x in (query, key, value, output)]
         more = [operands] if operands else []  # numbers of a mask in closed form; gradients have no others
         with _on(query):
-            made: tuple[Tensor, ...] = self._launch(*rows, lse.contiguous(), rows_contiguous(grad), scale, *more, grad_lse=grad_lse)
+            made: tuple[Tensor, ...] = self._launch(
+                *rows, lse.contiguous(), rows_contiguous(grad), scale, *more, grad_lse=grad_lse
+            )
         return tuple(x if wanted else None for x, wanted in zip(made, asked, strict=False))

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from elsa_tune import masks, scores
-from elsa_tune.dispatch import meaning, passes, serving
-from elsa_tune.dispatch.attention import attention, served
+from elsa_tune.dispatch import meaning, serving
+from elsa_tune.dispatch.attention import attention, is_differentiable, served
 from elsa_tune.dispatch.varlen import attention_varlen
 from elsa_tune.errors import WrongArguments, shown
 from elsa_tune.generate import incumbent
@@ -225,7 +225,7 @@ class _Call:
         query, (key, value, mask) = self.query, self._within
         if not (torch.is_grad_enabled() and needs_grad(query, key, value, *mask.tensors)):
             return served(query, key, value, mask, self.scale, self.grouped)
-        if needs_grad(*mask.tensors) or not passes.has_backward(query, key, value, mask, self.scale, self.grouped):
+        if not is_differentiable(query, key, value, mask, self.scale, self.grouped):
             return None
         return attention(query, key, value, None if mask is NONE else mask, scale=self.scale, enable_gqa=self.grouped)
 

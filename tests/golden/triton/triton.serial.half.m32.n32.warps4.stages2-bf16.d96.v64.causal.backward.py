@@ -207,18 +207,18 @@ def grad_key_value(
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 SIDE_OPTIONS = {"num_warps": 4}  # of the kernel that prepares
 
-def gradients(query, key, value, output, lse, grad, scale=None):
+def gradients(query, key, value, output, lse, grad, scale=None, grad_lse=None):
     """dQ, dK, dV of attention(query, key, value) [batch, heads, length, dim], all with contiguous rows.
 
     ``output`` and ``lse`` [batch, heads, q_len] (float32, contiguous) are what the forward kernel gave, ``grad`` the
-    gradient of the output.
+    gradient of the output, ``grad_lse`` that of the log-sum-exp where it is a result too.
     """
     found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for kernel, grid, arguments, options in launches(query, key, value, output, lse, grad, scale, *found):
+    for kernel, grid, arguments, options in launches(query, key, value, output, lse, grad, scale, *found, grad_lse=grad_lse):
         kernel[grid](*arguments, **options)
     return found
 
-def launches(query, key, value, output, lse, grad, scale, dq, dk, dv):
+def launches(query, key, value, output, lse, grad, scale, dq, dk, dv, grad_lse=None):
     """What to launch, one after the other: kernel, grid, arguments, options. Arguments alone decide what is compiled,
     whatever device the tensors are on."""
     batch, heads, q_len, _ = query.shape
@@ -234,6 +234,8 @@ def launches(query, key, value, output, lse, grad, scale, dq, dk, dv):
     shape = kv_heads, group, q_len, kv_len
     arguments = output, grad, lse, sums, deltas, *o, *g, kv_heads, group, q_len
     yield prepare, (batch * heads * row_tiles,), arguments, SIDE_OPTIONS
+    if grad_lse is not None:
+        deltas -= grad_lse
     of_rows = query, key, value, grad, sums, deltas, dq, c, scale, *q, *k, *v, *g, *dq.stride()[:3], *shape
     of_keys = (
         query, key, value, grad, sums, deltas, dk, dv, c, abs(scale),

@@ -1,0 +1,307 @@
+"""Gradients on CPUs: kernels of backward families against float64, second derivatives, forward mode, and who computes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from elsa_tune import masks, scores, space
+from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import derivatives, passes, serving
+from elsa_tune.dispatch.autograd import differentiable
+from elsa_tune.generate import cpp, lawful
+from elsa_tune.generate.backends import Gradients
+from elsa_tune.generate.operands import with_example
+from elsa_tune.masks import NONE, AttnMask
+from elsa_tune.parts import mask as mask_parts
+from elsa_tune.problem import Problem
+from elsa_tune.prove import check, gradients, reference
+
+HERE = host_cpu()
+NATIVE = f"{HERE.isas[0]}.l{cpp.ISAS[HERE.isas[0]].lanes}"
+
+
+def spelled(variant: str) -> space.Variant:
+    return space.parse(variant.format(isa=NATIVE))
+
+
+def posed(family: str) -> Problem:
+    return with_example(Problem.parse(family)).reshaped(batch=2, heads=4, kv_heads=2, q_len=64, kv_len=64)
+
+
+def kernel_of(variant: str, family: str) -> Gradients:
+    problem = posed(family)
+    assert lawful.refusal(spelled(variant), problem, HERE) is None
+    made = cpp.load(cpp.build(spelled(variant), problem), spelled(variant), problem)
+    assert not isinstance(made, cpp.CppKernel)
+    return made
+
+
+# Every mask and every score: with each way to pass over keys, to split, to pack, with every element and dimensions of no vector.
+HOW = {
+    "one pass": "cpp.serial.{isa}.q2.k4.v4.n24",
+    "split": "cpp.serial.{isa}.q1.k4.v4.n16.g4.s4.packed",
+    "two passes": "cpp.serial.{isa}.q2.k4.v2.n24.products7.s2",
+    "head": "cpp.serial.{isa}.q2.k4.v4.n24.g4.head",
+    "two packed": "cpp.serial.{isa}.q3.k2.v4.n16.g4.products7.packed",
+}
+FAMILIES = [
+    ("one pass", "fp32.d16"),
+    ("two passes", "fp32.d33.v17.causal"),
+    ("split", "fp32.d16.window.bias"),
+    ("two packed", "bf16.d16.lengths+starts.alibi"),
+    ("head", "fp16.d40.v24.blocks_partial.alibi_lower_right+softcap"),
+    ("one pass", "fp64.d16.columns+columns_upper.sinks"),
+    ("split", "bf16.d33.v17.dense.bias+softcap"),
+    ("two passes", "fp64.d16.blocks+causal.softcap+bias"),
+    ("head", "fp32.d16.causal_lower_right+ranges.alibi+sinks"),
+    ("two packed", "fp32.d40.v24.prefix+window_lower_right.bias+sinks"),
+]
+
+
+@pytest.mark.parametrize(("how", "family"), FAMILIES)
+def test_kernels_against_float64(how: str, family: str) -> None:
+    variant = HOW[how] + (".e10" if family.startswith("fp64") else "")
+    problem = posed(f"{family}.backward")
+    verdict = check.check_family(kernel_of(variant, f"{family}.backward"), problem, [], longest=1024)
+    assert not verdict.reason and verdict.constant > 0, verdict
+
+
+def test_every_mask_and_score_is_there() -> None:
+    words = {word for _, family in FAMILIES for word in family.replace("+", ".").split(".")}
+    from elsa_tune.parts import score as score_parts
+
+    assert {*mask_parts.names(), *score_parts.names()} - {mask_parts.NONE} <= words
+
+
+@pytest.mark.parametrize("how", ["one pass", "split", "two passes"])
+def test_threads_change_no_bit(how: str) -> None:
+    problem = Problem.parse("fp32.d16.causal.bias.backward").reshaped(
+        batch=2, heads=4, kv_heads=2, q_len=150, kv_len=131
+    )
+    generator = torch.Generator().manual_seed(0)
+    case = gradients.with_forward(problem, reference.random_inputs(problem, generator), generator)
+    kernel, found = kernel_of(HOW[how], "fp32.d16.causal.bias.backward"), []
+    before = torch.get_num_threads()
+    assert case.forward is not None
+    try:
+        for threads in (1, 2, 4, 2):
+            torch.set_num_threads(threads)
+            found.append(kernel(*case.tensors, None, case.operands, asked=(True,) * 4))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for one in found[1:] for x, y in zip(found[0], one, strict=True))  # type: ignore[arg-type]
+
+
+def test_what_is_not_asked_for_is_not_computed() -> None:
+    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=1, heads=2, kv_heads=1, q_len=37, kv_len=50)
+    generator = torch.Generator().manual_seed(0)
+    case = gradients.with_forward(problem, reference.random_inputs(problem, generator), generator)
+    kernel = kernel_of(HOW["split"], "fp32.d16.bias.backward")
+    whole = kernel(*case.tensors, None, case.operands, asked=(True,) * 4)
+    for n in range(4):
+        asked = tuple(i == n for i in range(4))
+        found = kernel(*case.tensors, None, case.operands, asked=asked)
+        assert [x is not None for x in found] == list(asked) and torch.equal(found[n], whole[n])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 37, 50), (2, 1, 37, 50), (1, 4, 1, 50), (2, 4, 37, 1), (1, 1, 1, 50), (2, 4, 1, 1)]
+)
+def test_what_shares_a_bias_adds_up(shape: tuple[int, ...]) -> None:
+    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=2, heads=4, kv_heads=2, q_len=37, kv_len=50)
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(shape, generator=generator)
+    inputs = reference.random_inputs(problem, generator)
+    case = gradients.with_forward(problem, reference.Inputs("shared", *inputs.tensors, operands=(bias,)), generator)
+    error = check.gradient_error(kernel_of(HOW["one pass"], "fp32.d16.bias.backward"), problem, case)
+    assert error.allowed, error
+
+
+def test_rows_far_away_as_a_whole() -> None:
+    """A float32 log-sum-exp of such rows has lost ln n: torch's gradients are wrong, ours not."""
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    bias = torch.full((1, 1, 40, 40), torch.finfo(torch.float32).min)
+    bias[..., ::2] = -1e30
+    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=1, heads=2, kv_heads=2, q_len=40, kv_len=40)
+    generator = torch.Generator().manual_seed(0)
+    case = gradients.with_forward(problem, reference.Inputs("far", q, k, v, operands=(bias,)), generator)
+    assert check.gradient_error(kernel_of(HOW["one pass"], "fp32.d16.bias.backward"), problem, case).allowed
+
+
+def test_a_number_that_is_none_stays_in_its_row() -> None:
+    """NaN in a gradient of one row: its query's gradient, and what the keys that it sees receive, are NaN, and no other query's."""
+    kernel = kernel_of(HOW["one pass"], "fp32.d16.causal.backward")
+    problem = Problem.parse("fp32.d16.causal.backward").reshaped(batch=1, heads=1, q_len=40, kv_len=40)
+    generator = torch.Generator().manual_seed(0)
+    case = gradients.with_forward(problem, reference.random_inputs(problem, generator), generator)
+    assert case.forward is not None
+    case.forward[2][0, 0, 9, 0] = math.nan
+    dq, dk, dv = kernel(*case.tensors)
+    assert dq is not None and dk is not None and dv is not None
+    assert dq.isnan().any(-1).nonzero()[:, 2].tolist() == [9]
+    assert dk[0, 0, :10].isnan().any(-1).all() and dv[0, 0, :10, 0].isnan().all()
+
+
+# Derivatives of attention(), by kernels of ours.
+
+Call = Callable[..., Any]
+CALLS: dict[str, tuple[Callable[..., AttnMask], tuple[tuple[int, ...], ...]]] = {
+    "plain": (lambda: NONE, ()),
+    "causal": (lambda: masks.causal(), ()),
+    "padding": (lambda: masks.lengths(torch.tensor([3])), ()),
+    "no key": (lambda: masks.dense(torch.arange(5)[:, None] > torch.arange(6)), ()),
+    "softcap": (lambda: scores.softcap(2.0), ()),
+    "bias": (scores.bias, ((1, 1, 5, 6),)),
+    "alibi": (scores.alibi, ((2,),)),
+    "sinks": (scores.sinks, ((2,),)),
+    "all": (
+        lambda b, s: scores.bias(b) & scores.softcap(2.0) & scores.sinks(s) & masks.window(2),
+        ((1, 2, 5, 6), (2,)),
+    ),
+}
+
+
+@pytest.fixture
+def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels of ours compute every gradient; which families were asked for."""
+    asked: list[str] = []
+
+    def of(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:
+        problem = serving.problem_of(query, key, value, wanted, enable_gqa)
+        if problem is None:
+            return None
+        family = str(problem.reshaped(direction="backward").family)
+        asked.append(family)
+        degree = ".e10" if problem.dtype == "fp64" else ""
+        variant = spelled(
+            "cpp.serial.{isa}.q1.k4.v2.n16.g4" + degree + ("" if problem.dtype in ("fp32", "fp64") else ".packed")
+        )
+        found = cpp.load(
+            cpp.build(variant, problem.reshaped(direction="backward")), variant, problem.reshaped(direction="backward")
+        )
+        assert not isinstance(found, cpp.CppKernel)
+        return found
+
+    monkeypatch.setattr(serving, "gradients_for", of)
+    yield asked
+
+
+def doubles(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_first_and_second_derivatives_of_every_kind(name: str, ours: list[str]) -> None:
+    """Of output and log-sum-exp, in float64, backward and forward."""
+    make, shapes = CALLS[name]
+    inputs = doubles((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), *shapes)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        output, lse = differentiable(q, k, v, make(*operands), None, True)
+        return output, lse.masked_fill(lse == -math.inf, 0.0)
+
+    assert gradcheck(attend, inputs, check_forward_ad=True, fast_mode=len(shapes) > 0)
+    assert gradgradcheck(attend, inputs, check_fwd_over_rev=True, fast_mode=True)
+    assert ours
+
+
+def loss_of(attend: Call) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda q, k, v: attend(q, k, v, is_causal=True).square().sum()
+
+
+def math_of(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    """By operations that torch differentiates as often as one likes."""
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril() if is_causal else torch.ones(())
+    return logits.masked_fill(~seen.bool(), -math.inf).softmax(-1) @ v
+
+
+def test_through_torch_func(ours: list[str]) -> None:
+    """grad, vjp, jvp, three ways to a product of the Hessian with a vector, and gradients of each sample."""
+    q, k, v = (x.detach() for x in doubles((2, 2, 9, 4), (2, 2, 9, 4), (2, 2, 9, 4)))
+    t = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    own, plain = loss_of(elsa_tune.attention), loss_of(math_of)
+    func = torch.func
+    ways: dict[str, Callable[[Any], Any]] = {
+        "grad": lambda f: func.grad(f, argnums=(0, 1, 2))(q, k, v),
+        "jvp": lambda f: func.jvp(f, (q, k, v), (t, t, t)),
+        "forward over reverse": lambda f: func.jvp(lambda x: func.grad(f)(x, k, v), (q,), (t,)),
+        "reverse over forward": lambda f: func.grad(lambda x: func.jvp(lambda y: f(y, k, v), (x,), (t,))[1])(q),
+        "reverse over reverse": lambda f: func.grad(lambda x: (func.grad(f)(x, k, v) * t).sum())(q),
+        "each sample": lambda f: func.vmap(func.grad(f, argnums=(0, 1, 2)))(q[:, None], k[:, None], v[:, None]),
+        "each pair": lambda f: func.vmap(lambda x: func.jvp(lambda y: f(y, k, v), (q,), (x,))[1])(
+            torch.stack([t, 2 * t])
+        ),
+    }
+    for name, way in ways.items():
+        found, expected = torch.utils._pytree.tree_leaves(way(own)), torch.utils._pytree.tree_leaves(way(plain))
+        assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(found, expected, strict=True)), name
+    assert ours
+
+
+def test_second_derivatives_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows and heads are at work at a time."""
+    inputs = doubles((2, 4, 23, 8), (2, 2, 19, 8), (2, 2, 19, 8))
+    u = torch.randn(2, 4, 23, 8, dtype=torch.float64)
+
+    def found() -> list[Tensor]:
+        output, lse = differentiable(*inputs, masks.causal(), None, True)
+        first = torch.autograd.grad((output * u).sum() + lse.exp().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum((x.square().sum() for x in first), torch.zeros(())), inputs))
+
+    whole = found()
+    monkeypatch.setattr(derivatives, "AT_ONCE", 50)
+    assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(whole, found(), strict=True))
+
+
+def test_inputs_changed_in_between_are_noticed(ours: list[str]) -> None:
+    q, k, v = doubles((1, 2, 9, 4), (1, 2, 9, 4), (1, 2, 9, 4))
+    key = k * 1.0
+    out = differentiable(q, key, v, NONE, None, False)[0]
+    key.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("a launch failed")])
+def test_a_kernel_that_fails_hands_over(error: Exception, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(serving, "gradients_for", lambda *arguments: failing)
+    x = [torch.randn(1, 2, 33, 16, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(1, 1, 33, 33, requires_grad=True)
+    differentiable(*x, NONE, None, False)[0].sum().backward()
+    y = [t.detach().clone().requires_grad_() for t in x]
+    scaled_dot_product_attention(*y).sum().backward()
+    assert all(torch.allclose(a.grad, b.grad, atol=2e-6) for a, b in zip(x, y, strict=True))  # type: ignore[arg-type]
+    differentiable(*x, scores.bias(bias), None, False)[0].sum().backward()
+    scaled_dot_product_attention(*y, bias.detach()).sum().backward()
+    assert bias.grad is not None and bias.grad.isfinite().all()
+    assert all(torch.allclose(a.grad, b.grad, atol=4e-6) for a, b in zip(x, y, strict=True))  # type: ignore[arg-type]
+
+
+def test_operations_agree_with_kernels(ours: list[str]) -> None:
+    """What nobody tuned is computed by operations, some rows at a time: the same gradients."""
+    q, k, v = (torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3))
+    bias, sinks = torch.randn(1, 4, 33, 33, requires_grad=True), torch.randn(4, requires_grad=True)
+    wanted = scores.bias(bias) & scores.sinks(sinks) & masks.lengths(torch.tensor([9, 33]))
+    output, lse = differentiable(q, k, v, wanted, 0.3, False)
+    grad, grad_lse = torch.randn(output.shape), torch.randn(lse.shape)
+    found = torch.autograd.grad((output, lse), (q, k, v, bias, sinks), (grad, grad_lse))
+    asked = [True] * 3 + derivatives.has_derivatives(wanted)
+    with torch.no_grad():
+        expected = [x for x in passes.by_operations(grad, grad_lse, q, k, v, wanted, 0.3, asked) if x is not None]
+    assert len(expected) == 5 and ours
+    assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(found, expected, strict=True))
