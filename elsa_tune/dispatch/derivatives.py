@@ -1,5 +1,7 @@
-"""Derivatives of attention that no kernel has, of any order, by torch's operations: some query rows of some heads at a time, and nothing
-is kept between them, so memory grows with lengths as attention's does."""
+"""Derivatives of attention that no kernel has, of any order, by torch's operations.
+
+Some query rows of some heads are at work at a time, and nothing is kept between them: memory grows with lengths as attention's does.
+"""
 
 from __future__ import annotations
 

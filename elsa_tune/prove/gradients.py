@@ -194,11 +194,10 @@ def _differences(
     for b, h in pairs:
         true = truth(problem, inputs, b, h, grad_lse)
         group = slice(h * problem.group, (h + 1) * problem.group)
-        for x, head, those, floor in zip(
-            found, (group, h, h), (true.query, true.key, true.value), floors, strict=False
-        ):
+        each: list[tuple[Any, Tensor]] = [(group, true.query), (h, true.key), (h, true.value)]
+        for x, (head, those), floor in zip(found, each, floors, strict=False):
             if x is not None:
-                yield float((x[b][head].double() - those).abs().max()), max(float(those.abs().max()), floor)
+                yield float((x[b, head].double() - those).abs().max()), max(float(those.abs().max()), floor)
         for name, (one, size) in true.arrays.items():
             total, largest = totals.get(name, (torch.zeros_like(one), 0.0))
             totals[name] = total + one, largest + size

@@ -193,7 +193,8 @@ class AutogradKernel:
         name = (query.data_ptr(), scale, operands)
         with self._lasting():
             if name not in self._graphs:
-                q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+                # their data alone: a race writes every value again in place, which a graph would notice
+                q, k, v = (x.data.requires_grad_() for x in (query, key, value))
                 self._graphs[name] = self._forward(q, k, v, scale, operands=operands), (q, k, v)
             made, leaves = self._graphs[name]
             return torch.autograd.grad(made, leaves, grad, retain_graph=True)
