@@ -59,6 +59,7 @@ bench: .venv/installed-bench
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/gradients.py
 
 # What benchmarks/gpu.sh installs on a GPU machine that has no network.
 wheels-gpu: .venv/installed

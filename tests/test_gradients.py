@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import masks, scores, space
 from elsa_tune.device import host_cpu
-from elsa_tune.dispatch import derivatives, passes, serving
+from elsa_tune.dispatch import derivatives, ledger, passes, serving
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.generate import cpp, lawful
 from elsa_tune.generate.backends import Gradients
@@ -176,10 +176,9 @@ def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Kernels of ours compute every gradient; which families were asked for."""
     asked: list[str] = []
 
-    def of(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:
+    def of(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> serving.Backward:
         problem = serving.problem_of(query, key, value, wanted, enable_gqa)
-        if problem is None:
-            return None
+        assert problem is not None
         family = str(problem.reshaped(direction="backward").family)
         asked.append(family)
         degree = ".e10" if problem.dtype == "fp64" else ""
@@ -190,9 +189,9 @@ def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             cpp.build(variant, problem.reshaped(direction="backward")), variant, problem.reshaped(direction="backward")
         )
         assert not isinstance(found, cpp.CppKernel)
-        return found
+        return serving.Backward(problem, ledger.row(family, str(variant)), found)
 
-    monkeypatch.setattr(serving, "gradients_for", of)
+    monkeypatch.setattr(serving, "backward_for", of)
     yield asked
 
 
@@ -279,7 +278,8 @@ def test_a_kernel_that_fails_hands_over(error: Exception, home: Path, monkeypatc
     def failing(*arguments: Any, **named: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(serving, "gradients_for", lambda *arguments: failing)
+    found = serving.Backward(None, ledger.row("of a test", "failing"), failing)
+    monkeypatch.setattr(serving, "backward_for", lambda *arguments: found)
     x = [torch.randn(1, 2, 33, 16, requires_grad=True) for _ in range(3)]
     bias = torch.randn(1, 1, 33, 33, requires_grad=True)
     differentiable(*x, NONE, None, False)[0].sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def keeps(
     """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU, and where
     torch's fused one does. Others are torch's from the beginning."""
     if not query.is_cpu:
-        return not of_operands and serving.gradients_for(query, key, value, wanted, enable_gqa) is not None
+        return not of_operands and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
     return served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))
 
 
@@ -63,24 +64,32 @@ def backward(
     output and log-sum-exp, or by operations."""
     names = derivatives.names(wanted)
     of_tensors = dict(zip(names, asked[3:], strict=True))
-    gradients = serving.gradients_for(query, key, value, wanted, enable_gqa)
+    served, begin = serving.backward_for(query, key, value, wanted, enable_gqa), perf_counter()
     arrays = scores.get(wanted.score).arrays
-    if gradients is not None:
+    if (gradients := served.gradients) is not None:
         wants = (*asked[:3], *(of_tensors[array.name] for array in arrays))
         try:
             found = gradients(query, key, value, output, lse, grad, scale, wanted.in_order(query, key), grad_lse, wants)
             by_name = dict(zip((array.name for array in arrays), found[3:], strict=False))
             given = {name: wanted.operands[name] for name in names}
             rest = (None if (x := by_name.get(name)) is None else x.to(given[name].dtype) for name in names)
-            return (*found[:3], *rest)
+            result = (*found[:3], *rest)
+            served.row.count(begin)
+            return result
         except WrongArguments:
             raise
         except Exception as error:  # no memory, a failed launch
             serving.hand_over(error, query, key, value, wanted, enable_gqa)
     plain = grad_lse is None and not any(asked[3:])
     if plain and torchs.takes(query, key, value, wanted, scale, enable_gqa):
-        return torchs.backward(grad, query, key, value, output, lse, torchs.form(query, key, wanted), scale)
-    return by_operations(grad, grad_lse, query, key, value, wanted, scale, asked)
+        with incumbent.aside():
+            by_torch = torchs.backward(grad, query, key, value, output, lse, torchs.form(query, key, wanted), scale)
+        result = (*by_torch, *[None] * len(names))
+    else:
+        result = by_operations(grad, grad_lse, query, key, value, wanted, scale, asked)
+    if gradients is None:
+        served.row.count(begin)
+    return result
 
 
 def by_operations(

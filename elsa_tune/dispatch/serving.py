@@ -72,7 +72,7 @@ def row_nearby(problem: Problem, place: torch.device) -> Row:
 
 Key = tuple[object, ...]
 table: dict[Key, Serving] = {}
-_gradients: dict[Key, Gradients | None] = {}
+_backward: dict[Key, Backward] = {}
 changes = 0
 """How often what was decided may have changed."""
 listeners: list[Callable[[], object]] = []
@@ -148,23 +148,37 @@ def decide(entry: Key, query: Tensor, key: Tensor, value: Tensor, wanted: AttnMa
     return table.setdefault(entry, serving) if before is _shelf else serving
 
 
-def gradients_for(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Gradients | None:
-    """The kernel for a shape's gradients, if one is faster than torch's, decided once."""
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Who computes the gradients of tensors of one layout, and where that is counted. ``problem`` is None where the tensors pose none,
+    ``gradients`` where no kernel of ours is ready."""
+
+    problem: Problem | None
+    row: Row
+    gradients: Gradients | None = None
+
+
+def backward_for(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool) -> Backward:
+    """Who computes the gradients of such tensors with such a mask, decided now or before."""
     entry = _entry(query, key, value, wanted, enable_gqa)
-    if entry not in _gradients:
-        before = _shelf
+    if (known := _backward.get(entry)) is not None:
+        return known
+    before, posed = _shelf, problem_of(query, key, value, wanted, enable_gqa)
+    problem = posed.reshaped(direction="backward") if posed else None
 
-        def ready(variant: str, kernel: Kernel | Gradients) -> None:
-            if before is _shelf and not isinstance(kernel, Kernel):
-                _gradients[entry] = kernel
+    def by(variant: str, found: Kernel | Gradients | None) -> Backward:
+        kernel = None if found is None or isinstance(found, Kernel) else found
+        name = ledger.TORCH if kernel is None else variant
+        return Backward(problem, ledger.row(problem or "no problem of ours", name, _spelled(query.device)), kernel)
 
-        problem = problem_of(query, key, value, wanted, enable_gqa)
-        backward = problem.reshaped(direction="backward") if problem else None
-        _, found = _ready_kernel(backward, query, ready)
-        if len(_gradients) >= MOST_SHAPES:
-            _gradients.clear()
-        _gradients.setdefault(entry, None if isinstance(found, Kernel) else found)
-    return _gradients[entry]
+    def ready(variant: str, kernel: Kernel | Gradients) -> None:
+        if before is _shelf:  # nothing was tuned meanwhile
+            _backward[entry] = by(variant, kernel)
+
+    made = by(*_ready_kernel(problem, query, ready))
+    if len(_backward) >= MOST_SHAPES:
+        _backward.clear()
+    return _backward.setdefault(entry, made) if before is _shelf else made
 
 
 def _ready_kernel(problem: Problem | None, query: Tensor, ready: Ready) -> tuple[str, Kernel | Gradients | None]:
@@ -224,7 +238,7 @@ def refresh() -> None:
     with shelf.lock:
         _shelf = Shelf()
         table.clear()
-        _gradients.clear()
+        _backward.clear()
     tell()
 
 

@@ -95,6 +95,20 @@ def gradients_are_written(problem: Problem) -> str | None:
     return f"no gradients of a mask with tensors, {problem.mask}" if masks.get(problem.mask).arrays else None
 
 
+@cache
+def slopes_have_text(language: str, problem: Problem) -> str | None:
+    """Why a language whose gradients have scores cannot say those of the problem's, or None: beside what becomes of a score, the text of one
+    that does more than add says how that grows with it (<score>_slope_of), and how it grows with an array that rows share of
+    (<score>_rate_of_<array>)."""
+    for one in scores.get(problem.score).ones:
+        wanted = [f"{one.name}_slope_of("] if one.bends else []
+        wanted += [f"{one.name}_rate_of_{a.name}(" for a in one.arrays if not a.over_keys and a.name != one.term]
+        text = (places.data("templates") / language / "score" / f"{one.name}.j2").read_text()
+        if any(name not in text for name in wanted):
+            return f"no gradients of the score {one.name} in templates/{language}"
+    return None
+
+
 def dims_are_generated(problem: Problem) -> str | None:
     """Why a problem's dimensions are too large for generated kernels, or None."""
     largest = max(problem.head_dim, problem.value_dim)

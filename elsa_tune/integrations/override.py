@@ -29,7 +29,7 @@ from elsa_tune.generate import backends, incumbent
 from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.integrations import graphs
-from elsa_tune.masks import CAUSAL, NONE, of_tensor
+from elsa_tune.masks import CAUSAL, NONE, AttnMask, of_tensor
 from elsa_tune.parts.operand import Operands
 from elsa_tune.problem import Problem
 
@@ -43,6 +43,8 @@ LATER = 0.005
 """Seconds after which a call that was interrupted is over."""
 
 _Library: Any = torch.library.Library  # its methods have no types
+
+BACKWARD = f"{OPERATOR}_backward"
 
 _lock = threading.RLock()
 _on: _Override | None = None
@@ -141,6 +143,7 @@ class _Override:
             incumbent.standing_in.append(_steps_aside)
             if not last.startswith(__file__):
                 _override_by_python(torch.library.get_kernel(f"aten::{OPERATOR}", "CPU") if others else _torchs)
+        _override_backward()
         self.behind = _torchs if self._native is not None else _behind[-1]
 
     def end(self) -> None:
@@ -262,6 +265,68 @@ def _override_by_python(behind: Any) -> None:
     library.impl(OPERATOR, answer, "CPU", with_keyset=True, allow_override=True)
     _behind.append(behind)
     _libraries.append(library)
+
+
+@cache
+def _override_backward() -> Any:
+    """Put Python in the place of the operator's backward pass, for good; while nothing is enabled, whoever was there before answers."""
+    behind = torch.library.get_kernel(f"aten::{BACKWARD}", "CPU")
+
+    def answer(
+        keys: Any, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, dropout_p: float,
+        is_causal: bool, attn_mask: Tensor | None = None, scale: float | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        begin, served = perf_counter(), None
+        if _on is not None and not (dropout_p or incumbent.is_asked()):
+            try:
+                wanted = NONE if attn_mask is None else meaning.of(attn_mask.detach(), False, query, key)
+                if wanted is not None:
+                    wanted = wanted & CAUSAL if is_causal else wanted
+                    served = serving.backward_for(query, key, value, wanted, True)
+                    if served.gradients is not None:
+                        return _gradients_by_kernel(served, wanted, (query, key, value, output, lse, grad), scale)
+            except Exception as error:  # no memory, a failed launch, whatever is wrong with ours
+                handovers.note(f"torch's {BACKWARD}", error)
+        tensors = grad, query, key, value, output, lse
+        found: tuple[Tensor, ...] = behind.call_boxed(
+            keys, *tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )
+        if served is not None and served.problem and served.gradients is None:
+            served.row.count(begin)
+        return found
+
+    library = _Library("aten", "IMPL")
+    library.impl(BACKWARD, answer, "CPU", with_keyset=True, allow_override=True)
+    return library
+
+
+def _gradients_by_kernel(
+    served: serving.Backward, wanted: AttnMask, tensors: tuple[Tensor, ...], scale: float | None
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value by a kernel of ours, laid out as torch's are: who compiles relies on it."""
+    assert served.gradients is not None
+    query, key, value, output, lse, grad = tensors
+    begin = perf_counter()
+    found = served.gradients(query, key, value, output, lse, grad, scale, wanted.in_order(query, key))
+    layouts = _layouts_of_gradients(*(y for x in (query, key, value) for y in (x.shape, x.stride())), query.dtype)
+    made = tuple(
+        x if x.stride() == layout else torch.empty_strided(x.shape, layout, dtype=x.dtype, device=x.device).copy_(x)
+        for x, layout in zip((y for y in found if y is not None), layouts, strict=True)
+    )
+    served.row.count(begin)
+    return made
+
+
+@lru_cache(maxsize=4096)
+def _layouts_of_gradients(*places: Any) -> tuple[tuple[int, ...], ...]:
+    """Strides of what torch's own backward pass gives of query, key and value, of these shapes and strides and one dtype."""
+    *layouts, dtype = places
+    query, key, value = (
+        torch.empty_strided(*layouts[n : n + 2], dtype=dtype, device="meta") for n in range(0, len(layouts), 2)
+    )
+    output, lse = getattr(torch.ops.aten, OPERATOR)(query, key, value)
+    made = getattr(torch.ops.aten, BACKWARD)(output, query, key, value, output, lse, 0.0, False)
+    return tuple(x.stride() for x in made)
 
 
 def _steps_aside(by: int) -> None:

@@ -24,7 +24,7 @@ from elsa_tune.generate.cpp.call import CppGradients, CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
 from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES, columns, reliable
 from elsa_tune.generate.cpp.real import real_of
-from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text
+from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text, slopes_have_text
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements
@@ -39,14 +39,15 @@ TEMPLATES = {"forward": "cpp/attention.cpp.j2", "backward": "cpp/backward.cpp.j2
 
 
 def refusal(problem: Problem, device: Device) -> str | None:
-    """C++ serves float32 and float64, and bfloat16 and float16 with float32 states, forward, masks and scores that it has texts of,
-    dimensions up to 256, on CPUs."""
+    """C++ serves float32 and float64, and bfloat16 and float16 with float32 states, forward and backward, masks and scores that it has texts
+    of, dimensions up to 256, on CPUs."""
     if device.kind != "cpu":
         return f"the C++ backend runs on CPUs, not on {device}"
     precision = elements.precision(problem.precision)
     if precision not in elements.get(problem.dtype).precisions or precision.rounds_products:
         return f"the C++ backend multiplies and adds what states are of; {problem.dtype} has no class {problem.precision} there"
-    return family_has_text("cpp", problem) or dims_are_generated(problem)
+    untold = family_has_text("cpp", problem) or dims_are_generated(problem)
+    return untold or (slopes_have_text("cpp", problem) if problem.direction == "backward" else None)
 
 
 @cache

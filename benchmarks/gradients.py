@@ -1,0 +1,278 @@
+"""Training steps of attention, forward and backward, against torch's fused kernel in one interleaved run; their memory; second derivatives
+against torch's math.
+
+Run it with `make bench`. Both are called on tensors that take gradients, in the memory order of models; problems that are not tuned yet are
+tuned first, forward and backward. Ratios are medians of round-by-round ratios with bootstrap intervals. Peak memory is that of a process of its
+own which does one step, saved tensors and gradients included. Writes benchmarks/results/gradients-<device>.json and prints losses like
+wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import elsa_tune
+from _side_by_side import results_file, shown, tune_first, version
+from elsa_tune.device import host_cpu
+from elsa_tune.parts import element as elements
+from elsa_tune.problem import Problem
+from elsa_tune.prove import reference
+from elsa_tune.tuning import race
+
+ROUNDS = 15
+SECONDS_A_CASE = 8.0
+PAUSE = 0.003
+"""Seconds between samples: threads spin for a while after they finish."""
+ZEN_5 = host_cpu().model.startswith("amd_f26")
+SHAPES = ((8, 12, 197), (8, 12, 512), (1, 12, 1024), (1, 8, 2048), (1, 4, 4096))
+LENGTHS = (1024, 2048, 4096, 8192)
+"""Of which memory is measured."""
+LONG = 16384
+"""Where torch's math cannot compute a second derivative."""
+MEMORY = "fp32.d64@b1.h12.q{0}.k{0}.bshd"
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and what is passed as attn_mask."""
+
+    name: str
+    problem: str
+    mask: Callable[[], Any] = lambda: None
+
+    @property
+    def posed(self) -> Problem:
+        return Problem.parse(self.problem)
+
+
+def cases() -> Iterator[Case]:
+    for b, h, n in SHAPES:
+        shape = f"b{b}.h{h}.q{n}.k{n}.bshd"
+        yield Case(f"plain {n}", f"fp32.d64@{shape}")
+        yield Case(f"causal {n}", f"fp32.d64.causal@{shape}")
+        yield Case(f"bf16 {n}", f"bf16.d64@{shape}")
+    for b, h, n in ((8, 12, 197), (8, 12, 512), (16, 12, 256)):
+        each = torch.tensor([max(1, n * (2 * i + 1) // (2 * b)) for i in range(b)])
+        seen = (torch.arange(n) < each[:, None])[:, None, None]
+        yield Case(f"padding {n}", f"fp32.d64.lengths@b{b}.h{h}.q{n}.k{n}.bshd", lambda seen=seen: seen)
+
+
+CASES = tuple(cases())
+GOALS = (
+    ("forward and backward, float32, against torch", 2.0 if ZEN_5 else 1.3, "plain"),
+    ("the same, causal", 2.5 if ZEN_5 else 1.6, "causal"),
+    ("the same, keys half padded", 2.5 if ZEN_5 else 1.6, "padding"),
+    ("the same, bfloat16", 1.0, "bf16"),
+)
+"""What is asked of the cases whose names begin so: to be at least so many times as fast as torch, in their geometric mean."""
+
+
+def tensors(posed: Problem) -> list[Tensor]:
+    plain = posed.unmasked.reshaped(dtype="fp32", precision="fp32")
+    x = reference.random_inputs(plain, torch.Generator().manual_seed(0)).ordered(plain.orders)
+    return [t.to(elements.get(posed.dtype).dtype).requires_grad_() for t in (x.query, x.key, x.value)]
+
+
+def steps(case: Case) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Who does a training step, and how."""
+    x, mask, causal = tensors(case.posed), case.mask(), case.posed.mask == "causal"
+    grad = torch.empty_like(x[0]).copy_(torch.randn(x[0].shape, generator=torch.Generator().manual_seed(1)))
+
+    def of(attend: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(attend(*x, attn_mask=mask, is_causal=causal), x, grad)
+
+    def flash(*given: Any, **named: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(*given, **named)
+
+    return {"elsa-tune": of(elsa_tune.attention), "torch flash": of(flash)}
+
+
+def timed(call: Call, repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(racing: Mapping[str, Call]) -> dict[str, Any]:
+    """Rounds in which everyone is timed once, in turns."""
+    for call in racing.values():
+        call()
+    repeats = {name: max(1, min(200, round(0.004 / timed(call)))) for name, call in racing.items()}
+    samples: dict[str, list[float]] = {name: [] for name in racing}
+    end = time.perf_counter() + SECONDS_A_CASE
+    for number in range(ROUNDS):
+        if number >= 5 and time.perf_counter() > end:
+            break
+        for name in random.Random(number).sample(list(racing), len(racing)):
+            time.sleep(PAUSE)
+            timed(racing[name])
+            samples[name].append(timed(racing[name], repeats[name]))
+    peers = {}
+    for name, seconds in samples.items():
+        found = race.ratio(seconds, samples["elsa-tune"])
+        peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": seconds}
+    return peers
+
+
+def step(case: Case) -> dict[str, Any]:
+    racing = steps(case)
+    ours, torchs = (racing[name]() for name in ("elsa-tune", "torch flash"))
+    apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(ours, torchs, strict=True))
+    backward = elsa_tune.explain(str(case.posed.reshaped(direction="backward")), device="cpu")
+    return {
+        "problem": case.problem, "variant": str(backward.variant), "difference": apart, "peers": interleaved(racing),
+    }  # fmt: skip
+
+
+# Second derivatives.
+
+
+def second(length: int, heads: int, attend: Callable[..., Tensor]) -> Call:
+    """A gradient penalty: the second derivative of the squares of all first ones."""
+    x = tensors(Problem.parse(f"fp32.d64@b1.h{heads}.q{length}.k{length}.bshd"))
+
+    def call() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(attend(*x).sum(), x, create_graph=True)
+        return torch.autograd.grad(sum((g.square().sum() for g in first), torch.zeros(())), x)
+
+    return call
+
+
+def by_math(*given: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(*given)
+
+
+# Memory, of a process of its own.
+
+
+def peak(who: str, length: int) -> float:
+    """MiB that a step adds to what the process had with its inputs, at most."""
+    told = subprocess.run(
+        [sys.executable, __file__, "--peak", who, str(length)], capture_output=True, text=True, check=True
+    )
+    return float(told.stdout.split()[-1])
+
+
+def memory(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1])
+
+
+def told_peak(who: str, length: int) -> None:
+    case, small = (Case("memory", MEMORY.format(n)) for n in (length, 256))
+    steps(small)[who]()  # libraries, threads
+    call = steps(case)[who]
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    kept = call()
+    print(len(kept), (memory("VmHWM") - before) / 1024)
+
+
+def verdict(goal: str, asked: float, ratios: Mapping[str, float], at_most: bool = False) -> dict[str, Any]:
+    """The geometric mean of ratios, and the worst of them."""
+    mean = math.exp(statistics.mean(map(math.log, ratios.values())))
+    worst = (max if at_most else min)(ratios, key=lambda name: ratios[name])
+    reached = mean <= asked if at_most else mean >= asked
+    found = {"goal": goal, "asked": asked, "geometric_mean": mean, "worst": ratios[worst], "worst_at": worst}
+    return {**found, "reached": reached, **({"at_most": True} if at_most else {})}
+
+
+def judge(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each goal that has cases."""
+    of_cases = {name: found["peers"]["torch flash"]["ratio"] for name, found in results.items()}
+    begun = ((goal, asked, {n: r for n, r in of_cases.items() if n.startswith(start)}) for goal, asked, start in GOALS)
+    return [verdict(goal, asked, ratios) for goal, asked, ratios in begun if ratios]
+
+
+def measure_memory() -> dict[str, dict[str, float]]:
+    """MiB of a step, by length."""
+    found = {}
+    for n in LENGTHS:
+        each = {who: statistics.median(peak(who, n) for _ in range(3)) for who in ("elsa-tune", "torch flash")}
+        found[str(n)] = each
+        told = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in each.items())
+        print(f"memory of a step of {n} tokens: {told}", flush=True)
+    first, last = (found[str(n)]["elsa-tune"] / n for n in (LENGTHS[0], LENGTHS[-1]))
+    print(f"memory for a token at {LENGTHS[-1]}, of that at {LENGTHS[0]}: {last / first:.2f}")
+    return found
+
+
+def measure_second() -> dict[str, Any]:
+    """Of 1K tokens against torch's math, and how long that of LONG takes."""
+    peers = interleaved({"elsa-tune": second(1024, 8, elsa_tune.attention), "torch math": second(1024, 8, by_math)})
+    seconds = timed(second(LONG, 1, elsa_tune.attention))
+    print(
+        f"second derivative: torch math {peers['torch math']['ratio']:.2f}; of {LONG} tokens, one head: {seconds:.1f} s"
+    )
+    return {"peers": peers, "long": {"tokens": LONG, "seconds": seconds}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--case", action="append", help="only cases whose names begin so; repeatable; nothing is written"
+    )
+    parser.add_argument("--tune-seconds", type=float, default=8.0, help="for each problem that is not tuned yet")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        told_peak(options.peak[0], int(options.peak[1]))
+        return
+    chosen = [c for c in CASES if not options.case or any(c.name.startswith(start) for start in options.case)]
+    problems = [c.problem for c in chosen] + [MEMORY.format(n) for n in LENGTHS if not options.case]
+    both = [str(Problem.parse(p).reshaped(direction=d)) for p in problems for d in ("forward", "backward")]
+    tune_first(both, options.tune_seconds)
+    results: dict[str, dict[str, Any]] = {}
+    for case in chosen:
+        results[case.name] = found = step(case)
+        torchs = found["peers"]["torch flash"]
+        told = f"{torchs['ratio']:.2f} [{torchs['low']:.2f}, {torchs['high']:.2f}]"
+        print(f"{case.name}: torch {told}; {found['variant']}, apart by {found['difference']:.1e}", flush=True)
+    verdicts = judge(results)
+    whole: dict[str, Any] = {}
+    if not options.case:
+        whole = {"second": measure_second(), "memory": measure_memory()}
+        ratio = whole["second"]["peers"]["torch math"]["ratio"]
+        verdicts.append(verdict("second derivative at 1K, against torch's math", 2.0, {"1024": ratio}))
+        shares = {n: mib["elsa-tune"] / mib["torch flash"] for n, mib in whole["memory"].items()}
+        verdicts.append(verdict("peak memory of a step, of torch's", 1.1, shares, at_most=True))
+    print("\ngoal | asked | reached | worst")
+    for v in verdicts:
+        reached = f"{v['geometric_mean']:.2f} {'' if v['reached'] else 'SHORT'}"
+        print(f"{v['goal']} | {v['asked']:.2f} | {reached} | {v['worst']:.2f} {v['worst_at']}")
+    if options.case:
+        return
+    content = {
+        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in ("elsa-tune", "torch")}, "date": time.strftime("%Y-%m-%d"), "goals": verdicts,
+        "results": results, **whole,
+    }  # fmt: skip
+    path = results_file("gradients-")
+    path.write_text(json.dumps(content, indent=1))
+    print(f"written to {shown(path)}")
+
+
+if __name__ == "__main__":
+    main()
