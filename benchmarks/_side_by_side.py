@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from elsa_tune.device import host_cpu
 from elsa_tune.remember import layers
@@ -39,6 +44,17 @@ def tune_first(problems: Iterable[str], seconds: float) -> None:
 def results_file(prefix: str = "") -> Path:
     """Where this CPU's results go."""
     return RESULTS / f"{prefix}{str(host_cpu()).replace(':', '-')}.json"
+
+
+def write(prefix: str, packages: Iterable[str] = ("elsa-tune", "torch"), **content: Any) -> None:
+    """Write this CPU's results, with where, when and with what they were measured."""
+    whole = {
+        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in packages}, "date": time.strftime("%Y-%m-%d"), **content,
+    }  # fmt: skip
+    path = results_file(prefix)
+    path.write_text(json.dumps(whole, indent=1))
+    print(f"written to {shown(path)}")
 
 
 def shown(path: Path) -> Path:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import results_file, shown, tune_first, version
+from _side_by_side import tune_first, write
 from elsa_tune import workload
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import serving
@@ -450,14 +450,8 @@ def main() -> None:
         }
     )
     print(f"elsa-tune within its 180 s: {longest:.0f} s {'' if longest <= 198 else 'SHORT'}")
-    content = {
-        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("elsa-tune", "torch", "onnxruntime", "openvino", "numpy")},
-        "toolchain": cpp.toolchain(), "date": time.strftime("%Y-%m-%d"), "goals": verdicts, **small, "results": results,
-    }  # fmt: skip
-    path = results_file()
-    path.write_text(json.dumps(content, indent=1))
-    print(f"written to {shown(path)}")
+    packages = ("elsa-tune", "torch", "onnxruntime", "openvino", "numpy")
+    write("", packages, toolchain=cpp.toolchain(), goals=verdicts, **small, results=results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ wins.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import re
@@ -29,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import results_file, shown, tune_first, version
+from _side_by_side import tune_first, write
 from elsa_tune.device import host_cpu
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
@@ -264,14 +263,7 @@ def main() -> None:
         print(f"{v['goal']} | {v['asked']:.2f} | {reached} | {v['worst']:.2f} {v['worst_at']}")
     if options.case:
         return
-    content = {
-        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("elsa-tune", "torch")}, "date": time.strftime("%Y-%m-%d"), "goals": verdicts,
-        "results": results, **whole,
-    }  # fmt: skip
-    path = results_file("gradients-")
-    path.write_text(json.dumps(content, indent=1))
-    print(f"written to {shown(path)}")
+    write("gradients-", goals=verdicts, results=results, **whole)
 
 
 if __name__ == "__main__":

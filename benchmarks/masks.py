@@ -8,7 +8,6 @@ losses like wins.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import results_file, shown, tune_first, version
+from _side_by_side import tune_first, write
 from elsa_tune import masks
 from elsa_tune.device import host_cpu
 from elsa_tune.parts import element as elements
@@ -384,14 +383,7 @@ def main() -> None:
             )
     if options.case:
         return
-    content = {
-        "device": str(host_cpu()), "name": host_cpu().name, "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("elsa-tune", "torch")}, "date": time.strftime("%Y-%m-%d"), "goals": verdicts,
-        "results": results,
-    }  # fmt: skip
-    path = results_file("masks-")
-    path.write_text(json.dumps(content, indent=1))
-    print(f"written to {shown(path)}")
+    write("masks-", goals=verdicts, results=results)
 
 
 if __name__ == "__main__":

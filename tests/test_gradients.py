@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import mask as mask_parts
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, gradients, reference
+from tests.test_dispatch import record, won
 
 HERE = host_cpu()
 NATIVE = f"{HERE.isas[0]}.l{cpp.ISAS[HERE.isas[0]].lanes}"
@@ -305,3 +307,60 @@ def test_operations_agree_with_kernels(ours: list[str]) -> None:
         expected = [x for x in passes.by_operations(grad, grad_lse, q, k, v, wanted, 0.3, asked) if x is not None]
     assert len(expected) == 5 and ours
     assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(found, expected, strict=True))
+
+
+# Programs that know nothing of us.
+
+
+def settle() -> None:
+    """Until what is built beside calls is there."""
+    end = time.monotonic() + 60
+    while serving.current()._builder is not None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_program_under_the_override_is_served(compiled: bool, home: Path) -> None:
+    """Where kernels were tuned, of the backward pass alone too; a mask comes as torch makes it; layouts are torch's."""
+    shape = "b2.h4.q50.k50"
+    record(
+        *(won(f"fp32.d16.{kind}.backward@{shape}", HOW["one pass"].format(isa=NATIVE)) for kind in ("causal", "bias"))
+    )
+    x = [torch.randn(2, 4, 50, 16, requires_grad=True) for _ in range(3)]
+    seen = torch.rand(50, 50) > 0.4
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return (causal * scaled_dot_product_attention(q, k, v, seen)).square().sum()
+
+    expected = torch.autograd.grad(loss(*x), x)
+    ledger.forget()
+    elsa_tune.enable()
+    try:
+        program = torch.compile(loss) if compiled else loss
+        torch.autograd.grad(program(*x), x)
+        settle()
+        found = torch.autograd.grad(program(*x), x)
+    finally:
+        elsa_tune.disable()
+    ours = {row.problem: row.calls for row in elsa_tune.served() if row.kernel != ledger.TORCH}
+    assert ours == {f"fp32.d16.{kind}.backward@{shape}": 2 for kind in ("causal", "bias")}
+    assert all(
+        torch.allclose(a, b, atol=1e-4) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_attention_is_served_forward_and_backward(home: Path) -> None:
+    """Every problem that a training step asks is counted, and known by the name that tuning takes."""
+    shape = "b2.h4.q50.k50"
+    record(won(f"fp32.d16.window.alibi.backward@{shape}.left9.right0", HOW["one pass"].format(isa=NATIVE)))
+    q, k, v = (torch.randn(2, 4, 50, 16, requires_grad=True) for _ in range(3))
+    slopes = torch.rand(4, requires_grad=True)
+    ledger.forget()
+    for _ in range(2):
+        output, lse = elsa_tune.attention_with_lse(q, k, v, attn_mask=masks.window(9) & scores.alibi(slopes))
+        settle()
+        found = torch.autograd.grad(output.square().sum() + lse.sum(), (q, k, v, slopes))
+        settle()
+    rows = {row.problem: (row.kernel != ledger.TORCH, row.calls) for row in elsa_tune.served()}
+    assert rows[f"fp32.d16.window.alibi.backward@{shape}.left9.right0"][0] and all(x.isfinite().all() for x in found)

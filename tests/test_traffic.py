@@ -239,6 +239,7 @@ def test_what_a_program_asks_is_recorded_exactly(way: str, home: Path, tmp_path:
     assert len({one.process for one in lines}) == 2 + len(methods), "each process has lines of its own"
     found = calls(file)
     assert found.pop(SELF) == 9 and found.pop("fp32.d16.causal@b2.h4.q50.k50") == 5
+    assert found.pop("fp32.d16.backward@b2.h4.q50.k50") == 2
     assert found.pop("fp32.d16@b1.h2.q8.k8") == 9 * len(methods) + 4
     few = Counter(
         {192: 24, 208: 48, 224: 48, 240: 48, 256: 24}

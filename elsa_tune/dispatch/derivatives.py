@@ -85,39 +85,34 @@ class Blocked:
                         slice(first, min(first + rows, p.q_len)),
                     )  # fmt: skip
 
+    def _of(self, region: Region, parts: Sequence[Tensor], which: Sequence[int]) -> Rows:
+        """Of a region, as a function of some of its parts."""
+
+        def of_some(*some: Tensor) -> tuple[Tensor, ...]:
+            given = list(parts[: len(self.given)])
+            for n, x in zip(which, some, strict=True):
+                given[n] = x
+            return self.rows(region, *given)
+
+        return of_some
+
     def pulled(self, asked: Sequence[bool]) -> Blocked:
         """Of the same tensors and what results receive: what the tensors receive that are asked for."""
-        count, rows = len(self.given), self.rows
-        which = [n for n, wanted in enumerate(asked) if wanted]
+        count, which = len(self.given), [n for n, wanted in enumerate(asked) if wanted]
 
         def back(region: Region, *parts: Tensor) -> tuple[Tensor, ...]:
-            given = list(parts[:count])
-
-            def of_asked(*some: Tensor) -> tuple[Tensor, ...]:
-                for n, x in zip(which, some, strict=True):
-                    given[n] = x
-                return rows(region, *given)
-
-            pull = _pull(of_asked, *(given[n] for n in which))[1]
+            pull = _pull(self._of(region, parts, which), *(parts[n] for n in which))[1]
             return tuple(pull(parts[count:]))
 
         return Blocked(back, (*self.given, *self.made), tuple(self.given[n] for n in which), tuple(which), self.shape)
 
     def pushed(self, known: Sequence[bool]) -> Blocked:
         """Of the same tensors and changes of those that are ``known`` to change: how results change."""
-        count, rows = len(self.given), self.rows
-        which = [n for n, changes in enumerate(known) if changes]
+        count, which = len(self.given), [n for n, changes in enumerate(known) if changes]
 
         def along(region: Region, *parts: Tensor) -> tuple[Tensor, ...]:
-            given = list(parts[:count])
-
-            def of_known(*some: Tensor) -> tuple[Tensor, ...]:
-                for n, x in zip(which, some, strict=True):
-                    given[n] = x
-                return rows(region, *given)
-
             # forward mode does not nest: what is pulled back is linear, and pulled back itself
-            made, pull = _pull(of_known, *(given[n] for n in which))
+            made, pull = _pull(self._of(region, parts, which), *(parts[n] for n in which))
             push = _pull(lambda *some: tuple(pull(some)), *map(torch.zeros_like, made))[1]
             return tuple(push(parts[count:]))
 

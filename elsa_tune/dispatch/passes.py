@@ -51,9 +51,10 @@ def keeps(
 ) -> bool:  # fmt: skip
     """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU, and where
     torch's fused one does. Others are torch's from the beginning."""
-    if not query.is_cpu:
-        return not of_operands and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
-    return served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))
+    if query.is_cpu and (served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))):
+        return True
+    of_kernels = query.is_cpu or not of_operands  # those of GPUs know no operands
+    return of_kernels and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
 
 
 def backward(
