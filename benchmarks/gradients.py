@@ -193,7 +193,7 @@ def verdict(goal: str, asked: float, ratios: Mapping[str, float], at_most: bool 
     """The geometric mean of ratios, and the worst of them."""
     mean = math.exp(statistics.mean(map(math.log, ratios.values())))
     worst = (max if at_most else min)(ratios, key=lambda name: ratios[name])
-    reached = mean <= asked if at_most else mean >= asked
+    reached = ratios[worst] <= asked if at_most else mean >= asked
     found = {"goal": goal, "asked": asked, "geometric_mean": mean, "worst": ratios[worst], "worst_at": worst}
     return {**found, "reached": reached, **({"at_most": True} if at_most else {})}
 
