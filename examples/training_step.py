@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = dict(hidden_size=64, intermediate_size=64, num_attention
 
 
 def main(small: bool) -> None:
-    """Compare loss and gradients of padded texts: the forward pass is ours, and torch's backward kernel goes on from what it saved."""
+    """Compare loss and gradients of padded texts: both passes are ours where they were tuned."""
     register()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **(SMALL if small else WIDE)))

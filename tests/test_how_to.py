@@ -80,8 +80,8 @@ def done_in(copy: Path, page: str) -> list[str]:
     return sorted(files)
 
 
-SLOW = ("add-a-state.md",)
-"""The page with the most kernels to run."""
+SLOW = ("add-a-state.md", "add-a-scan.md")
+"""Pages with the most kernels to run."""
 
 
 @pytest.mark.parametrize(

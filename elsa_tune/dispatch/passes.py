@@ -17,6 +17,9 @@ from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 
+OPERATIONS = ("cpu",)
+"""Where what no kernel computes is computed by operations, some rows at a time."""
+
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool,
@@ -51,9 +54,10 @@ def keeps(
 ) -> bool:  # fmt: skip
     """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU, and where
     torch's fused one does. Others are torch's from the beginning."""
-    if query.is_cpu and (served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))):
+    by_operations = query.device.type in OPERATIONS
+    if by_operations and (served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))):
         return True
-    of_kernels = query.is_cpu or not of_operands  # those of GPUs know no operands
+    of_kernels = by_operations or not of_operands  # those of GPUs know no operands
     return of_kernels and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
 
 

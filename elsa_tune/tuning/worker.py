@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -86,6 +87,21 @@ def _main_is_not_imported() -> Iterator[None]:
             main.update(shown)
 
 
+def _begin_tracker() -> None:
+    """Begin the process that takes away what killed ones leave behind, without its telling users of it."""
+    if sys.platform == "win32":
+        return
+    told = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (told, "ignore:resource_tracker:UserWarning")))
+    try:
+        with _without_interrupts():
+            resource_tracker.ensure_running()
+    finally:
+        del os.environ["PYTHONWARNINGS"]
+        if told is not None:
+            os.environ["PYTHONWARNINGS"] = told
+
+
 _METHODS = multiprocessing.get_all_start_methods()
 _START: Any = multiprocessing.get_context("forkserver" if "forkserver" in _METHODS else "spawn")
 """How workers start: forked by a server that has loaded torch, where systems have that."""
@@ -144,6 +160,7 @@ class Worker:
     def _start(self) -> None:
         from pebble import CONSTS, ProcessPool
 
+        _begin_tracker()
         CONSTS.term_timeout = (
             0.1  # each that is stuck in a compiler or a kernel is waited for, one by one, before it is killed
         )

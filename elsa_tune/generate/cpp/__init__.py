@@ -168,7 +168,9 @@ def speaks(device: Device) -> str:
 
 
 def no_header(problem: Problem) -> str | None:
-    """A header's function takes floats, and neither integers nor masks but causal."""
+    """A header's function takes floats, neither integers nor masks but causal, and computes attention."""
+    if problem.direction != "forward":
+        return f"a C++ header's function computes attention, and not the gradients of {problem.family}"
     if elements.get(problem.dtype).torch != "float32":
         return f"a C++ header's function takes floats, not {problem.dtype}"
     return mask_has_text(problem)
