@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from _side_by_side import tune_first, write
 from elsa_tune.device import host_cpu
+from elsa_tune.dispatch import serving
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
@@ -137,7 +138,7 @@ def step(case: Case) -> dict[str, Any]:
     racing = steps(case)
     ours, torchs = (racing[name]() for name in ("elsa-tune", "torch flash"))
     apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(ours, torchs, strict=True))
-    backward = elsa_tune.explain(str(case.posed.reshaped(direction="backward")), device="cpu")
+    backward = serving.explain(case.posed.reshaped(direction="backward"), host_cpu())
     return {
         "problem": case.problem, "variant": str(backward.variant), "difference": apart, "peers": interleaved(racing),
     }  # fmt: skip

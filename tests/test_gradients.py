@@ -37,7 +37,7 @@ def spelled(variant: str) -> space.Variant:
 
 
 def posed(family: str) -> Problem:
-    return with_example(Problem.parse(family)).reshaped(batch=2, heads=4, kv_heads=2, q_len=64, kv_len=64)
+    return with_example(Problem.parse(family)).reshaped(batch=64, heads=4, kv_heads=2, q_len=64, kv_len=64)
 
 
 def kernel_of(variant: str, family: str) -> Gradients:

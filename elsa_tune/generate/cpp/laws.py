@@ -148,6 +148,13 @@ def packed_heads_are_of_tasks(packing: str, products: int, problem: Problem) -> 
     return None
 
 
+def packed_heads_are_little(packing: str, problem: Problem, device: Device) -> str | None:
+    """A training step takes no more memory than torch's: copies of a head for each thread are at most a sixteenth of output and gradients."""
+    if packing == "head" and problem.direction == "backward" and problem.batch * problem.heads < 8 * device.cores:
+        return f"a head for each of {device.cores} threads is much beside the gradients of {problem.batch * problem.heads} heads"
+    return None
+
+
 def packed_heads_are_read_again(
     lanes: int, chunk: int, query_vectors: int, splits: int, packing: str, problem: Problem
 ) -> str | None:
@@ -233,4 +240,5 @@ LAWS = (
     axes_of_direction,
     grad_tile_hides_latency,
     packed_heads_are_of_tasks,
+    packed_heads_are_little,
 )
