@@ -172,6 +172,9 @@ class CppGradients:
         made = [
             new_output(x, x.shape[3]) if wanted else None for x, wanted in zip((query, key, value), asked, strict=False)
         ]
+        for x in made:
+            if x is not None and x.nbytes >= huge_pages.FRESH:
+                huge_pages.ask_for(x)
         given = kernel_arguments(problem, operands, query, key)
         own = named(problem, operands)
         grads = {
