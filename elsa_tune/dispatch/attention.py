@@ -49,8 +49,8 @@ def attention(
     value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
     of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster, and so are
     its gradients, those of scores' tensors too (on GPUs without a tensor in masks and scores). Second derivatives and forward mode, also
-    by torch.func, are exact and take memory that grows with lengths, where a kernel or torch's fused one served. Everything else, and
-    every shape that is not tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
+    by torch.func, are exact and take memory that grows with lengths, where a kernel served. Everything else, and every shape that is not
+    tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
     mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
     mask on another device; for operands of masks and scores that do not fit; and for a scale that no float can hold.
     """
@@ -83,7 +83,7 @@ def attention(
         of_operands = bool(wanted.operands) and needs_grad(*wanted.operands.values())
         needs = (wanting or of_operands) and _grad_enabled()
         is_ours = needs and found.problem and type(scale) in _SCALES and not _autocast()
-        if is_ours and passes.keeps(query, key, value, wanted, scale, enable_gqa, serve is not None, of_operands):
+        if is_ours and passes.keeps(query, key, value, wanted, enable_gqa, serve is not None, of_operands):
             return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
         if serve is None:
             if found.problem and not _autocast():  # which would make another problem of it
@@ -175,7 +175,7 @@ def is_differentiable(
         return False
     found = serving.find(query, key, value, wanted, enable_gqa)
     serves = found.call is not None
-    return bool(found.problem) and passes.keeps(query, key, value, wanted, scale, enable_gqa, serves, of_operands)
+    return bool(found.problem) and passes.keeps(query, key, value, wanted, enable_gqa, serves, of_operands)
 
 
 def served(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack as _transforms
 
 from elsa_tune.dispatch import derivatives, passes
 from elsa_tune.masks import AttnMask
@@ -54,6 +55,12 @@ class _Attention(_Function):  # type: ignore[misc]
         asked = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
         if (grad is None and grad_lse is None) or not any(asked):
             return (None,) * (6 + len(arrays))
+        if grad is not None and not torch.is_grad_enabled() and type(grad) is Tensor and _transforms() is None:
+            wanted = ctx.wanted.with_tensors(arrays)  # nobody differentiates again
+            plain = passes.backward(
+                grad, grad_lse, query, key, value, output, lse, wanted, ctx.scale, ctx.enable_gqa, asked
+            )
+            return (*plain[:3], None, None, None, *plain[3:])
         found = iter(
             _Gradients.apply(
                 torch.zeros_like(output) if grad is None else grad, grad_lse, query, key, value, output, lse,

@@ -49,13 +49,12 @@ def attend(
 
 
 def keeps(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: bool,
-    of_operands: bool,
-) -> bool:  # fmt: skip
-    """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU, and where
-    torch's fused one does. Others are torch's from the beginning."""
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool, served: bool, of_operands: bool
+) -> bool:
+    """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU. Others are
+    torch's from the beginning, and cost what they cost without us."""
     by_operations = query.device.type in OPERATIONS
-    if by_operations and (served or (not of_operands and torchs.takes(query, key, value, wanted, scale, enable_gqa))):
+    if by_operations and served:
         return True
     of_kernels = by_operations or not of_operands  # those of GPUs know no operands
     return of_kernels and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
