@@ -28,7 +28,7 @@ NEEDS = dict(
 """What each example imports beyond torch."""
 
 CALLS = dict(
-    vit=5 * 2, swin=5 * 4, bert=5 * 2, llama_decode=5 * 2 * 8, training_step=5 * 2 * 2, export_aoti=5 * 2,
+    vit=5 * 2, swin=5 * 4, bert=5 * 2, llama_decode=5 * 2 * 8, training_step=5 * 2, export_aoti=5 * 2,
     offload=2 * (16 * 5 + 4 * 6),
 )  # fmt: skip
 """A first call, three rounds, one for the difference, of each layer and token; of an offloaded cache in five parts each, of which the last
