@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from elsa_tune.device import host_cpu
 from elsa_tune.remember import layers
+from elsa_tune.tuning import race
 from elsa_tune.tuning import tune as tuning
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,6 +46,34 @@ def tune_first(problems: Iterable[str], seconds: float) -> None:
 def results_file(prefix: str = "") -> Path:
     """Where this CPU's results go."""
     return RESULTS / f"{prefix}{str(host_cpu()).replace(':', '-')}.json"
+
+
+def timed(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def in_turns(racing: Mapping[str, Callable[[], Any]], rounds: int, seconds: float, pause: float) -> dict[str, Any]:
+    """Rounds in which everyone is timed once, in turns, at least five and then until ``seconds`` are over; by name how many times as long
+    each took as "elsa-tune". Everyone was called before. Between samples it pauses: threads spin for a while after they finish."""
+    repeats = {name: max(1, min(200, round(0.004 / timed(call)))) for name, call in racing.items()}
+    samples: dict[str, list[float]] = {name: [] for name in racing}
+    end = time.perf_counter() + seconds
+    for number in range(rounds):
+        if number >= 5 and time.perf_counter() > end:
+            break
+        for name in random.Random(number).sample(list(racing), len(racing)):
+            time.sleep(pause)
+            timed(racing[name])
+            samples[name].append(timed(racing[name], repeats[name]))
+    peers = {}
+    for name, each in samples.items():
+        found = race.ratio(each, samples["elsa-tune"])
+        peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": each}
+    return peers
 
 
 def write(prefix: str, packages: Iterable[str] = ("elsa-tune", "torch"), **content: Any) -> None:

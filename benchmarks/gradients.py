@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import tune_first, write
+from _side_by_side import in_turns, timed, tune_first, write
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import serving
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_CASE = 8.0
@@ -106,32 +103,10 @@ def steps(case: Case) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     return {"elsa-tune": of(elsa_tune.attention), "torch flash": of(flash)}
 
 
-def timed(call: Call, repeats: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
 def interleaved(racing: Mapping[str, Call]) -> dict[str, Any]:
-    """Rounds in which everyone is timed once, in turns."""
     for call in racing.values():
         call()
-    repeats = {name: max(1, min(200, round(0.004 / timed(call)))) for name, call in racing.items()}
-    samples: dict[str, list[float]] = {name: [] for name in racing}
-    end = time.perf_counter() + SECONDS_A_CASE
-    for number in range(ROUNDS):
-        if number >= 5 and time.perf_counter() > end:
-            break
-        for name in random.Random(number).sample(list(racing), len(racing)):
-            time.sleep(PAUSE)
-            timed(racing[name])
-            samples[name].append(timed(racing[name], repeats[name]))
-    peers = {}
-    for name, seconds in samples.items():
-        found = race.ratio(seconds, samples["elsa-tune"])
-        peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": seconds}
-    return peers
+    return in_turns(racing, ROUNDS, SECONDS_A_CASE, PAUSE)
 
 
 def step(case: Case) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import tune_first, write
+from _side_by_side import in_turns, tune_first, write
 from elsa_tune import masks
 from elsa_tune.device import host_cpu
 from elsa_tune.parts import element as elements
 from elsa_tune.problem import Problem
 from elsa_tune.prove import reference
-from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_CASE = 6.0
@@ -290,13 +287,6 @@ def unmasked(case: Case) -> str:
     return str(case.posed.unmasked.reshaped(dtype="fp32", precision="fp32"))
 
 
-def timed(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
 def interleaved(case: Case) -> dict[str, Any]:
     """Rounds in which everyone is timed once, in turns; and how far ours is from torch's answer."""
     racing, absent = contenders(case), {}
@@ -308,21 +298,8 @@ def interleaved(case: Case) -> dict[str, Any]:
             del racing[name]
     expected = next(racing[name]() for name in racing if name not in ("elsa-tune", "unmasked")).float()
     apart = float((racing["elsa-tune"]().float() - expected).abs().max())
-    repeats = {name: max(1, min(200, round(0.004 / timed(call, 1)))) for name, call in racing.items()}
-    samples: dict[str, list[float]] = {name: [] for name in racing}
-    end = time.perf_counter() + SECONDS_A_CASE
-    for number in range(ROUNDS):
-        if number >= 5 and time.perf_counter() > end:
-            break
-        for name in random.Random(number).sample(list(racing), len(racing)):
-            time.sleep(PAUSE)
-            timed(racing[name], 1)
-            samples[name].append(timed(racing[name], repeats[name]))
+    peers = in_turns(racing, ROUNDS, SECONDS_A_CASE, PAUSE)
     served = elsa_tune.load(case.problem)
-    peers = {}
-    for name, seconds in samples.items():
-        found = race.ratio(seconds, samples["elsa-tune"])
-        peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": seconds}
     return {
         "problem": case.problem, "variant": str(served.variant), "rung": served.rung, "difference": apart,
         "peers": peers, "absent": absent,

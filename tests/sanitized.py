@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import struct
 import sys
+from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from elsa_tune import space
 from elsa_tune.generate import cpp
 from elsa_tune.generate import operands as given
+from elsa_tune.generate.backends import Kernel
 from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
-from elsa_tune.prove import reference
+from elsa_tune.prove import gradients, reference
 from elsa_tune.variant import Variant
 
 for place in (cpp, import_module("elsa_tune.generate.cpp.build")):  # optimised with checks, they compile for minutes
@@ -30,13 +34,17 @@ def run(variant: Variant, problem: Problem) -> None:
         x = reference.random_inputs(shaped, generator)
         for operands in [x.operands, *(given.example(shaped, turn) for turn in range(given.turns(shaped)))]:
             own = tuple(o.clone() if isinstance(o, torch.Tensor) else o for o in operands)
+            if not isinstance(kernel, Kernel):
+                case = gradients.with_forward(shaped, replace(x, operands=own), generator)
+                kernel(*case.tensors, None, own, asked=(True,) * (3 + len(scores.get(problem.score).arrays)))
+                continue
             lse = torch.empty(x.query.shape[:3], dtype=lse_dtype(x.query))
             kernel(x.query, x.key, x.value, None, None, lse, own)
 
 
 def past(variant: Variant, problem: Problem) -> None:
     """A call that reads one key more than there are."""
-    kernel = cpp.load(cpp.build(variant, problem), variant, problem)
+    kernel: Any = cpp.load(cpp.build(variant, problem), variant, problem)
     tensors = [torch.randn(1, 1, n, problem.head_dim) for n in (5, 64, 64)]
     longer = [torch.empty(1, 1, n, problem.head_dim) for n in (5, 65, 65)]
     told = kernel.whole(*longer, longer[0].stride(), ())

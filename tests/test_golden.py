@@ -18,6 +18,8 @@ CASES = [
     ("cpp.blelloch.neon.l4.c4.q4.k2.v4.n32.s8", "fp32.d128"),
     ("cpp.serial.avx2.l8.q2.k4.v4.n24", "fp32.d64.causal+lengths.softcap"),
     ("cpp.serial.avx512.l16.q3.k8.v8.n96.e10", "fp64.d64.causal.softcap"),
+    ("cpp.serial.avx512.l16.q3.k8.v8.n96", "fp32.d64.causal.softcap+bias.backward"),
+    ("cpp.serial.avx2.l8.q2.k4.v4.n24.products7.s2.packed", "bf16.d40.v24.lengths.alibi+sinks.backward"),
     ("triton.serial.half.m128.n64.warps8.stages3", "fp16.d64"),
     ("triton.hybrid.ieee.m32.n32.warps4.stages1.w2.s4.last_block.pair.apart.parts.longest", "fp32.strict.d80.causal"),
     ("triton.blelloch.fma.m1.n32.warps4.stages2.s16.two_kernels.apart.persistent2", "bf16.d128"),

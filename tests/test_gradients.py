@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
@@ -249,6 +249,19 @@ def test_through_torch_func(ours: list[str]) -> None:
         found, expected = torch.utils._pytree.tree_leaves(way(own)), torch.utils._pytree.tree_leaves(way(plain))
         assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(found, expected, strict=True)), name
     assert ours
+
+
+def test_a_tangent_passes_the_backward_pass(ours: list[str]) -> None:
+    """Forward mode over reverse in eager code, of gradients that nobody differentiates backward again: a kernel would lose the tangent."""
+    q, k, v = (x.detach() for x in doubles((1, 2, 9, 4), (1, 2, 9, 4), (1, 2, 9, 4)))
+    t = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    own, plain = loss_of(elsa_tune.attention), loss_of(math_of)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q.clone().requires_grad_(), t)
+        (gradient,) = torch.autograd.grad(own(dual, k, v), dual)
+        found = forward_ad.unpack_dual(gradient).tangent
+    expected = torch.func.jvp(lambda x: torch.func.grad(plain)(x, k, v), (q,), (t,))[1]
+    assert found is not None and torch.allclose(found, expected, atol=1e-12)
 
 
 def test_second_derivatives_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:

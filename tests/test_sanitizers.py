@@ -19,6 +19,11 @@ ISA = host_cpu().isas[0]
 LANES = f"{ISA}.l{cpp.ISAS[ISA].lanes}"
 PLAIN = f"cpp.serial.{LANES}.q2.k4.v4.n24@fp32.d16"
 KERNELS = [f"{variant}@{covering.family_of(row).family}" for row, variant in covering.kernels(1, "cpp")]
+KERNELS += [
+    f"cpp.serial.{LANES}.q2.k4.v4.n24@fp32.d16.causal.bias.backward",
+    f"cpp.serial.{LANES}.q1.k4.v2.n16.g4.s4.packed@bf16.d33.v17.window.softcap+sinks.backward",
+    f"cpp.serial.{LANES}.q2.k4.v2.n24.g4.products7.s2@fp32.d40.v24.lengths.alibi.backward",
+]
 # Exponents are put together by integer additions and shifts that wrap, as vectors of this compiler do.
 FLAGS = "-fsanitize=address,undefined -fno-sanitize=signed-integer-overflow,shift -fno-sanitize-recover=all"
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack as _transforms
+from torch.autograd import forward_ad
 
 from elsa_tune.dispatch import derivatives, passes
 from elsa_tune.masks import AttnMask
@@ -55,8 +56,9 @@ class _Attention(_Function):  # type: ignore[misc]
         asked = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
         if (grad is None and grad_lse is None) or not any(asked):
             return (None,) * (6 + len(arrays))
-        if grad is not None and not torch.is_grad_enabled() and type(grad) is Tensor and _transforms() is None:
-            wanted = ctx.wanted.with_tensors(arrays)  # nobody differentiates again
+        again = torch.is_grad_enabled() or _transforms() is not None or forward_ad._current_level >= 0
+        if grad is not None and type(grad) is Tensor and not again:
+            wanted = ctx.wanted.with_tensors(arrays)
             plain = passes.backward(
                 grad, grad_lse, query, key, value, output, lse, wanted, ctx.scale, ctx.enable_gqa, asked
             )

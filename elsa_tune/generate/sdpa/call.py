@@ -197,7 +197,8 @@ class AutogradKernel:
                 q, k, v = (x.data.requires_grad_() for x in (query, key, value))
                 self._graphs[name] = self._forward(q, k, v, scale, operands=operands), (q, k, v)
             made, leaves = self._graphs[name]
-            return torch.autograd.grad(made, leaves, grad, retain_graph=True)
+            found = torch.autograd.grad(made, leaves, grad, retain_graph=True)
+        return tuple(x if wanted else None for x, wanted in zip(found, asked, strict=False))
 
 
 def _by_operations(
