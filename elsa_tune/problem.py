@@ -104,14 +104,19 @@ class Problem:
             given = ", ".join(map(shown, self.integers))
             ranges = ", ".join(f"{name} from {least} to {most}" for name, (least, most) in own.items())
             raise BadProblem(f"mask {self.mask} has the integers ({ranges}); {given} are given")
-        wanted = scores.get(self.score).reals
+        chain = scores.get(self.score)
         try:
             reals = tuple(map(float, self.reals))
         except (OverflowError, TypeError, ValueError):
             reals = (float("nan"),) * len(self.reals)
-        if reals and (len(reals) != len(wanted) or not all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
-            given, limits = ", ".join(map(shown, self.reals)), f"from {1 / LARGEST_REAL:.0e} to {LARGEST_REAL:.0e}"
-            raise BadProblem(f"score {self.score} has the numbers ({', '.join(wanted)}), {limits}; {given} are given")
+        if reals and not (chain.allow(reals) and all(1 / LARGEST_REAL <= x <= LARGEST_REAL for x in reals)):
+            limits = ", ".join(
+                f"{name} from {1 / LARGEST_REAL:.0e} {f'to below {one.below:g}' if one.below < LARGEST_REAL else f'to {LARGEST_REAL:.0e}'}"
+                for one in chain.ones
+                for name in one.reals
+            )
+            given = ", ".join(map(shown, self.reals))
+            raise BadProblem(f"score {self.score} has the numbers ({limits}); {given} are given")
         object.__setattr__(self, "reals", reals)
         object.__setattr__(self, "order", self._plainest_order())
 
@@ -193,10 +198,10 @@ class Problem:
 
     @property
     def numbers(self) -> dict[str, int | float]:
-        """The numbers among them by name, in order; where a family alone is meant, the least integers, and 1."""
+        """The numbers among them by name, in order; where a family alone is meant, the least integers, and examples."""
         score, allowed = scores.get(self.score), self._allowed
         integers = zip(allowed, self.integers or [least for least, _ in allowed.values()], strict=True)
-        return {**dict(integers), **dict(zip(score.reals, self.reals or (1.0,) * len(score.reals), strict=True))}
+        return {**dict(integers), **dict(zip(score.reals, self.reals or score.reals_of(0), strict=True))}
 
     @property
     def _allowed(self) -> dict[str, tuple[int, int]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elsa_tune.errors import WrongArguments, shown
-from elsa_tune.masks import AttnMask
+from elsa_tune.masks import AttnMask, whole
 from elsa_tune.parts.mask import NONE
+from elsa_tune.parts.score.dropout import BELOW
 from elsa_tune.problem import LARGEST_REAL
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["alibi", "bias", "sinks", "softcap"]
+__all__ = ["alibi", "bias", "dropout", "sinks", "softcap"]
 
 
 def bias(added: Tensor) -> AttnMask:
@@ -27,6 +28,28 @@ def alibi(slopes: Tensor | Sequence[float], lower_right: bool = False) -> AttnMa
     if lower_right:
         return AttnMask(NONE, "alibi_lower_right", {"lateslopes": slopes})
     return AttnMask(NONE, "alibi", {"slopes": slopes})
+
+
+def dropout(p: float, seed: int | Tensor) -> AttnMask:
+    """Leaves each weight out of the sum of values with probability ``p``, from 1e-30 to below 1, and divides the others by 1 - p.
+
+    ``seed``: a whole number of 64 bits, or a tensor of one. Which are left out depends on it, batch entry, head, position and key alone
+    (Philox): the same in the backward pass, on every device and by whoever serves. The log-sum-exp has them all. Raises WrongArguments.
+    """
+    import torch
+
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 1 / LARGEST_REAL <= p < BELOW:
+        raise WrongArguments(f"p is {shown(p)}; it must be a number from {1 / LARGEST_REAL:.0e} to below 1")
+    given: Any = seed if isinstance(seed, torch.Tensor) else whole("seed", seed, -(2**63), 2**64 - 1)
+    if not isinstance(given, torch.Tensor):
+        words = [(given >> shift) % 2**32 for shift in (0, 32)]
+        low, high = (torch.tensor([word - (word >> 31 << 32)], dtype=torch.int32) for word in words)
+    elif given.numel() == 1 and not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool:
+        number = given.reshape(1).to(torch.int64)
+        low, high = number.to(torch.int32), (number >> 32).to(torch.int32)
+    else:
+        raise WrongArguments(f"seed is {shown(seed)}; it must be a whole number of 64 bits, or a tensor of one")
+    return AttnMask(NONE, "dropout", {"dropout": float(p), "seed": low, "stream": high})
 
 
 def softcap(c: float) -> AttnMask:

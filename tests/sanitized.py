@@ -36,7 +36,7 @@ def run(variant: Variant, problem: Problem) -> None:
             own = tuple(o.clone() if isinstance(o, torch.Tensor) else o for o in operands)
             if not isinstance(kernel, Kernel):
                 case = gradients.with_forward(shaped, replace(x, operands=own), generator)
-                kernel(*case.tensors, None, own, asked=(True,) * (3 + len(scores.get(problem.score).arrays)))
+                kernel(*case.tensors, None, own, asked=(True,) * (3 + len(scores.get(problem.score).differentiable)))
                 continue
             lse = torch.empty(x.query.shape[:3], dtype=lse_dtype(x.query))
             kernel(x.query, x.key, x.value, None, None, lse, own)

@@ -92,7 +92,7 @@ MASKED = [*ALONE, *("+".join(pair) for pair in itertools.combinations(ALONE, 2))
 SCORED = [*(name for name in scores.names() if name != scores.NONE), "causal.softcap", "lengths+window.softcap"]
 SAMPLED += [(HOW[(i + 1) % 3], f"fp32.d64.{name}") for i, name in enumerate(SCORED)]
 SAMPLED += [("cpp.serial.{isa}.q2.k5.v5.n120.packed", "bf16.d64.lengths.softcap")]
-DOUBLES = ["causal.softcap+bias", "lengths+starts.alibi", "window_lower_right.sinks"]
+DOUBLES = ["causal.softcap+bias", "dense.dropout", "lengths+starts.alibi", "window_lower_right.sinks"]
 SAMPLED += [(f"{HOW[i % 2]}{'.pair' * (i % 2)}.e{10 + i % 2}", f"fp64.d64.{name}") for i, name in enumerate(DOUBLES)]
 EVERY_MASK = [pytest.param(how, f"fp32.d40.v24.{name}", marks=pytest.mark.slow) for how in HOW for name in MASKED]
 

@@ -91,6 +91,7 @@ MORE = [
     ("hybrid.{}t64.x8.r2.k2.w2.s4.two_kernels.{}", "fp32.d16.prefix"),
     ("blelloch.{}t64.x8.r2.k2.w2.s2.last_block.{}", "fp32.d16.causal+lengths"),
     ("serial.{}t64.x8.r2.k2.v2.native.{}", "fp32.d40.softcap"),
+    ("hybrid.{}t64.x8.r2.k2.w2.s4.two_kernels.{}", "fp32.d16.lengths.dropout"),
     ("hillis_steele.{}t64.x8.r2.k2.w4.{}", "fp16.d16.lengths+window.softcap"),
     ("hybrid.{}t128.x8.r2.k4.w4.s8.last_block.swizzled.c32.apart.polynomial.{}", "fp32.d96.causal"),
 ]

@@ -58,13 +58,14 @@ HOW = {
 }
 FAMILIES = [
     ("one pass", "fp32.d16"),
+    ("one pass", "fp32.d16.dropout"),
     ("two passes", "fp32.d33.v17.causal"),
     ("split", "fp32.d16.window.bias"),
-    ("two packed", "bf16.d16.lengths+starts.alibi"),
+    ("two packed", "bf16.d16.lengths+starts.alibi+dropout"),
     ("head", "fp16.d40.v24.blocks_partial.alibi_lower_right+softcap"),
     ("one pass", "fp64.d16.columns+columns_upper.sinks"),
     ("split", "bf16.d33.v17.dense.bias+softcap"),
-    ("two passes", "fp64.d16.blocks+causal.softcap+bias"),
+    ("two passes", "fp64.d16.blocks+causal.softcap+bias+dropout"),
     ("head", "fp32.d16.causal_lower_right+ranges.alibi+sinks"),
     ("two packed", "fp32.d40.v24.prefix+window_lower_right.bias+sinks"),
 ]

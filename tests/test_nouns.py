@@ -42,7 +42,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(
         dtype=draw(st.sampled_from(elements.names())), head_dim=draw(st.integers(1, 512)), value_dim=draw(st.integers(1, 512)),
         mask=mask, integers=tuple(draw(sizes) for _ in masks.get(mask).integers), precision=draw(st.sampled_from(PRECISIONS)),
-        score=score, reals=tuple(draw(reals) for _ in scores.get(score).reals),
+        score=score, reals=tuple(min(draw(reals), one.below / 2) for one in scores.get(score).ones for _ in one.reals),
         direction=draw(st.sampled_from(DIRECTIONS)), batch=draw(sizes), heads=kv_heads * draw(st.integers(1, 8)),
         kv_heads=kv_heads, q_len=draw(sizes), kv_len=draw(sizes),
     )  # fmt: skip
@@ -72,6 +72,7 @@ def test_problem_reads_what_it_spells(problem: Problem) -> None:
         "fp32.d64.causal+causal",
         "fp32.d64.softcap@b1.h1.q4.k5",
         "fp32.d64.softcap@b1.h1.q4.k5.softcap0",
+        "fp32.d64.dropout@b1.h1.q4.k5.dropout1",
         "fp32.d64.softcap@b1.h1.q4.k5.softcap1.softcap1",
         "fp32.d64.softcap.causal@b1.h1.q4.k5.softcap1",
         "fp32.d64.softcap+softcap",
@@ -235,13 +236,25 @@ def test_every_law_is_tested() -> None:
     assert {case[2] for case in marks[0].args[1]} == {law.__name__ for law in cpp.LAWS} - of_texts
 
 
-PARTS = {"scores", "score", "scored", "placed", "reads", "arguments", "elements"}
+PARTS = {"scores", "score", "weighing", "scored", "placed", "reads", "arguments", "elements"}
 """What templates are told of a family's scores and operands."""
 
 
 def test_axes_and_templates_agree_both_ways() -> None:
     axes = {axis.name for axis in Space.read("cpp").axes}
-    family = {"head_dim", "value_dim", "mask", "family", "variant", "block_m", "element", "real", "operator", *PARTS}
+    family = {
+        "head_dim",
+        "value_dim",
+        "mask",
+        "family",
+        "variant",
+        "block_m",
+        "element",
+        "real",
+        "operator",
+        "altered",
+        *PARTS,
+    }
     imported = {"storage", "carried", "operator_of", "leaf", "test"}
     derived = {"block_scan", "grid_scan", "exp", "scratch_bytes"}
     of_gradients = {

@@ -73,6 +73,7 @@ def test_every_scan_state_and_schedule(network: str, state: str) -> None:
         ("triton.serial.fma.m16.n64.warps8.stages1.apart.parts", "fp16.d24"),
         ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+window"),
         ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal+lengths.softcap"),
+        ("triton.serial.ieee.m32.n64.warps4.stages1", "fp32.d16.causal.alibi+dropout"),
         pytest.param(
             "triton.blelloch.fma.m16.n32.warps8.stages1.s2.two_kernels.apart", "bf16.d16.v24", marks=pytest.mark.slow
         ),

@@ -42,6 +42,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    dropout_seed: int | Tensor | None = None,
 ) -> Tensor:
     """torch's scaled_dot_product_attention, by the fastest kernel measured on this device.
 
@@ -49,11 +50,15 @@ def attention(
     value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
     of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster, and so are
     its gradients, those of scores' tensors too (on GPUs without a tensor in masks and scores). Second derivatives and forward mode, also
-    by torch.func, are exact and take memory that grows with lengths, where a kernel served. Everything else, and every shape that is not
-    tuned, goes to torch. The output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for
-    mistakes that torch's fused CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a
-    mask on another device; for operands of masks and scores that do not fit; and for a scale that no float can hold.
+    by torch.func, are exact and take memory that grows with lengths, where a kernel served. Dropout is torch's, unless ``dropout_seed``
+    says which weights are left out: elsa_tune.scores.dropout. Everything else, and every shape that is not tuned, goes to torch. The
+    output's memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused
+    CPU kernel lets pass: key and value of different lengths, a mask together with is_causal, a mask on another device; for operands of
+    masks and scores that do not fit; for a seed of more than 64 bits; and for a scale that no float can hold.
     """
+    if dropout_seed is not None:
+        attn_mask = meaning.with_dropout(attn_mask, dropout_p, dropout_seed, is_causal, query, key)
+        dropout_p = 0.0
     if (
         not dropout_p
         and not _is_compiling()  # before what older compilers do not understand

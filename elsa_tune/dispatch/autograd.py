@@ -181,9 +181,11 @@ def _folded(
     function: Any, count: int, dims: tuple[int | None, ...], inputs: Sequence[Any], axes: Sequence[int | None]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """A function of ``count`` times as many batch entries in the place of one that is called ``count`` times; called so where a tensor
-    without batch differs."""
+    without batch differs, and where weights are multiplied by what depends on a batch entry."""
     at = [n for n, x in enumerate(inputs) if isinstance(x, Tensor)]
-    if any(axis is None and dims[n] is not None for n, axis in zip(at, axes, strict=True)):
+    wanted = next(x for x in inputs if isinstance(x, AttnMask))
+    of_places = scores.get(wanted.score).weighing is not None  # of batch entries too: as many would be others
+    if of_places or any(axis is None and dims[n] is not None for n, axis in zip(at, axes, strict=True)):
         return _one_by_one(function, count, dims, inputs)
     given = list(inputs)
     batch = next(x.shape[0] if d is None else x.movedim(d, 0).shape[1] for x, d in ((inputs[n], dims[n]) for n in at))

@@ -204,8 +204,9 @@ def attention(
 
     def rows(region: Region, q: Tensor, k: Tensor, v: Tensor, *arrays: Tensor) -> tuple[Tensor, ...]:
         h, n, hk = q.shape[1], q.shape[2], k.shape[1]
-        logits, may_be_blind = scored(region, q, k, *arrays)
+        logits, may_be_blind, factors = scored(region, q, k, *arrays)
         weights = _weights(logits, may_be_blind)[..., : v.shape[2]]
+        weights = weights if factors is None else weights * factors
         output = (weights.reshape(hk, h // hk * n, -1) @ v.to(wide)[0]).view(1, h, n, -1).to(q.dtype)
         return (output, logits.logsumexp(-1)[None]) if with_lse else (output,)
 
@@ -225,7 +226,8 @@ def second(
     plain = attention(query, key, value, wanted, scale, with_lse)
     found = plain.pulled(first).pulled(asked)
     count = len(plain.given)
-    if any(one.bends or one.term for one in scores.get(wanted.score).ones) or any((*first[3:], *asked[3:count])):
+    chain = scores.get(wanted.score)
+    if not all(one.additive for one in chain.ones) or any((*first[3:], *asked[3:count])):
         return found
     wide, factor = lse_dtype(query), query.shape[3] ** -0.5 if scale is None else scale
     scored = _scores(plain.shape, wanted, scale, wide)
@@ -241,7 +243,7 @@ def second(
         u, w, x = (
             next(received) if one else torch.zeros_like(like) for one, like in zip(first, (q, k, v), strict=False)
         )
-        p = of_group(_weights(*scored(region, q, k, *arrays))[None])
+        p = of_group(_weights(*scored(region, q, k, *arrays)[:2])[None])
         q_, g_, u_, (k_, v_, w_, x_) = of_group(q), of_group(g), of_group(u), (y[0].to(wide) for y in (k, v, w, x))
         delta = (g_ * (p @ v_)).sum(-1, keepdim=True)
         for y in more[:with_lse]:
@@ -274,21 +276,21 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask) -> Pro
 
 def _of_scores(wanted: AttnMask) -> dict[str, Array]:
     """Its tensors that have derivatives, in its order."""
-    by_name = {array.name: array for array in scores.get(wanted.score).arrays}
+    by_name = {array.name: array for array in scores.get(wanted.score).differentiable}
     return {name: by_name[name] for name in wanted.operands if name in by_name}
 
 
 def _scores(
     problem: Problem, wanted: AttnMask, scale: float | None, wide: torch.dtype
-) -> Callable[..., tuple[Tensor, bool]]:
+) -> Callable[..., tuple[Tensor, bool, Tensor | None]]:
     """A function of a region, parts of query and key, and the other tensors of given(): scores of a region's pairs [heads, rows, keys],
-    -inf where they are not seen; and whether a row may see no key."""
+    -inf where they are not seen; whether a row may see no key; and what weights are multiplied by, None for nothing."""
     floats, chain = _of_scores(wanted), scores.get(problem.score)
     factor = problem.head_dim**-0.5 if scale is None else scale
     whole = [one.name for one in problem.declared if isinstance(one, Array) and one.name not in floats]
     numbers = {name: x for name, x in wanted.operands.items() if isinstance(x, int | float)}
 
-    def of_region(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool]:
+    def of_region(region: Region, q: Tensor, k: Tensor, *arrays: Tensor) -> tuple[Tensor, bool, Tensor | None]:
         h, n, hk = q.shape[1], q.shape[2], k.shape[1]
         own: dict[str, Any] = {**numbers, **dict(zip((*floats, *whole), arrays, strict=True))}
         grouped = (q.to(wide) * factor).reshape(hk, h // hk * n, -1)
@@ -299,7 +301,8 @@ def _scores(
             logits = logits.masked_fill(hidden, float("-inf"))
         for term in chain.terms:
             logits = torch.cat([logits, own[term.name].to(wide).view(-1, 1, 1).expand(h, n, 1)], -1)
-        return logits, hidden is not None or bool(floats)
+        factors = chain.factor(own, **place)
+        return logits, hidden is not None or bool(floats), None if factors is None else factors.to(wide)
 
     return of_region
 
@@ -325,7 +328,7 @@ def _scored(chain: Any, logits: Tensor, own: dict[str, Any], place: dict[str, An
     """What becomes of scores; arrays of scores are parts, counted from where they begin."""
     beside = {name: x - x.flatten()[0] if isinstance(x, Tensor) else 0 for name, x in place.items() if name != "behind"}
     for one in chain.ones:
-        if one.term:
+        if not one.alters:
             continue
         values = values_at(one.operands, own, beside)
         values = {name: x.to(wide) if isinstance(x, Tensor) else x for name, x in values.items()}

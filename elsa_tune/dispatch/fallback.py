@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from elsa_tune.dispatch import meaning
+from elsa_tune.dispatch import derivatives, meaning
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.posed import attn_mask as torchs_mask
@@ -190,6 +190,9 @@ def _of_ours(
         if type(mask).__name__ == "CausalBias" and scale is not None and scale <= 0:
             mask = there.dense()[None, None]  # what torch makes of its own object errs as is_causal does
         return by_torch(query, key, value, mask, dropout_p, False, scale, enable_gqa)
+    if chain.weighing and not dropout_p:  # random words take more memory than scores: some rows at a time
+        blocked = derivatives.attention(query, key, value, wanted, scale, False)
+        return blocked(*derivatives.given(query, key, value, wanted))[0]
     hidden, wide = None if problem.mask == masks.NONE else ~there.dense(), lse_dtype(query)
     with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
         return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)

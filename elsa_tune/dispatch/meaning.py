@@ -8,9 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from elsa_tune import scores
 from elsa_tune.errors import WrongArguments
-from elsa_tune.generate.tensors import described
+from elsa_tune.generate.tensors import described, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, causal, from_block_mask, lengths, may_be_read, of_tensor
+from elsa_tune.problem import LARGEST_REAL
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _AXES = 4
@@ -44,6 +46,29 @@ def of_ragged(attn_mask: Any) -> AttnMask:
         )
         raise WrongArguments(f"attn_mask is {told}; of a ragged batch it must be a tensor, or of elsa_tune.masks")
     return of_tensor(attn_mask)
+
+
+def with_dropout(
+    attn_mask: Any, dropout_p: float, dropout_seed: int | Tensor, is_causal: bool, query: Tensor, key: Tensor
+) -> Any:
+    """The mask that the arguments mean together with dropout by a seed; the argument itself where nothing is left out. Raises
+    WrongArguments."""
+    p = number("dropout_p", dropout_p)
+    if not 0 <= p < 1:
+        raise WrongArguments(f"dropout_p is {described(dropout_p)}; with dropout_seed it must be from 0 to below 1")
+    dropped = scores.dropout(max(p, 1 / LARGEST_REAL), dropout_seed)
+    if p == 0:
+        return attn_mask
+    if any(isinstance(x, Tensor) and x.is_nested for x in (query, key)):
+        raise WrongArguments("query or key is nested, where dropout_seed cannot tell sequences apart; pad them")
+    if isinstance(attn_mask, Tensor) and type(attn_mask).__name__ != "CausalBias":
+        if is_causal:
+            raise WrongArguments("attn_mask is a tensor and is_causal is set; give either, or masks of elsa_tune.masks")
+        return of_tensor(attn_mask) & dropped
+    wanted = own(attn_mask, query.shape[-2], key.shape[-2])
+    if wanted is None or isinstance(wanted, AttnMask):
+        return (wanted or NONE) & dropped
+    raise WrongArguments(f"attn_mask is {described(attn_mask)}; it must be a tensor, or of elsa_tune.masks")
 
 
 _of_block_masks: WeakKeyDictionary[Any, AttnMask] = WeakKeyDictionary()

@@ -69,7 +69,7 @@ def backward(
     names = derivatives.names(wanted)
     of_tensors = dict(zip(names, asked[3:], strict=True))
     served, begin = serving.backward_for(query, key, value, wanted, enable_gqa), perf_counter()
-    arrays = scores.get(wanted.score).arrays
+    arrays = scores.get(wanted.score).differentiable
     if (gradients := served.gradients) is not None:
         wants = (*asked[:3], *(of_tensors[array.name] for array in arrays))
         try:

@@ -42,6 +42,10 @@ class Ragged:
         self, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: Served, attention: Attention
     ) -> Tensor:
         """[tokens, heads, value_dim]: by ``served`` for all sequences at once, or else by ``attention`` for each."""
+        if (one := scores.get(wanted.score).weighing) is not None:
+            raise WrongArguments(
+                f"attn_mask has {one.name}, which would be the same in every sequence of a ragged batch; pad the sequences"
+            )
         if self.says_it_together(wanted):
             tensors = map(_batch_of_one, (self.query, self.key, self.value))
             output = served(*tensors, _Together(self, wanted), scale, enable_gqa)

@@ -102,7 +102,9 @@ def slopes_have_text(language: str, problem: Problem) -> str | None:
     (<score>_rate_of_<array>)."""
     for one in scores.get(problem.score).ones:
         wanted = [f"{one.name}_slope_of("] if one.bends else []
-        wanted += [f"{one.name}_rate_of_{a.name}(" for a in one.arrays if not a.over_keys and a.name != one.term]
+        wanted += [
+            f"{one.name}_rate_of_{a.name}(" for a in one.arrays if a.is_float and not a.over_keys and a.name != one.term
+        ]
         text = (places.data("templates") / language / "score" / f"{one.name}.j2").read_text()
         if any(name not in text for name in wanted):
             return f"no gradients of the score {one.name} in templates/{language}"

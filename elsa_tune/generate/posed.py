@@ -94,4 +94,6 @@ def eager(
         sink = posed.own[term.name].to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sink], -1)
     weights: Tensor = torch.dropout(torch.ops.aten._safe_softmax(logits, -1), dropout_p, train=True)
-    return of_group(weights[..., :kv_len], value)
+    weights = weights[..., :kv_len]
+    factors = chain.factor(posed.own, **places(posed.problem, query.device))
+    return of_group(weights if factors is None else weights * factors.to(weights.dtype), value)

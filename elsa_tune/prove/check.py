@@ -194,7 +194,7 @@ def gradient_error(
     """The error of dQ, dK and dV for the first and the last KV head, or where there are few pairs for all, and of what arrays receive."""
     assert inputs.forward is not None
     beside: dict[str, Any] = {} if grad_lse is None else {"grad_lse": grad_lse}
-    asked = (True,) * (3 + len(scores.get(problem.score).arrays))
+    asked = (True,) * (3 + len(scores.get(problem.score).differentiable))
     found = kernel(
         inputs.query, inputs.key, inputs.value, *inputs.forward, inputs.scale, inputs.operands, asked=asked, **beside
     )

@@ -37,9 +37,9 @@ class _Pair:
     key: Tensor
     value: Tensor
 
-    def rows(self, query: Tensor, head: int, first: int) -> tuple[Tensor, Tensor]:
-        """Scores [rows, keys], and values beside them: of the pair's keys, and of terms, whose value is 0. ``query`` [rows, head_dim] are
-        those of a head from position ``first`` on."""
+    def rows(self, query: Tensor, head: int, first: int) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Scores [rows, keys], values beside them, of the pair's keys and of terms, whose value is 0, and what weights are multiplied by
+        before they meet them. ``query`` [rows, head_dim] are those of a head from position ``first`` on."""
         problem, place = self.problem, query.device
         scale = 1 / math.sqrt(problem.head_dim) if self.inputs.scale is None else self.inputs.scale
         position = torch.arange(first, first + len(query), device=place)[:, None]
@@ -53,12 +53,15 @@ class _Pair:
             logits = logits.masked_fill(hidden(problem, position, key, limits), -math.inf)
         if mask.tested:
             logits = logits.masked_fill(~mask.passes(self.own, **at), -math.inf)
-        value = self.value
+        value, factor = self.value, chain.factor(self.own, **at)
+        factors: Tensor | float = 1.0 if factor is None else factor.to(self.wide)
         for term in chain.terms:
             score = term.at(self.own[term.name], {"batch": self.batch, "head": head})
             logits = torch.cat([logits, score.expand(len(query), 1)], 1)
             value = torch.cat([value, value.new_zeros(1, value.shape[1])])
-        return logits, value
+            if isinstance(factors, Tensor):
+                factors = torch.cat([factors, factors.new_ones(len(factors), 1)], 1)
+        return logits, value, factors
 
 
 def _pair(problem: Problem, inputs: Inputs, b: int, h: int, wide: torch.dtype, own: dict[str, Any]) -> _Pair:
@@ -69,7 +72,7 @@ def _pair(problem: Problem, inputs: Inputs, b: int, h: int, wide: torch.dtype, o
 def _own(problem: Problem, inputs: Inputs, wide: torch.dtype) -> dict[str, Any]:
     """Operands by name, arrays of scores in floats ``wide``."""
     own = given.named(problem, inputs.operands)
-    return own | {array.name: own[array.name].to(wide) for array in scores.get(problem.score).arrays}
+    return own | {array.name: own[array.name].to(wide) for array in scores.get(problem.score).differentiable}
 
 
 def _weights(problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +94,9 @@ def with_forward(problem: Problem, inputs: Inputs, generator: torch.Generator) -
             pair = _pair(problem, inputs, b, head // problem.group, wide, own)
             for first in range(0, problem.q_len, ROWS_AT_ONCE):
                 rows = slice(first, first + ROWS_AT_ONCE)
-                logits, value = pair.rows(inputs.query[b, head, rows].to(wide), head, first)
+                logits, value, factors = pair.rows(inputs.query[b, head, rows].to(wide), head, first)
                 p, lse[b, head, rows] = _weights(problem, logits)
-                output[b, head, rows] = (p @ value).to(output.dtype)
+                output[b, head, rows] = ((p * factors) @ value).to(output.dtype)
     grad = torch.randn(output.shape, generator=generator).to(output)
     return replace(inputs, forward=(output, lse, grad))
 
@@ -115,7 +118,7 @@ def truth(problem: Problem, inputs: Inputs, b: int, h: int, grad_lse: Tensor | N
     output, _, grad = inputs.forward
     operator, wide = operators.get(problem.operator), torch.float64
     own = _own(problem, inputs, wide)
-    arrays = {array.name: own[array.name].requires_grad_() for array in scores.get(problem.score).arrays}
+    arrays = {array.name: own[array.name].requires_grad_() for array in scores.get(problem.score).differentiable}
     pair = _pair(problem, inputs, b, h, wide, own)
     pair.key.requires_grad_()
     dk, dv = torch.zeros_like(pair.key), torch.zeros_like(pair.value)
@@ -125,20 +128,20 @@ def truth(problem: Problem, inputs: Inputs, b: int, h: int, grad_lse: Tensor | N
         for first in range(0, problem.q_len, ROWS_AT_ONCE):
             rows = slice(first, first + ROWS_AT_ONCE)
             query = inputs.query[b, head, rows].to(wide).requires_grad_()
-            logits, value = pair.rows(query, head, first)
+            logits, value, factors = pair.rows(query, head, first)
             p, _ = _weights(problem, logits.detach())
             g = grad[b, head, rows].to(wide)
             delta = (g * output[b, head, rows].to(wide)).sum(-1, keepdim=True)
             if grad_lse is not None:
                 delta = delta - grad_lse[b, head, rows].to(wide)[:, None]
-            dp = g @ value.T
+            dp = g @ value.T * factors
             ds = operator.score_gradient(p, dp, delta)
             magnitude = p * (dp.abs() + delta.abs())
             leaves = [query, pair.key, *arrays.values()]
             of_query, of_key, *of_arrays = torch.autograd.grad(logits, leaves, ds, retain_graph=True)
             dq[n, rows] = of_query
             dk += of_key
-            dv += p[:, : problem.kv_len].T @ g
+            dv += (p * factors)[:, : problem.kv_len].T @ g
             sums = torch.autograd.grad(logits, list(arrays.values()), magnitude) if arrays else ()
             for (total, largest), one, size in zip(found.values(), of_arrays, sums, strict=True):
                 total += one
@@ -167,13 +170,14 @@ def error(
     def norm(x: Tensor) -> float:
         return float(x.float().norm(dim=-1).max())
 
-    products = norm(inputs.forward[2]) * norm(inputs.value)
+    of_weights = scores.get(problem.score).largest_factor(problem.numbers)
+    products = norm(inputs.forward[2]) * norm(inputs.value) * of_weights
     terms = products * scale  # of dS, before they cancel
     least = torch.finfo(lse_dtype(inputs.query)).tiny / unit  # weights below are 0
     floors = (
         terms * float(inputs.key.abs().max()),
         terms * float(inputs.query.abs().max()),
-        norm(inputs.forward[2]) * least,
+        norm(inputs.forward[2]) * least * of_weights,
         products,
     )
     totals: dict[str, tuple[Tensor, float]] = {}
@@ -201,7 +205,7 @@ def _differences(
         for name, (one, size) in true.arrays.items():
             total, largest = totals.get(name, (torch.zeros_like(one), 0.0))
             totals[name] = total + one, largest + size
-    arrays = scores.get(problem.score).arrays
+    arrays = scores.get(problem.score).differentiable
     if len(pairs) == problem.batch * problem.kv_heads:
         for array, x in zip(arrays, found[3:], strict=False):
             if x is not None:

@@ -126,11 +126,11 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
     mask, chain = masks.get(problem.mask), scores.get(problem.score)
     own = given.named(problem, inputs.operands)
     limits = given.limits_at(problem, own, batch=batch, position=position)
-    own |= {array.name: exactly(problem, own[array.name]) for array in chain.arrays}
+    own |= {array.name: exactly(problem, own[array.name]) for array in chain.differentiable}
     far = farthest(elements.get(problem.dtype).unit)
     beside = {"behind": problem.kv_len - problem.q_len, "kv_head": kv_head}
 
-    def some_keys() -> Iterator[tuple[Truth, Tensor]]:
+    def some_keys() -> Iterator[tuple[Truth, Tensor, Tensor | None]]:
         for first in range(0, problem.kv_len, KEYS_AT_ONCE):
             key, value = (x[batch, kv_head, first : first + KEYS_AT_ONCE].double() for x in (inputs.key, inputs.value))
             index = torch.arange(first, first + len(key), device=query.device)
@@ -143,10 +143,10 @@ def _rows_of_a_pair(problem: Problem, inputs: Inputs, rows: Rows, batch: int, kv
                 logits = logits.masked_fill(hidden(problem, position, index, limits), -math.inf)
             if mask.tested:
                 logits = logits.masked_fill(~mask.passes(own, **place), -math.inf)
-            yield logits, value
+            yield logits, value, chain.factor(own, **place)
         for term in chain.terms:
             score = term.at(own[term.name], {"batch": batch, "head": heads}).expand(len(query), 1)
-            yield score, torch.zeros(1, problem.value_dim, dtype=torch.float64, device=query.device)
+            yield score, torch.zeros(1, problem.value_dim, dtype=torch.float64, device=query.device), None
 
     out, total = operators.get(problem.operator).rows(some_keys())
     return out.cpu(), total.cpu()
@@ -334,7 +334,8 @@ def measure_error(problem: Problem, inputs: Inputs, rows: Rows, out: Tensor, tru
     difference = float((truth - out[rows.batch, rows.head, rows.position].double().cpu()).double().abs().max())
     if math.isnan(difference):
         return Error(math.inf, math.inf, False)
-    largest = float(inputs.value.abs().max()) or 1.0
+    of_weights = scores.get(problem.score).largest_factor(problem.numbers)
+    largest = (float(inputs.value.abs().max()) or 1.0) * of_weights
     u = elements.precision(problem.precision).unit
     unit = operators.get(problem.operator).bound(u, problem.kv_len) * largest
     more = (2 * logit_error(problem, inputs) + elements.get(problem.dtype).unit * inputs.additions) * largest

@@ -54,15 +54,27 @@ def logits(problem: Problem, query: Tensor, key: Tensor, operands: tuple[Any, ..
     posed = _posed(problem, query, key, query.shape[0])
     own = given.named(posed, operands)
     scores = query.double() @ key.double().repeat_interleave(posed.group, 1).mT / posed.head_dim**0.5
-    place = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
-    where = dict(zip(("batch", "head", "position", "key"), place, strict=True))
-    where |= {"kv_head": where["head"] // posed.group, "behind": posed.kv_len - posed.q_len}
+    where = _pairs(posed)
     mask, chain = masks.get(posed.mask), parts_of_scores.get(posed.score)
     limits = given.limits_at(posed, own, batch=where["batch"][..., :1], position=where["position"][..., :1])
     seen = posed.dense(**limits) & torch.as_tensor(mask.passes(own, **where))
     scores = chain.of(scores, own, **where).masked_fill(~seen, float("-inf"))
     terms = [own[term.name].double()[:, None, None].expand(*scores.shape[:3], 1) for term in chain.terms]
     return torch.cat([scores, *terms], -1)
+
+
+def _pairs(posed: Problem) -> dict[str, Any]:
+    """Where each pair is, tensors [batch, heads, q_len, kv_len]."""
+    lengths = (posed.batch, posed.heads, posed.q_len, posed.kv_len)
+    place = torch.meshgrid(*(torch.arange(n) for n in lengths), indexing="ij")
+    where: dict[str, Any] = dict(zip(("batch", "head", "position", "key"), place, strict=True))
+    return where | {"kv_head": where["head"] // posed.group, "behind": posed.kv_len - posed.q_len}
+
+
+def factors(problem: Problem, operands: tuple[Any, ...]) -> Tensor | float:
+    """What weights are multiplied by, [batch, heads, q_len, kv_len]."""
+    found = parts_of_scores.get(problem.score).factor(given.named(problem, operands), **_pairs(problem))
+    return 1.0 if found is None else found
 
 
 def _inputs(problem: Problem, **shape: int) -> tuple[Problem, reference.Inputs]:
@@ -92,7 +104,8 @@ def strides(kernel: Call, problem: Problem) -> None:
     again = kernel(
         x.query[:1].expand(3, -1, -1, -1), x.key[:1].expand(3, -1, -1, -1), x.value[:1].expand(3, -1, -1, -1)
     )
-    assert all(torch.equal(again[i], one[0]) for i in range(3))
+    weighing = parts_of_scores.get(problem.score).weighing  # by what differs between batch entries
+    assert weighing or all(torch.equal(again[i], one[0]) for i in range(3))
 
 
 def same_bits_again(kernel: Call, problem: Problem, keys: int) -> None:
@@ -155,7 +168,8 @@ def compute(
     operands = given.example(posed, 2)
     out = kernel(q, k, v, None, None, lse, operands)
     scores = logits(posed, q, k, operands)
-    truth = scores.softmax(-1).nan_to_num()[..., :kv_len] @ v.double().repeat_interleave(group, 1)
+    weights = scores.softmax(-1).nan_to_num()[..., :kv_len] * factors(posed, operands)
+    truth = weights @ v.double().repeat_interleave(group, 1)
     of_out, of_lse = 64 * elements.precision(problem.precision).unit, allowed_of_lse(problem)
     sums = scores.logsumexp(-1)
     far = (lse == sums) | (sums < farthest(elements.get(problem.dtype).unit))  # -inf where no key is seen

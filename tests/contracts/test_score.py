@@ -31,6 +31,7 @@ BY_HAND: dict[str, Callable[..., float]] = {
         s - float(own["lateslopes"][batch, head]) * abs(position + behind - key)
     ),
     "sinks": lambda s, own, **place: s,
+    "dropout": lambda s, own, **place: s,
 }
 """Each in Python's own words."""
 
@@ -40,6 +41,7 @@ WRITTEN: dict[str, tuple[dict[str, object], list[float], list[float]]] = {
     "alibi": ({"slopes": torch.tensor([[0.5]])}, [1.0, 2.0, 3.0], [0.0, 1.5, 3.0]),
     "alibi_lower_right": ({"lateslopes": torch.tensor([[0.5]])}, [1.0, 2.0, 3.0], [-1.0, 0.5, 2.0]),
     "sinks": ({"sinks": torch.tensor([4.0])}, [1.0, 2.0], [1.0, 2.0]),
+    "dropout": ({"dropout": 0.5, "seed": torch.tensor([1]), "stream": torch.tensor([0])}, [1.0, 2.0], [1.0, 2.0]),
 }
 """Each of a few scores of the query at position 2, where keys outnumber queries by 2, worked out on paper."""
 
@@ -84,7 +86,10 @@ class TestContract:
             place = {"batch": 0, "head": 0, "position": position, "behind": 1}
             weights = [math.exp(BY_HAND[name](q * k, own, key=j, **place)) for j, k in enumerate(keys)]
             weights += [math.exp(float(own[one.term][0]))] if one.term else []
-            mean = sum(w * v for w, v in zip(weights, [*values, 0.0], strict=False)) / sum(weights)
+            stay = [1.0, 1.0, 1.0, 1.0]
+            if (factors := score.get(name).factor(own, **{**place, "head": 0, "key": torch.arange(3)})) is not None:
+                stay = [float(x) for x in factors.flatten()]
+            mean = sum(w * f * v for w, f, v in zip(weights, stay, [*values, 0.0], strict=False)) / sum(weights)
             assert float(out[position, 0]) == pytest.approx(mean) and float(lse[position]) == pytest.approx(
                 math.log(sum(weights))
             )

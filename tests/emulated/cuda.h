@@ -159,6 +159,7 @@ inline int __any_sync(unsigned, int x) {
 inline int __any(int x) { return __any_sync(0, x); }
 extern "C" inline float __ocml_native_exp2_f32(float x) { return exp2f(x); }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 
 inline void copy_async(void* to, const void* from, int valid) { emulated::threads[emulated::running].open.push_back({to, from, valid}); }

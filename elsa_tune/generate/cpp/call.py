@@ -144,7 +144,7 @@ class CppGradients:
         function = ctypes.CDLL(str(library)).elsa_gradients
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
         self._function, self._problem = function, problem
-        self._arrays = scores.get(problem.score).arrays
+        self._arrays = scores.get(problem.score).differentiable
         operands = "".join("d" if a.kind == "real" else "q" for a in arguments(problem.declared))
         along = [a for a in self._arrays if not a.over_keys]
         self._along, self._dense = along, [a for a in self._arrays if a.over_keys]

@@ -206,7 +206,7 @@ def _by_operations(
     grad_lse: Tensor | None, asked: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """What none of torch's kernels gives: gradients through the log-sum-exp, and of what scores are of."""
-    of_scores = {array.name for array in scores.get(family.score).arrays}
+    of_scores = {array.name for array in scores.get(family.score).differentiable}
     own = [
         x.detach().requires_grad_() if one.name in of_scores else x
         for one, x in zip(family.declared, operands, strict=True)

@@ -48,6 +48,8 @@ def scores_are_known(kernel: str, problem: Problem) -> str | None:
     """A score that is no mask is known to plain operations and FlexAttention alone, and plain operations race for nothing else."""
     if problem.score == scores.NONE or scores.get(problem.score).additive:
         return "torch's own kernels serve what has no score, or adds a mask" if kernel == "eager" else None
+    if kernel == "flex" and (one := scores.get(problem.score).weighing):
+        return f"FlexAttention changes scores alone, not the weights that {one.name} multiplies"
     return None if kernel in ("eager", "flex") else f"torch's {kernel} kernel knows no score, {problem.score} neither"
 
 

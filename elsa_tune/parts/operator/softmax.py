@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rows(some: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def rows(some: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
     """A row that sees no key is 0, and the log of its sum -inf."""
-    return total(reduce(merge, (leaf(scores, values) for scores, values in some)))
+    return total(reduce(merge, (leaf(*each) for each in some)))
 
 
 def weights(scores: Tensor, sums: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elsa_tune.parts.operand import PLACES, Array, Number, Operand, values_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLACE = (*PLACES.values(), "behind")
 """What a score may ask of where it is: indices, or tensors of them that broadcast with the scores, and by how much keys outnumber
@@ -20,16 +24,26 @@ def farthest(unit: float) -> float:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """What a weight is multiplied by before it meets its value, and not where weights are summed: ``function`` of a score's operands by name
+    and of where it is, PLACE, in float64; ``largest`` of its numbers, the most that it can be."""
+
+    function: Callable[..., Tensor]
+    largest: Callable[..., float]
+
+
+@dataclass(frozen=True)
 class Score:
     """``function(score, **own)`` is what becomes of scores: ``own`` are its numbers, and what its arrays hold there. ``placed``: it
     is asked, as its texts are, with where that is too, PLACE.
 
     ``error(error, largest, unit, **own)`` is what it makes of the largest error and the largest magnitude of scores before it, computed
     in floats of round-off ``unit``: both after it; ``own`` has q_len and kv_len too, and what others take. ``reals`` are positive numbers, part of a
-    problem's shape, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
+    problem's shape, less than ``below``, and ``examples`` values of them; ``arrays`` come with the tensors. ``constants`` are what its texts are written
     with. ``additive``: it adds to a score what does not depend on it. ``relative``: what it asks of a place stays as it is where
     positions and keys are counted from elsewhere.
-    ``term`` names an array, of one number for each head, that is the score of one more key, whose value is 0.
+    ``term`` names an array, of one number for each head, that is the score of one more key, whose value is 0. ``factor`` is what it does to
+    weights; a score that has either leaves scores as they are.
     """
 
     name: str
@@ -37,6 +51,7 @@ class Score:
     function: Callable[..., Any]
     error: Callable[..., tuple[float, float]]
     reals: tuple[str, ...] = ()
+    below: float = math.inf
     arrays: tuple[Array, ...] = ()
     examples: tuple[Mapping[str, float], ...] = ({},)
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +59,7 @@ class Score:
     additive: bool = False
     relative: bool = False
     term: str = ""
+    factor: Factor | None = None
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -51,9 +67,14 @@ class Score:
         return (*(Number(name, "real") for name in self.reals), *self.arrays)
 
     @property
+    def alters(self) -> bool:
+        """Whether it does something to scores."""
+        return not self.term and self.factor is None
+
+    @property
     def bends(self) -> bool:
         """Whether what becomes of a score grows otherwise than the score does: gradients pass a slope."""
-        return not self.additive and not self.term
+        return self.alters and not self.additive
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class Chain:
         names = [one.name for one in self.operands]
         if len(set(names)) < len(names):
             raise ValueError(f"scores {self.name} share the name of an operand")
+        if sum(one.factor is not None for one in self.ones) > 1:
+            raise ValueError(f"scores {self.name} multiply weights twice")
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -78,10 +101,20 @@ class Chain:
         """Their numbers, in order."""
         return tuple(name for one in self.ones for name in one.reals)
 
+    def allow(self, reals: Sequence[float]) -> bool:
+        """Whether numbers are as many as theirs, and less than what each must be below."""
+        below = [one.below for one in self.ones for _ in one.reals]
+        return len(reals) == len(below) and all(x < most for x, most in zip(reals, below, strict=True))
+
     @property
     def arrays(self) -> tuple[Array, ...]:
         """Their tensors, in order."""
         return tuple(array for one in self.ones for array in one.arrays)
+
+    @property
+    def differentiable(self) -> tuple[Array, ...]:
+        """Their tensors that have gradients, in order."""
+        return tuple(array for array in self.arrays if array.is_float)
 
     @property
     def placed(self) -> bool:
@@ -117,6 +150,22 @@ class Chain:
         for one in self.ones:
             scores = one.function(scores, **values_at(one.operands, own, place), **(place if one.placed else {}))
         return scores
+
+    @property
+    def weighing(self) -> Score | None:
+        """The one among them that multiplies weights."""
+        return next((one for one in self.ones if one.factor is not None), None)
+
+    def factor(self, own: Mapping[str, Any], **place: Any) -> Tensor | None:
+        """What weights somewhere (PLACE) are multiplied by, float64; None: nothing."""
+        if (one := self.weighing) is None or one.factor is None:
+            return None
+        return one.factor.function(**values_at(one.operands, own, place), **place)
+
+    def largest_factor(self, own: Mapping[str, Any]) -> float:
+        """The most that weights are multiplied by."""
+        one = self.weighing
+        return one.factor.largest(*(own[name] for name in one.reals)) if one and one.factor else 1.0
 
     def error(self, error: float, largest: float, unit: float, own: Mapping[str, Any]) -> tuple[float, float]:
         """The largest error and magnitude of scores after them, of those before, in floats of round-off ``unit``; ``own`` holds operands

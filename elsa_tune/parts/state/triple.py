@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def leaf(scores: Tensor, values: Tensor) -> Cells:
-    """m = max s, S = sum exp(s - m), W = sum exp(s - m) v."""
+def leaf(scores: Tensor, values: Tensor, factors: Tensor | None = None) -> Cells:
+    """m = max s, S = sum exp(s - m), W = sum exp(s - m) f v, with factors f where there are any."""
     m = scores.amax(1)
     weights = (scores - origin(m)[:, None]).exp()
-    return m, weights.sum(1), weights @ values
+    return m, weights.sum(1), (weights if factors is None else weights * factors) @ values
 
 
 def merge(a: Cells, b: Cells) -> Cells:
