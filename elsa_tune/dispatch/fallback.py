@@ -195,4 +195,5 @@ def _of_ours(
         return blocked(*derivatives.given(query, key, value, wanted))[0]
     hidden, wide = None if problem.mask == masks.NONE else ~there.dense(), lse_dtype(query)
     with torch.autocast(query.device.type, enabled=False) if casts else nullcontext():
-        return eager(there, query.to(wide), key.to(wide), value.to(wide), scale, hidden, dropout_p).to(query.dtype)
+        floats = (query.to(wide), key.to(wide), value.to(wide))
+        return eager(there, *floats, scale, hidden, dropout_p, there.factors(wide)).to(query.dtype)

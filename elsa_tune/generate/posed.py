@@ -25,6 +25,11 @@ class Posed:
     own: dict[str, Any]
     device: torch.device
 
+    def factors(self, dtype: torch.dtype) -> Tensor | None:
+        """[batch or 1, heads or 1, q_len, kv_len]: what weights are multiplied by; None where nothing is."""
+        found = scores.get(self.problem.score).factor(self.own, **places(self.problem, self.device))
+        return None if found is None else found.to(dtype)
+
     def dense(self) -> Tensor:
         """bool [q_len, kv_len] or [batch or 1, heads or 1, q_len, kv_len]: which pairs are seen."""
         everywhere = places(self.problem, self.device)
@@ -76,8 +81,10 @@ def eager(
     scale: float | None,
     hidden: Tensor | None,
     dropout_p: float = 0.0,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """What a program writes by hand: products, scores, mask (``hidden``: which pairs are not seen), softmax, products."""
+    """What a program writes by hand: products, scores, mask (``hidden``: which pairs are not seen), softmax, products of weights times
+    ``factors``, where there are any."""
     heads, (kv_heads, kv_len) = query.shape[1], key.shape[1:3]
 
     def of_group(x: Tensor, rows: Tensor) -> Tensor:
@@ -95,5 +102,4 @@ def eager(
         logits = torch.cat([logits, sink], -1)
     weights: Tensor = torch.dropout(torch.ops.aten._safe_softmax(logits, -1), dropout_p, train=True)
     weights = weights[..., :kv_len]
-    factors = chain.factor(posed.own, **places(posed.problem, query.device))
     return of_group(weights if factors is None else weights * factors.to(weights.dtype), value)

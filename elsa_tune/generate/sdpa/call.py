@@ -20,6 +20,7 @@ from elsa_tune.generate.logsumexp import logsumexp
 from elsa_tune.generate.posed import Posed, attn_mask, eager, posed
 from elsa_tune.generate.sdpa.block_masks import block_mask
 from elsa_tune.generate.sdpa.derived import Derived
+from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.mask import NONE
@@ -94,7 +95,10 @@ class EagerKernel:
         if lse is not None:
             lse.copy_(logsumexp(query, key, self._family, operands, scale))
         hidden = None if self._family.mask == NONE else ~_attn_masks_dense.of(self._family, operands, query, key)
-        return eager(_as_posed.of(self._family, operands, query, key), query, key, value, scale, hidden)
+        there, factors = _as_posed.of(self._family, operands, query, key), None
+        if scores.get(self._family.score).weighing is not None:
+            factors = _factors.of(self._family, operands, query, key)  # drawn once: a race is with the rest
+        return eager(there, query, key, value, scale, hidden, factors=factors)
 
     def bind(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """Nothing can be computed beforehand."""
@@ -122,7 +126,12 @@ def _itself(posed: Posed) -> Posed:
     return posed
 
 
-_as_posed, _attn_masks_dense = Derived(_itself, 4), Derived(_dense, 4)
+def _drawn(posed: Posed) -> Tensor | None:
+    """What weights are multiplied by, in floats that states are of."""
+    return posed.factors(getattr(torch, elements.get(posed.problem.dtype).state))
+
+
+_as_posed, _attn_masks_dense, _factors = Derived(_itself, 4), Derived(_dense, 4), Derived(_drawn, 4)
 _score_mods, _block_masks = Derived(_score_mod, 64), Derived(block_mask, 64)
 
 
@@ -214,7 +223,7 @@ def _by_operations(
     q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
     there = posed(family, tuple(own), q, k)
     hidden = None if family.mask == NONE else ~there.dense()
-    results, given = [eager(there, q, k, v, scale, hidden)], [grad]
+    results, given = [eager(there, q, k, v, scale, hidden, factors=there.factors(q.dtype))], [grad]
     if grad_lse is not None:
         results, given = [*results, logsumexp(q, k, family, tuple(own), scale)], [grad, grad_lse]
     leaves = [q, k, v, *(x for one, x in zip(family.declared, own, strict=True) if one.name in of_scores)]
