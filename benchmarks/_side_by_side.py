@@ -1,10 +1,13 @@
-"""What the benchmarks share: tuning what is not tuned yet, versions, and where results go."""
+"""What the benchmarks share: tuning what is not tuned yet, turns, memory, versions, and where results go."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -74,6 +77,26 @@ def in_turns(racing: Mapping[str, Callable[[], Any]], rounds: int, seconds: floa
         found = race.ratio(each, samples["elsa-tune"])
         peers[name] = {"ratio": found.median, "low": found.low, "high": found.high, "seconds": each}
     return peers
+
+
+def mib_of(call: Callable[[], Any]) -> float:
+    """MiB that a call adds to what this process has, at most, what it returns included. Linux tells it."""
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    _kept = call()
+    return (_kilobytes("VmHWM") - before) / 1024
+
+
+def _kilobytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found is not None
+    return int(found[1])
+
+
+def told_by(*arguments: str) -> list[float]:
+    """The numbers that a process of its own prints, a Python with these arguments."""
+    told = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return [float(word) for word in told.stdout.split()]
 
 
 def write(prefix: str, packages: Iterable[str] = ("elsa-tune", "torch"), **content: Any) -> None:

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
-from _side_by_side import in_turns, timed, tune_first, write
+from _side_by_side import in_turns, mib_of, timed, told_by, tune_first, write
 from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import serving
 from elsa_tune.parts import element as elements
@@ -143,26 +139,14 @@ def by_math(*given: Tensor) -> Tensor:
 
 def peak(who: str, length: int) -> float:
     """MiB that a step adds to what the process had with its inputs, at most."""
-    told = subprocess.run(
-        [sys.executable, __file__, "--peak", who, str(length)], capture_output=True, text=True, check=True
-    )
-    return float(told.stdout.split()[-1])
-
-
-def memory(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    assert found is not None
-    return int(found[1])
+    (mib,) = told_by(__file__, "--peak", who, str(length))
+    return mib
 
 
 def told_peak(who: str, length: int) -> None:
     case, small = (Case("memory", MEMORY.format(n)) for n in (length, 256))
     steps(small)[who]()  # libraries, threads
-    call = steps(case)[who]
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    kept = call()
-    print(len(kept), (memory("VmHWM") - before) / 1024)
+    print(mib_of(steps(case)[who]))
 
 
 def verdict(goal: str, asked: float, ratios: Mapping[str, float], at_most: bool = False) -> dict[str, Any]:

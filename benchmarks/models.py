@@ -1,5 +1,5 @@
 """Whole models on this CPU, by torch's attention and by ours, in one interleaved run: what ``ELSA_TUNE=1 python program.py`` gains, and
-``attn_implementation="elsa"``.
+``attn_implementation="elsa"``; forward passes, and steps of training.
 
 `make bench` runs it last. The models are transformers' own code with random weights, eager and compiled, and nothing in them is changed:
 torch's operator is overridden, as the variable does it, and for torch's rounds steps aside; or attention is registered, and "sdpa" is set for
@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -37,7 +36,7 @@ from elsa_tune.tuning import race
 
 ROUNDS = 15
 SECONDS_A_MODEL = 60.0
-"""Half for whole models, half for the calls inside them; five rounds of each are taken however long they last."""
+"""Of rounds; five are taken however long they last."""
 
 TOKENS = 4
 """Tokens that a round of decoding adds to the cache."""
@@ -47,7 +46,7 @@ Attention = Callable[..., Any]
 
 @dataclass
 class Forward:
-    """A model and its rounds: number -> the last hidden state. Rounds are called in order and may be repeated from 0."""
+    """A model and its rounds: number -> the last hidden state, or a gradient. Rounds are called in order and may be repeated from 0."""
 
     model: Any
     round: Callable[[int], Tensor]
@@ -65,6 +64,7 @@ class Case:
     make: Callable[[], Forward]
     way: str = "override"
     is_compiled: bool = False
+    is_training: bool = False
 
 
 def _whole(model: Any, compiled: bool) -> Any:
@@ -103,6 +103,19 @@ def swin(batch: int, **options: Any) -> Forward:
 def vit(batch: int, size: int, **options: Any) -> Forward:
     """ViT-B/16."""
     return encoder("ViT", {"pixel_values": torch.randn(batch, 3, size, size)}, image_size=size, **options)
+
+
+def training(forward: Forward) -> Forward:
+    """A step of training without dropout: forward, a loss against random targets, backward; no optimizer. A round gives the gradient of the
+    model's first parameter, to which every layer's attention has led."""
+    target = torch.randn_like(forward(0))
+
+    def step(number: int) -> Tensor:
+        forward.model.zero_grad()
+        torch.nn.functional.mse_loss(forward(number), target).backward()
+        return next(forward.model.parameters()).grad
+
+    return Forward(forward.model, step)
 
 
 LLAMA_1B: dict[str, Any] = dict(
@@ -156,8 +169,10 @@ CASES = (
     Case("bert-base-8x512", "BERT-base, 8 texts of 512 tokens", lambda: bert(8, 512)),
     Case("bert-base-8x512-compiled", "the same, compiled", lambda: bert(8, 512, compiled=True), is_compiled=True),
     Case("bert-base-8x512-padded", "the same, of which half is padding", lambda: padded_bert(8, 512), "registered"),
+    Case("bert-base-8x512-training", "a training step of the same without padding", lambda: training(bert(8, 512)), is_training=True),
     Case("swin-t-224", "Swin-T, 4 images of 224 px", lambda: swin(4), "registered"),
     Case("vit-b16-224", "ViT-B/16, 8 images of 224 px", lambda: vit(8, 224)),
+    Case("vit-b16-224-training", "a training step of the same", lambda: training(vit(8, 224)), is_training=True),
     Case("vit-b16-768", "ViT-B/16, 1 image of 768 px", lambda: vit(1, 768)),
     Case("vit-b16-768-compiled", "the same, compiled", lambda: vit(1, 768, compiled=True), is_compiled=True),
     Case("llama-1b-prefill-2k", "LLaMA-1B, two layers, a prompt of 2048", lambda: prefill(2048, **LLAMA_1B)),
@@ -222,9 +237,21 @@ class Stopwatch:
             start = time.perf_counter()
             out = serve(*arguments, **options)
             self.seconds += time.perf_counter() - start
+            if learning := [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]:
+                self._time_backward(out, learning)
             return out
 
         return timed
+
+    def _time_backward(self, output: Tensor, inputs: list[Tensor]) -> None:
+        """From when the output's gradient arrives until that of an input leaves: they leave together."""
+        begun: list[float] = []
+
+        def end(_: Tensor) -> None:
+            self.seconds += time.perf_counter() - begun.pop()
+
+        output.register_hook(lambda _: begun.append(time.perf_counter()))
+        torch.autograd.graph.register_multi_grad_hook(inputs, end, mode="any")
 
 
 @contextmanager
@@ -311,38 +338,43 @@ WAYS: dict[str, Override | Registered] = {"override": Override(), "registered": 
 """By which elsa-tune is reached."""
 
 
-def whole_seconds(way: Override | Registered, forward: Forward, who: str, number: int) -> float:
-    """Of one round of the model."""
-    with way.by(who, forward):
-        start = time.perf_counter()
-        forward(number)
-        return time.perf_counter() - start
+Samples = dict[str, list[float]]
+"""Seconds of rounds, by who answered."""
 
 
-def attention_seconds(way: Override | Registered, forward: Forward, who: str, number: int) -> float:
-    """Of the attention calls in one round of the model."""
-    watch = Stopwatch()
-    with way.by(who, forward), way.watched(watch):
-        forward(number)
-    return watch.seconds
-
-
-def interleaved(clock: Callable[[str, int], float], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Rounds in which both answerers are timed once, in random order: five of them or more until ``seconds`` have passed."""
-    samples: dict[str, list[float]] = {who: [] for who in ANSWERERS}
-    end = time.perf_counter() + seconds
+def interleaved(
+    way: Override | Registered, forward: Forward, rounds: int, watched: bool = True
+) -> tuple[Samples, Samples]:
+    """Of rounds of the model, and of the attention in them if that is to be ``watched``. In a round both answerers are timed once, in random
+    order: five rounds or more until SECONDS_A_MODEL have passed."""
+    whole, inside = ({who: list[float]() for who in ANSWERERS} for _ in range(2))
+    end = time.perf_counter() + SECONDS_A_MODEL
     for number in range(rounds):
         if number >= 5 and time.perf_counter() > end:
             break
         for who in random.Random(number).sample(ANSWERERS, len(ANSWERERS)):
-            samples[who].append(clock(who, number))
-    return samples
+            watch = Stopwatch()
+            with way.by(who, forward), way.watched(watch) if watched else nullcontext():
+                start = time.perf_counter()
+                forward(number)
+                whole[who].append(time.perf_counter() - start)
+            inside[who].append(watch.seconds)
+    return whole, inside
+
+
+def answers(way: Override | Registered, forward: Forward) -> list[Tensor]:
+    """Of the first round, by each answerer."""
+    found = []
+    for who in ANSWERERS:
+        with way.by(who, forward):
+            found.append(forward(0))
+    return found
 
 
 def served(problem: Problem, calls: int) -> dict[str, Any]:
     """Who serves a problem here, and why; a kernel that must be built is built now."""
     chosen = serving.explain(problem, host_cpu())
-    if not chosen.by_sdpa:
+    if not chosen.by_sdpa and problem.direction == "forward":  # autograd loads the other
         elsa_tune.load(problem, "cpu")
     measured = chosen.winner.ratio if chosen.winner else None
     return {
@@ -358,32 +390,29 @@ def amdahl(gain: float, share: float, kernel_ratio: float) -> tuple[float, float
     return possible, (gain - 1) / (possible - 1) if possible > 1.01 else None
 
 
-@torch.inference_mode()
 def measured(case: Case, eager: Case, rounds: int, tune_seconds: float) -> dict[str, Any]:
     """Everything about one model; see the fields. Attention is timed inside ``eager``, the same model as it is written."""
     torch.manual_seed(0)
     forward, way = eager.make(), WAYS[case.way]
     with way.on():
         posed, others = way.posed(forward)
+    if case.is_training:
+        posed += Counter({problem.reshaped(direction="backward"): calls for problem, calls in posed.items()})
     tune_first(map(str, to_tune(posed)), tune_seconds)
     lines = [served(problem, calls) for problem, calls in posed.items()]
     with way.on() as told:
-        with way.by("elsa-tune", forward):
-            forward(0)
-        inside = interleaved(partial(attention_seconds, way, forward), rounds, SECONDS_A_MODEL / 2)
+        found = answers(way, forward)
+        whole, inside = interleaved(way, forward, rounds)
         if case.is_compiled:
             forward = case.make()
-        found = []
-        for who in ANSWERERS:
-            with way.by(who, forward):
-                found.append(forward(0))
-        difference = float((found[1] - found[0]).abs().max() / found[0].abs().max())
-        whole = interleaved(partial(whole_seconds, way, forward), rounds, SECONDS_A_MODEL / 2)
+            found = answers(way, forward)
+            whole, _ = interleaved(way, forward, rounds, watched=False)
+    difference = float((found[1] - found[0]).abs().max() / found[0].abs().max())
     share = statistics.median(inside["torch"]) / statistics.median(whole["torch"])
     gain, kernels = (race.ratio(x["torch"], x["elsa-tune"]) for x in (whole, inside))
     possible, reached = amdahl(gain.median, share, kernels.median)
     return {
-        "about": case.about, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),
+        "about": case.about, "training": case.is_training, "gain": asdict(gain), "attention_share": share, "kernel_ratio": asdict(kernels),
         "possible_gain": possible, "reached": reached, "difference": difference, "served": lines, "way": told,
         "not_ours": dict(others), "seconds": whole, "attention_seconds": inside,
         "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d"),
@@ -422,7 +451,8 @@ def main() -> None:
     chosen = [case for case in CASES if case.name in (options.model or names)]
     for case in chosen:
         eager = next(one for one in CASES if one.name == case.name.removesuffix("-compiled"))
-        known[case.name] = found = measured(case, eager, ROUNDS, options.tune_seconds)
+        with torch.inference_mode(not case.is_training):
+            known[case.name] = found = measured(case, eager, ROUNDS, options.tune_seconds)
         print(f"{row(case.name, found)}", flush=True)
         for line in found["served"]:
             print(f"  {line['calls']} x {line['problem']}: {line['variant']} ({line['rung']})")

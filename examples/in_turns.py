@@ -37,10 +37,10 @@ def compare(before: Way, after: Way, rounds: int, tokens: int = 0, gradients: bo
     print(f"before: {torchs:.3g} s, after: {ours:.3g} s, {torchs / ours:.3g} times as fast")
     if tokens:
         print(f"tokens per second before: {tokens / torchs:.3g}, after: {tokens / ours:.3g}")
-    _say_who_answered()
+    say_who_answered()
 
 
-def _say_who_answered() -> None:
+def say_who_answered() -> None:
     """A line for each family and kernel, with the shape called most."""
     rows = sorted(elsa_tune.served(), key=lambda row: row.calls, reverse=True)
     ours = {row.problem for row in rows if row.kernel != "torch"}

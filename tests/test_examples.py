@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
-from elsa_tune.dispatch import ledger
+import elsa_tune
+from docs.macros import performance
+from elsa_tune.dispatch import ledger, serving
 from tests.absent_torchvision import standing_in
+from tests.test_dispatch import record, won
+from tests.test_gradients import HOW, NATIVE, settle
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NUMBER = r"(\d[\d.e+-]*)"
@@ -42,7 +49,7 @@ TOKENS_OF = dict(llama_decode=8, offload=4)
 
 
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "in_turns"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NEEDS, "finetune", "in_turns"}
 
 
 @pytest.mark.filterwarnings(
@@ -69,3 +76,45 @@ def test_an_example_compares(
     counted = COUNTED.findall(printed)
     assert sum(int(calls) for calls, _, _ in counted) == CALLS.get(name, 0)
     assert sum(int(others or 0) for _, _, others in counted) == OTHER_SHAPES.get(name, 0)
+
+
+FINE_TUNED = "fp32.d16.causal{}@b2.h4.q256.k256.bshd"
+METHODS = ("all weights", "checkpoints", "LoRA", "LoRA, checkpoints")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the memory of a process")
+def test_finetuning_by_our_kernels_goes_as_by_torchs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both passes are ours. Losses go alike; checkpoints attend twice as often; each method has its costs, on the docs' page too."""
+    forward, backward = (FINE_TUNED.format(way) for way in ("", ".backward"))
+    record(won(forward), won(backward, HOW["one pass"].format(isa=NATIVE)))
+    elsa_tune.load(forward)
+    x = torch.randn(2, 256, 4, 16, requires_grad=True).transpose(1, 2)
+    elsa_tune.attention(x, x, x, is_causal=True).sum().backward()
+    settle()
+    ledger.forget()
+    serving.refresh()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    monkeypatch.setattr(import_module("_side_by_side"), "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--small", "--write"])
+    runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "problems first" not in printed
+    curves = re.findall(r"^(.*): step, loss by torch and by elsa-tune\n((?:.*\n)+?)largest .*: (\S+)$", printed, re.M)
+    assert [name for name, _, _ in curves] == [*METHODS]
+    for _, lines, apart in curves:
+        steps = [[float(word) for word in line.split()] for line in lines.splitlines()]
+        assert [number for number, _, _ in steps] == [1, 5]
+        assert float(apart) < 1e-4 and all(torchs == pytest.approx(ours, abs=1e-4) for _, torchs, ours in steps)
+        assert all(3 < loss < 7 for _, *losses in steps for loss in losses)
+    assert max(float(apart) for *_, apart in curves) > 0
+    costs = re.findall(rf"^(.*) \| {NUMBER} \| {NUMBER} \| {NUMBER} \[.*\] \| {NUMBER} \| {NUMBER}$", printed, re.M)
+    assert [name for name, *_ in costs] == [*METHODS] and all(float(cost) > 0 for _, *each in costs for cost in each)
+    counted = {problem: calls for calls, problem in re.findall(r"^ *(\d+) calls of (\S+) by (?!torch)", printed, re.M)}
+    (path,) = tmp_path.glob("finetune-*.json")
+    monkeypatch.setattr(performance, "read", lambda _: json.loads(path.read_text()))
+    rows = [line.strip("| ").split(" | ") for line in performance.fine_tuning("").splitlines()[2:]]
+    assert [row[0] for row in rows] == [*METHODS] and [row[-1] for row in rows] == [apart for *_, apart in curves]
+    assert counted == {forward: "72", backward: "48"}

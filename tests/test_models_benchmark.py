@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def test_every_kind_of_model_is_measured(
         benchmarks.Case("encoder", "", lambda: benchmarks.bert(2, 24, **TINY)),
         benchmarks.Case("decoding", "", lambda: benchmarks.decoding(24, **TINY, **GROUPED)),
         benchmarks.Case("padded", "", lambda: benchmarks.padded_bert(2, 24, **TINY), "registered"),
+        benchmarks.Case("training", "", lambda: benchmarks.training(benchmarks.bert(2, 24, **TINY)), is_training=True),
     )
     monkeypatch.setattr(benchmarks, "CASES", cases)
     monkeypatch.setattr(sys, "argv", ["models.py", "--tune-seconds", "1"])
@@ -46,15 +48,30 @@ def test_every_kind_of_model_is_measured(
     printed = capsys.readouterr().out
     (path,) = tmp_path.glob("models-*.json")
     results = json.loads(path.read_text())["results"]
-    assert list(results) == ["encoder", "decoding", "padded"]
+    assert list(results) == ["encoder", "decoding", "padded", "training"]
     for name, found in results.items():
         assert f"\n{name} | " in printed
         assert not found["not_ours"] and found["difference"] < 1e-5 and found["attention_share"] > 0
         assert all(len(samples) == 1 for samples in found["seconds"].values())
-    assert printed.count("tuning 1 problems first") == 3
+    assert printed.count("tuning 1 problems first") == 4
     assert ".lengths@" in results["padded"]["served"][0]["problem"]
     assert [line["rung"] for line in results["encoder"]["served"]] == ["exact"]
+    forward, backward = results["training"]["served"]
+    assert (
+        forward["problem"] == results["encoder"]["served"][0]["problem"] and forward["calls"] == backward["calls"] == 2
+    )
+    assert ".backward@" in backward["problem"] and backward["rung"] == "exact"
     assert len(results["decoding"]["served"]) == benchmarks.TOKENS
+
+
+def test_attention_is_timed_both_ways(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock that ticks when it is read: forward and backward a tick each, in each of two layers."""
+    step, watch, ticks = benchmarks.training(benchmarks.bert(2, 24, **TINY)), benchmarks.Stopwatch(), itertools.count()
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: next(ticks))
+    for _ in range(2):
+        with benchmarks.WAYS["override"].watched(watch):
+            gradient = step(0)
+    assert watch.seconds == 2 * 2 * 2 and gradient.abs().max() > 0
 
 
 @torch.inference_mode()

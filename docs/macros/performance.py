@@ -147,18 +147,39 @@ def decoding(name: str) -> str:
     return table(heads, rows)
 
 
-def models(name: str, registered: bool = False) -> str:
-    """Whole models: those that are not changed, or those whose attention is registered. Short is what lies below nine tenths of the possible
-    gain with its whole interval."""
+def models(name: str, registered: bool = False, training: bool = False) -> str:
+    """Whole models: those that are not changed, or those whose attention is registered; forward passes, or steps of ``training``. Short is what
+    lies below nine tenths of the possible gain with its whole interval."""
     rows = []
     for model, found in read(name)["results"].items():
-        if (found.get("way") == "registered") == registered:
+        if (found.get("way") == "registered", found.get("training", False)) == (registered, training):
             least = max(1.0, 1 + 0.9 * (found["possible_gain"] - 1))
             rows.append([
                 code(model), found["date"], short(spread(found["gain"], 3), found["gain"]["high"] < least), f"{found['attention_share']:.2f}",
                 spread(found["kernel_ratio"]), f"{found['possible_gain']:.3f}", "" if found["reached"] is None else f"{found['reached']:.2f}",
             ])  # fmt: skip
     return table(["model", "measured", "gain [95 %]", "attention", "kernels [95 %]", "possible", "of it"], rows)
+
+
+def fine_tuning(name: str) -> str:
+    """What a step of training costs by torch's attention and by ours, and how far the curves of losses are apart, by what is trained."""
+    rows = []
+    for method, found in read(name)["results"].items():
+        seconds, losses = (
+            [found["ways"][who][what] for who in ("torch", "elsa-tune")] for what in ("seconds", "losses")
+        )
+        torchs, ours = map(statistics.median, seconds)
+        memory = [f"{mib:.0f}" for mib in found["mib"].values()]
+        ends = [f"{curve[0]:.3f} to {curve[-1]:.6f}" for curve in losses]
+        rows.append([
+            method, short(spread(found["ratio"]), found["ratio"]["high"] < 1), f"{torchs:.2f}", f"{ours:.2f}", *memory, *ends,
+            f"{found['difference']:.1e}",
+        ])  # fmt: skip
+    heads = [
+        "trained", "times as fast [95 %]", "torch's step, s", "ours, s", "torch's peak, MiB", "ours, MiB", "torch's loss", "ours",
+        "largest difference",
+    ]  # fmt: skip
+    return table(heads, rows)
 
 
 def databases(name: str) -> str:
