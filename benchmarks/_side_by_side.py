@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import random
 import re
 import subprocess
@@ -93,9 +94,10 @@ def _kilobytes(name: str) -> int:
     return int(found[1])
 
 
-def told_by(*arguments: str) -> list[float]:
-    """The numbers that a process of its own prints, a Python with these arguments."""
-    told = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+def told_by(*arguments: str, **variables: str) -> list[float]:
+    """The numbers that a process of its own prints, a Python with these arguments and variables."""
+    environment = {**os.environ, **variables}
+    told = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return [float(word) for word in told.stdout.split()]
 
 

@@ -113,6 +113,9 @@ def test_finetuning_by_our_kernels_goes_as_by_torchs(
     costs = re.findall(rf"^(.*) \| {NUMBER} \| {NUMBER} \| {NUMBER} \[.*\] \| {NUMBER} \| {NUMBER}$", printed, re.M)
     assert [name for name, *_ in costs] == [*METHODS] and all(float(cost) > 0 for _, *each in costs for cost in each)
     counted = {problem: calls for calls, problem in re.findall(r"^ *(\d+) calls of (\S+) by (?!torch)", printed, re.M)}
+    for column in (-2, -1):  # MiB by torch and by ours: each way to save memory does
+        everything, checkpoints, lora, both = (float(cost[column]) for cost in costs)
+        assert everything > max(checkpoints, lora) and both < min(checkpoints, lora)
     (path,) = tmp_path.glob("finetune-*.json")
     monkeypatch.setattr(performance, "read", lambda _: json.loads(path.read_text()))
     rows = [line.strip("| ").split(" | ") for line in performance.fine_tuning("").splitlines()[2:]]
