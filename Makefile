@@ -60,6 +60,7 @@ bench: .venv/installed-bench
 	$(BIN)/python benchmarks/calls.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/gradients.py
+	$(BIN)/python examples/finetune.py --write
 
 # What benchmarks/gpu.sh installs on a GPU machine that has no network.
 wheels-gpu: .venv/installed

@@ -1,4 +1,4 @@
-"""Train and fine-tune a small transformer, by torch's attention and by ours: python examples/finetune.py [--small] [--write].
+"""Train and fine-tune a small transformer, by torch's attention and by ours: python examples/finetune.py [--small] [--write]. Linux.
 
 It reads this project's documentation, byte by byte, first with all weights, then goes on from there with checkpoints of activations, with
 LoRA (Hu et al. 2021), and with both. A model each way starts from the same weights and sees the same text; their steps are timed in turns. The
