@@ -354,13 +354,14 @@ def test_masks_that_lie_far_apart() -> None:
 BLOCK_MASK = create_block_mask(lambda b, h, i, j: j < 3, None, None, 5, 5, device="cpu")
 
 
-@pytest.mark.parametrize("score", ["bias", "alibi", "sinks"])
+@pytest.mark.parametrize("score", ["bias", "alibi", "sinks", "torch's mask"])
 def test_gradients_of_operands_are_kept(score: str) -> None:
     """Also where a kernel of the family serves calls without gradients."""
     q, k, v = tensors()
-    operand = {"bias": normal(1, HEADS, Q_LEN, KV_LEN), "alibi": normal(HEADS).abs(), "sinks": normal(HEADS)}[score]
-    mask = getattr(scores, score)(operand.requires_grad_())
-    problem = mask.of(Problem(head_dim=DIM)).reshaped(
+    operand = {"alibi": normal(HEADS).abs(), "sinks": normal(HEADS)}.get(score, normal(1, HEADS, Q_LEN, KV_LEN))
+    of_ours = getattr(scores, score, scores.bias)(operand.requires_grad_())
+    mask = of_ours if hasattr(scores, score) else operand
+    problem = of_ours.of(Problem(head_dim=DIM)).reshaped(
         batch=BATCH, heads=HEADS, kv_heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN
     )
     record(won(str(problem), VARIANT))
@@ -371,7 +372,9 @@ def test_gradients_of_operands_are_kept(score: str) -> None:
             out.sum(), operand, retain_graph=True
         )  # output and log-sum-exp are of one graph
         assert gradient.isfinite().all()
+    before = serving.find(q, k, v, of_ours, False).row.calls
     assert torch.allclose(elsa_tune.attention(q, k, v, mask), expected, rtol=0, atol=2e-6)
+    assert serving.find(q, k, v, of_ours, False).row.calls == before + 1
     with pytest.raises(WrongArguments, match="no gradients"):
         elsa_tune.load(problem, device="cpu")(q, k, v, attn_mask=mask)
 

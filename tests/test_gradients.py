@@ -364,15 +364,22 @@ def test_a_program_under_the_override_is_served(compiled: bool, home: Path) -> N
     )
 
 
-def test_attention_is_served_forward_and_backward(home: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_is_served_forward_and_backward(compiled: bool, home: Path) -> None:
     """Every problem that a training step asks is counted, and known by the name that tuning takes."""
     shape = "b2.h4.q50.k50"
     record(won(f"fp32.d16.window.alibi.backward@{shape}.left9.right0", HOW["one pass"].format(isa=NATIVE)))
     q, k, v = (torch.randn(2, 4, 50, 16, requires_grad=True) for _ in range(3))
     slopes = torch.rand(4, requires_grad=True)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        return elsa_tune.attention_with_lse(q, k, v, attn_mask=masks.window(9) & scores.alibi(slopes))
+
+    torch._dynamo.reset()
+    program = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
     ledger.forget()
     for _ in range(2):
-        output, lse = elsa_tune.attention_with_lse(q, k, v, attn_mask=masks.window(9) & scores.alibi(slopes))
+        output, lse = program(q, k, v, slopes)
         settle()
         found = torch.autograd.grad(output.square().sum() + lse.sum(), (q, k, v, slopes))
         settle()

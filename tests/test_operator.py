@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import elsa_tune
 from elsa_tune import masks, scores
-from elsa_tune.dispatch import serving
+from elsa_tune.dispatch import passes, serving
 from tests.test_dispatch import VARIANT, close, record, won
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +97,97 @@ def test_compiled_code_answers_as_eager_code(name: str, dynamic: bool) -> None:
     assert close(compiled(*x), CALLS[name](*x))
     got, expected = (gradients_of(f, tensors(gradients=True)) for f in (compiled, CALLS[name]))
     assert all(torch.allclose(a, b, rtol=0, atol=2e-5) for a, b in zip(got, expected, strict=True))
+
+
+# What masks and scores hold learns too.
+
+LEARNT: dict[str, tuple[Tensor, Callable[[Tensor], Any]]] = {
+    "bias": (BIAS, scores.bias),
+    "bias of all heads, in a chain": (BIAS[0, 0], lambda x: scores.bias(x) & scores.softcap(5.0) & masks.causal()),
+    "slopes": (SLOPES, scores.alibi),
+    "sinks beside lengths": (torch.randn(4, generator=GENERATOR), lambda x: scores.sinks(x) & LENGTHS),
+    "torch's mask": (BIAS, lambda x: x),
+    "torch's mask of keys": (torch.randn(2, 1, 1, 33, generator=GENERATOR), lambda x: x),
+    "torch's mask of one axis": (torch.randn(33, generator=GENERATOR), lambda x: x),
+    "torch's padding": (torch.zeros(2, 1, 1, 33).index_fill(3, torch.arange(30, 33), -torch.inf), lambda x: x),
+}
+
+
+def learning(name: str, **options: Any) -> list[Tensor]:
+    """Output, log-sum-exp, and every gradient, of a call whose mask's tensor takes one, compiled where there are options."""
+    held, of = LEARNT[name]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        out = elsa_tune.attention(q, k, v, of(x), scale=0.3)
+        other, lse = elsa_tune.attention_with_lse(q, k, v, attn_mask=of(x))
+        return out, other, lse, out.square().sum() + other.square().sum() + lse.sin().sum()
+
+    torch._dynamo.reset()
+    x = [*tensors(gradients=True), held.clone().requires_grad_()]
+    *made, total = (torch.compile(loss, fullgraph=True, **options) if options else loss)(*x)
+    return [*(y.detach() for y in made), *torch.autograd.grad(total, x)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", LEARNT)
+def test_compiled_code_learns_what_masks_hold(name: str, dynamic: bool) -> None:
+    got, expected = learning(name, backend="aot_eager", dynamic=dynamic), learning(name)
+    assert all(torch.allclose(a, b, rtol=0, atol=4e-5) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("wrapper", [False, True])
+def test_inductor_learns_what_masks_hold(wrapper: bool) -> None:
+    with inductor.patch(cpp_wrapper=wrapper):
+        got, expected = learning("bias", backend="inductor"), learning("bias")
+    assert all(torch.allclose(a, b, rtol=0, atol=4e-5) for a, b in zip(got, expected, strict=True))
+
+
+def test_only_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    backward = passes.backward
+    monkeypatch.setattr(passes, "backward", lambda *given: (asked.append(given[-1]), backward(*given))[1])
+    q, k, v = tensors()
+    for held, wanted in ((BIAS.clone().requires_grad_(), (False,) * 3 + (True,)), (BIAS, (True,) + (False,) * 3)):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda q, b: elsa_tune.attention(q, k, v, b), fullgraph=True, backend="aot_eager")
+        compiled(q.clone().requires_grad_(not held.requires_grad), held).sum().backward()
+        assert tuple(asked.pop()) == wanted and not asked
+
+
+@pytest.mark.parametrize("shape", [(0, 33, 33), (2, 0, 33), (2, 33, 0)])
+def test_nothing_to_learn_from(shape: tuple[int, int, int]) -> None:
+    """No batch, no query, no key; the last leaves sinks in the log-sum-exp."""
+    batch, q_len, kv_len = shape
+    x = [torch.randn(batch, 4, n, 16).requires_grad_() for n in (q_len, kv_len, kv_len)]
+    bias, sinks = (torch.randn(size).requires_grad_() for size in ((1, 1, q_len, kv_len), (4,)))
+    torch._dynamo.reset()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return elsa_tune.attention_with_lse(q, k, v, attn_mask=scores.bias(b) & scores.sinks(s))
+
+    output, lse = torch.compile(attend, fullgraph=True, backend="aot_eager")(*x, bias, sinks)
+    found = torch.autograd.grad(output.sum() + lse.sum(), (*x, bias, sinks))
+    assert not any(y.any() for y in found[:4])
+    assert torch.allclose(found[4], torch.full((4,), float(batch * q_len * (not kv_len))))
+
+
+def test_exported_programs_of_what_learns() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(BIAS.clone())
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return elsa_tune.attention(q, k, v, scores.bias(self.bias)) + elsa_tune.attention(q, k, v, self.bias)
+
+    x, model = tensors(), Model()
+    program = torch.export.export(model, tuple(x))
+    assert program.graph_module.code.count("elsa_tune.attention") == 2
+    assert close(program.module()(*x), model(*x))
+    again: Any = program.module()
+    for one in (again, model):
+        one(*x).square().sum().backward()
+    assert torch.allclose(again.bias.grad, model.bias.grad, rtol=0, atol=4e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "bool", "bias", "window"])
@@ -205,15 +298,41 @@ def test_a_state_is_compiled() -> None:
 def test_torch_finds_nothing_wrong_with_the_operator(keeps: bool) -> None:
     """Its schema, its fake, its derivatives registered, under AOTAutograd with and without dynamic shapes."""
     q, k, v = tensors(gradients=keeps)
+    bias, mask = (BIAS.clone().requires_grad_(keeps) for _ in range(2))
     more = [
-        ([LENGTHS.tensors[0]], None, None, "lengths none lengths"),
-        (None, [5, 0], None, "window none left right"),
-        (None, None, None, ""),
+        (None, [LENGTHS.tensors[0]], None, None, "lengths none lengths"),
+        (None, [bias, LENGTHS.tensors[0]], None, None, "lengths bias bias lengths"),
+        (mask, None, None, None, ""),
+        (None, None, [5, 0], None, "window none left right"),
+        (None, None, None, None, ""),
     ]
-    for arrays, integers, reals, spelled in more:
-        torch.library.opcheck(
-            torch.ops.elsa_tune.attention.default, (q, k, v, None, arrays, integers, reals, spelled, None, False, keeps)
-        )
+    for given in more:
+        torch.library.opcheck(torch.ops.elsa_tune.attention.default, (q, k, v, *given, None, False, keeps))
+
+
+def test_shapes_of_gradients_are_foretold() -> None:
+    """By its fake, whoever computes them: what torch.func does there opcheck does not follow."""
+    q, k, v = tensors()
+    out, lse = torch.ops.elsa_tune.attention(q, k, v, None, None, None, None, "", None, False, True)
+    held = BIAS[0].mT
+    for mask, arrays, spelled in (
+        (held, None, ""), (None, [held, LENGTHS.tensors[0]], "lengths bias bias lengths"), (None, None, ""),
+    ):  # fmt: skip
+        of_mask = [True] * (mask is not None) + [True, False] * (arrays is not None)
+        given = (out, lse, q.mT.contiguous().mT, k, v[:, :1].expand_as(v), out, lse, mask, arrays, None, None, spelled)
+        fakes = FakeTensorMode()
+        faked = tree_map_only(Tensor, fakes.from_tensor, given)
+        for asked in (
+            [True, True, True, *of_mask],
+            [False, True, False, *of_mask],
+            [True, *[False] * (2 + len(of_mask))],
+        ):
+            made = torch.ops.elsa_tune.attention_backward(*given, 0.3, False, asked)
+            with fakes:
+                foretold = torch.ops.elsa_tune.attention_backward(*faked, 0.3, False, asked)
+            assert len(made) == len(foretold) == sum(asked)
+            for x, y in zip(made, foretold, strict=True):
+                assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
 
 # What programs put around it.

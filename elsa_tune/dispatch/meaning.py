@@ -110,10 +110,11 @@ def _of_tensor(attn_mask: Tensor, query: Tensor, key: Tensor) -> AttnMask | None
         n in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
     )
     known = attn_mask.dtype in (torch.bool, torch.float32, query.dtype) and attn_mask.device == query.device
-    if not fits or not known or 0 in wanted or (attn_mask.requires_grad and torch.is_grad_enabled()):
+    if not fits or not known or 0 in wanted:
         return None
     mask = attn_mask[(None,) * (_AXES - attn_mask.dim())]
-    if worth_a_look(mask, query, key):
+    learns = attn_mask.requires_grad and torch.is_grad_enabled()  # a gradient is of what is added, whatever that is
+    if not learns and worth_a_look(mask, query, key):
         padding = _padding(mask[:, 0, 0], key.shape[2])
         if padding is not None:
             return padding

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from elsa_tune.dispatch import fallback, meaning, passes, serving
+from elsa_tune.dispatch import derivatives, fallback, meaning, passes, serving
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, as_tensor, of_tensor
 from elsa_tune.parts import element as elements
@@ -28,13 +30,14 @@ _library.define(
     f"attention(Tensor query, Tensor key, Tensor value, {_MASK}, bool keeps) -> (Tensor output, Tensor logsumexp)"
 )
 _library.define(
-    f"attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, {_MASK})"
-    " -> (Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor? grad, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp,"
+    f" {_MASK}, bool[] asked) -> Tensor[]"
 )
 _DTYPES = frozenset(
     getattr(torch, one.torch) for one in map(elements.get, elements.names()) if hasattr(torch, one.torch)
 )
 _CAUSAL = "causal none"
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # no object of torch's that is a tensor in name, as CausalBias
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
@@ -43,11 +46,10 @@ def recorded(
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """attention() for a compiler to follow: the operator where it may answer, torch's function elsewhere."""
-    if not may_answer(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) or _is_transformed():
+    if not may_answer(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    wanting = query.requires_grad or key.requires_grad or value.requires_grad
-    output, _ = call(query, key, value, attn_mask, is_causal, scale, enable_gqa, torch.is_grad_enabled() and wanting)
-    return output
+    wanting = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *_tensors(attn_mask)))
+    return call(query, key, value, attn_mask, is_causal, scale, enable_gqa, wanting)[0]
 
 
 def call(
@@ -85,7 +87,7 @@ def call(
 def may_answer(
     query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool
 ) -> bool:
-    """Whether these are [batch, heads, length, dim] of a kind that the operator is for."""
+    """Whether these are [batch, heads, length, dim] of a kind that the operator is for, which knows no transform of torch.func."""
     given = (query, key, value)
     if dropout_p or not all(isinstance(x, Tensor) and not x.is_nested and x.dim() == 4 for x in given):
         return False
@@ -97,29 +99,31 @@ def may_answer(
         return False
     if query.shape[1] != key.shape[1] and not (enable_gqa and query.shape[1] % key.shape[1] == 0):
         return False
-    wanting = query.requires_grad or key.requires_grad or value.requires_grad
-    tensors = [attn_mask] if isinstance(attn_mask, Tensor) else []
+    if not isinstance(attn_mask, AttnMask) and attn_mask is not None and (type(attn_mask) not in _PLAIN or is_causal):
+        return False
+    wanting = torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *_tensors(attn_mask)))
+    on_its_side = query.is_cpu or not wanting  # torch's training on GPUs keeps what it needs itself
+    return on_its_side and not _is_transformed()
+
+
+def _tensors(attn_mask: Any) -> tuple[Tensor, ...]:
+    """Those of a mask, in the order of its gradients."""
     if isinstance(attn_mask, AttnMask):
-        tensors = [x for x in attn_mask.operands.values() if isinstance(x, Tensor)]
-    elif attn_mask is not None and (type(attn_mask) is not Tensor or is_causal):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return query.is_cpu or not (
-        torch.is_grad_enabled() and wanting
-    )  # torch's training on GPUs keeps what it needs itself
+        return attn_mask.tensors
+    return (attn_mask,) if isinstance(attn_mask, Tensor) else ()
 
 
 def _wanted(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, arrays: Sequence[Tensor] | None, integers: Sequence[int] | None,
-    reals: Sequence[float] | None, spelled: str,
+    reals: Sequence[float] | None, spelled: str, of_itself: bool = False,
 ) -> AttnMask:  # fmt: skip
-    """The mask that was recorded. Raises WrongArguments."""
+    """The mask that was recorded, of torch's what it holds; ``of_itself``: whatever that is, for a gradient of its own. Raises WrongArguments."""
     if attn_mask is not None:
-        meant = meaning.of(attn_mask, False, query, key)
+        attn_mask = attn_mask.detach()
+        meant = None if of_itself else meaning.of(attn_mask, False, query, key)
         return of_tensor(attn_mask) if meant is None else meant
     if arrays:
-        return _put_together(spelled, tuple(integers or ()), tuple(reals or ()), arrays)
+        return _put_together(spelled, tuple(integers or ()), tuple(reals or ()), [x.detach() for x in arrays])
     return _without_tensors(spelled, tuple(integers or ()), tuple(reals or ()))
 
 
@@ -169,19 +173,42 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, attn_mask: Tensor | None,
-    arrays: Sequence[Tensor] | None, integers: Sequence[int] | None, reals: Sequence[float] | None, spelled: str,
-    scale: float | None, enable_gqa: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The gradients of query, key and value, laid out as these are; where no log-sum-exp was kept, as a program that was exported without
-    gradients keeps none, the forward pass is done again."""
-    wanted = _wanted(query, key, attn_mask, arrays, integers, reals, spelled)
-    asked = (True, True, True, *[False] * len(wanted.tensors))
+    grad: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    attn_mask: Tensor | None, arrays: Sequence[Tensor] | None, integers: Sequence[int] | None, reals: Sequence[float] | None,
+    spelled: str, scale: float | None, enable_gqa: bool, asked: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients ``asked`` for, of query, key, value and the mask's tensors, laid out as these are; where no log-sum-exp was kept, as a
+    program that was exported without gradients keeps none, the forward pass is done again."""
+    given = (query, key, value, *_held(attn_mask, arrays))
+    wanted = _wanted(query, key, attn_mask, arrays, integers, reals, spelled, any(asked[3:]))
+    each = (*asked[:3], *(asked[3:] if any(asked[3:]) else [False] * len(wanted.tensors)))
+    if not (output.numel() and key.shape[2]):
+        return list(compress(_of_nothing(grad_lse, lse, wanted, given), asked))
+    grad = torch.zeros_like(output) if grad is None else grad
     if lse.numel():
-        found = passes.backward(grad, None, query, key, value, output, lse, wanted, scale, enable_gqa, asked)[:3]
+        found = passes.backward(grad, grad_lse, query, key, value, output, lse, wanted, scale, enable_gqa, each)
     else:
-        found = passes.by_operations(grad, None, query, key, value, wanted, scale, asked)[:3]
-    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), found, strict=True) if g is not None)
+        found = passes.by_operations(grad, grad_lse, query, key, value, wanted, scale, each)
+    return [
+        torch.empty_like(x).copy_(g.reshape(x.shape))
+        for x, g, one in zip(given, found, asked, strict=False) if one and g is not None
+    ]  # fmt: skip
+
+
+def _of_nothing(grad_lse: Tensor | None, lse: Tensor, wanted: AttnMask, given: Sequence[Tensor]) -> list[Tensor]:
+    """Every gradient where there are no keys, or no queries: of terms beside keys alone, in the log-sum-exp."""
+    terms = {term.name for term in scores.get(wanted.score).terms}
+    of_terms = [name in terms and grad_lse is not None for name in ("", "", "", *derivatives.names(wanted))]
+    return [
+        (grad_lse * (x.view(-1, 1) - lse).exp()).sum((0, 2)).sum_to_size(x.shape).to(x.dtype)
+        if one and grad_lse is not None else torch.zeros_like(x)
+        for x, one in zip(given, of_terms, strict=True)
+    ]  # fmt: skip
+
+
+def _held(attn_mask: Tensor | None, arrays: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """A mask's tensors, in the order of its gradients."""
+    return (arrays or ()) if attn_mask is None else (attn_mask,)
 
 
 def _shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -189,15 +216,17 @@ def _shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _new(query, value), query.new_empty(query.shape[:3] if keeps else 0, dtype=lse_dtype(query))
 
 
-def _shapes_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(map(torch.empty_like, (query, key, value)))
+def _shapes_backward(grad: Tensor | None, grad_lse: Tensor | None, *arguments: Any) -> list[Tensor]:
+    query, key, value, _, _, attn_mask, arrays, *_, asked = arguments
+    return list(map(torch.empty_like, compress((query, key, value, *_held(attn_mask, arrays)), asked)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, attn_mask, arrays, *ctx.told, _ = inputs
-    ctx.has_arrays = arrays is not None
-    ctx.mark_non_differentiable(output[1])
-    ctx.none = [_nothing(x) for x in inputs[3:]]
+    query, key, value, attn_mask, arrays, *ctx.told, keeps = inputs
+    ctx.has_arrays, ctx.none = arrays is not None, [_nothing(x) for x in inputs[3:]]
+    ctx.set_materialize_grads(False)
+    if not keeps:
+        ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output, attn_mask, *(arrays or ()))
 
 
@@ -207,12 +236,23 @@ def _nothing(given: Any) -> Any:
     return [None] * len(given) if of_tensors else None
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     query, key, value, output, lse, attn_mask, *arrays = ctx.saved_tensors
-    found = torch.ops.elsa_tune.attention_backward(
-        grad, query, key, value, output, lse, attn_mask, arrays if ctx.has_arrays else None, *ctx.told
-    )
-    return (*found, *ctx.none)
+    of_mask, of_arrays = ctx.needs_input_grad[3:5]
+    asked = [*ctx.needs_input_grad[:3], *([of_mask] if attn_mask is not None else of_arrays if ctx.has_arrays else [])]
+    none_is_given = grad is None and grad_lse is None
+    made = iter(
+        () if none_is_given else torch.ops.elsa_tune.attention_backward(
+            grad, grad_lse, query, key, value, output, lse, attn_mask, arrays if ctx.has_arrays else None, *ctx.told, asked
+        )
+    )  # fmt: skip
+    found = [None if none_is_given or not one else next(made) for one in asked]
+    rest = list(ctx.none)
+    if attn_mask is not None:
+        rest[0] = found[3]
+    elif ctx.has_arrays:
+        rest[1] = found[3:]
+    return (*found[:3], *rest)
 
 
 _library.impl("attention", _forward, "CompositeExplicitAutograd")

@@ -32,8 +32,7 @@ def attention_with_lse(
     Shapes and ``attn_mask`` are attention()'s. A row that sees no key has output 0 and log-sum-exp -inf. Served by a tuned kernel where one
     is ready; else by torch's SDPA, with the log-sum-exp computed beside it. Raises WrongArguments.
     """
-    wanting = torch.is_grad_enabled() and needs_grad(query, key, value)
-    recorded = torch.compiler.is_compiling() and not wanting
+    recorded = torch.compiler.is_compiling()
     if recorded and operator.may_answer(query, key, value, attn_mask, 0.0, is_causal, enable_gqa):
         return operator.call(query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
     check_tensors(query, key, value)
@@ -56,6 +55,7 @@ def attention_with_lse(
             return served, lse
         if dispatch.is_differentiable(query, key, value, found, scale, enable_gqa):
             return differentiable(query, key, value, found, scale, enable_gqa)
+    wanting = torch.is_grad_enabled() and needs_grad(query, key, value)
     with nullcontext() if found is None or wanting else serving.left_to_torch(query, key, value, found, enable_gqa):
         output = fallback.attend(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
     wanted = of_tensor(attn_mask) if found is None and isinstance(attn_mask, Tensor) else found or NONE
