@@ -49,10 +49,11 @@ def no_opencl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty home: no database, no kernels."""
-    from elsa_tune.dispatch import serving
+    """An empty home: no database, no kernels, nothing handed over to torch yet."""
+    from elsa_tune.dispatch import handovers, serving
 
     monkeypatch.setenv("ELSA_TUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(handovers, "counts", type(handovers.counts)())
     serving.refresh()
     yield tmp_path / "home"
     serving.refresh()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def test_every_kind_of_model_is_measured(
         assert f"\n{name} | " in printed
         assert not found["not_ours"] and found["difference"] < 1e-5 and found["attention_share"] > 0
         assert all(len(samples) == 1 for samples in found["seconds"].values())
-    assert printed.count("tuning 1 problems first") == 4
+    assert len(re.findall("tuning [12] problems first", printed)) == 4  # a forward pass too, where torch won
     assert ".lengths@" in results["padded"]["served"][0]["problem"]
     assert [line["rung"] for line in results["encoder"]["served"]] == ["exact"]
     forward, backward = results["training"]["served"]
