@@ -35,21 +35,22 @@ PAUSE = 0.003
 """Seconds between samples: threads spin for a while after they finish."""
 ZEN_5 = host_cpu().model.startswith("amd_f26")
 SHAPES = ((8, 12, 197), (8, 12, 512), (1, 12, 1024), (1, 8, 2048), (1, 4, 4096))
-LENGTHS = (1024, 2048, 4096, 8192)
-"""Of which memory is measured."""
+HEADS = {1024: 12, 2048: 12, 4096: 12, 8192: 12, 65536: 1}
+"""Of which tokens memory is measured, and of how many heads."""
 LONG = 16384
 """Where torch's math cannot compute a second derivative."""
-MEMORY = "fp32.d64@b1.h12.q{0}.k{0}.bshd"
+MEMORY = {n: f"fp32.d64@b1.h{h}.q{n}.k{n}.bshd" for n, h in HEADS.items()}
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and what is passed as attn_mask."""
+    """A problem, and what is passed as attn_mask and dropout_p."""
 
     name: str
     problem: str
     mask: Callable[[], Any] = lambda: None
+    dropout: float = 0.0
 
     @property
     def posed(self) -> Problem:
@@ -66,6 +67,7 @@ def cases() -> Iterator[Case]:
         each = torch.tensor([max(1, n * (2 * i + 1) // (2 * b)) for i in range(b)])
         seen = (torch.arange(n) < each[:, None])[:, None, None]
         yield Case(f"padding {n}", f"fp32.d64.lengths@b{b}.h{h}.q{n}.k{n}.bshd", lambda seen=seen: seen)
+    yield Case("dropout 512", "fp32.d64.dropout@b2.h12.q512.k512.bshd.dropout0.1", dropout=0.1)
 
 
 CASES = tuple(cases())
@@ -74,6 +76,7 @@ GOALS = (
     ("the same, causal", 2.5 if ZEN_5 else 1.6, "causal"),
     ("the same, keys half padded", 2.5 if ZEN_5 else 1.6, "padding"),
     ("the same, bfloat16", 1.0, "bf16"),
+    ("the same, dropout 0.1 (by a seed; torch's without one, by its math)", 1.0, "dropout"),
 )
 """What is asked of the cases whose names begin so: to be at least so many times as fast as torch, in their geometric mean."""
 
@@ -90,13 +93,16 @@ def steps(case: Case) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     grad = torch.empty_like(x[0]).copy_(torch.randn(x[0].shape, generator=torch.Generator().manual_seed(1)))
 
     def of(attend: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(attend(*x, attn_mask=mask, is_causal=causal), x, grad)
+        return lambda: torch.autograd.grad(attend(*x, mask, case.dropout, causal), x, grad)
+
+    def ours(*given: Any) -> Tensor:
+        return elsa_tune.attention(*given, dropout_seed=1234 if case.dropout else None)
 
     def flash(*given: Any, **named: Any) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(SDPBackend.MATH if case.dropout else SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(*given, **named)
 
-    return {"elsa-tune": of(elsa_tune.attention), "torch flash": of(flash)}
+    return {"elsa-tune": of(ours), "torch flash": of(flash)}
 
 
 def interleaved(racing: Mapping[str, Call]) -> dict[str, Any]:
@@ -108,7 +114,8 @@ def interleaved(racing: Mapping[str, Call]) -> dict[str, Any]:
 def step(case: Case) -> dict[str, Any]:
     racing = steps(case)
     ours, torchs = (racing[name]() for name in ("elsa-tune", "torch flash"))
-    apart = max(float((a.float() - b.float()).abs().max()) for a, b in zip(ours, torchs, strict=True))
+    differences = [float((a.float() - b.float()).abs().max()) for a, b in zip(ours, torchs, strict=True)]
+    apart = None if case.dropout else max(differences)  # torch leaves out others
     backward = serving.explain(case.posed.reshaped(direction="backward"), host_cpu())
     return {
         "problem": case.problem, "variant": str(backward.variant), "difference": apart, "peers": interleaved(racing),
@@ -144,7 +151,7 @@ def peak(who: str, length: int) -> float:
 
 
 def told_peak(who: str, length: int) -> None:
-    case, small = (Case("memory", MEMORY.format(n)) for n in (length, 256))
+    case, small = (Case("memory", problem) for problem in (MEMORY[length], "fp32.d64@b1.h12.q256.k256.bshd"))
     steps(small)[who]()  # libraries, threads
     print(mib_of(steps(case)[who]))
 
@@ -168,13 +175,14 @@ def judge(results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def measure_memory() -> dict[str, dict[str, float]]:
     """MiB of a step, by length."""
     found = {}
-    for n in LENGTHS:
-        each = {who: statistics.median(peak(who, n) for _ in range(3)) for who in ("elsa-tune", "torch flash")}
+    for n, heads in HEADS.items():
+        times = 3 if n * heads < 1 << 16 else 1  # minutes each
+        each = {who: statistics.median(peak(who, n) for _ in range(times)) for who in ("elsa-tune", "torch flash")}
         found[str(n)] = each
         told = ", ".join(f"{who} {mib:.0f} MiB" for who, mib in each.items())
-        print(f"memory of a step of {n} tokens: {told}", flush=True)
-    first, last = (found[str(n)]["elsa-tune"] / n for n in (LENGTHS[0], LENGTHS[-1]))
-    print(f"memory for a token at {LENGTHS[-1]}, of that at {LENGTHS[0]}: {last / first:.2f}")
+        print(f"memory of a step of {n} tokens, {heads} heads: {told}", flush=True)
+    first, last = (found[str(n)]["elsa-tune"] / (n * HEADS[n]) for n in (min(HEADS), max(HEADS)))
+    print(f"memory for a token of a head at {max(HEADS)}, of that at {min(HEADS)}: {last / first:.2f}")
     return found
 
 
@@ -200,7 +208,7 @@ def main() -> None:
         told_peak(options.peak[0], int(options.peak[1]))
         return
     chosen = [c for c in CASES if not options.case or any(c.name.startswith(start) for start in options.case)]
-    problems = [c.problem for c in chosen] + [MEMORY.format(n) for n in LENGTHS if not options.case]
+    problems = [c.problem for c in chosen] + [MEMORY[n] for n in HEADS if n < 1 << 14 and not options.case]
     both = [str(Problem.parse(p).reshaped(direction=d)) for p in problems for d in ("forward", "backward")]
     tune_first(both, options.tune_seconds)
     results: dict[str, dict[str, Any]] = {}
@@ -208,7 +216,8 @@ def main() -> None:
         results[case.name] = found = step(case)
         torchs = found["peers"]["torch flash"]
         told = f"{torchs['ratio']:.2f} [{torchs['low']:.2f}, {torchs['high']:.2f}]"
-        print(f"{case.name}: torch {told}; {found['variant']}, apart by {found['difference']:.1e}", flush=True)
+        apart = "apart" if found["difference"] is None else f"apart by {found['difference']:.1e}"
+        print(f"{case.name}: torch {told}; {found['variant']}, {apart}", flush=True)
     verdicts = judge(results)
     whole: dict[str, Any] = {}
     if not options.case:
