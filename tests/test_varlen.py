@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 from test_dispatch import record, won
+from test_gradients import settle
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
 from elsa_tune import masks, scores
+from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import attention as dispatch
 from elsa_tune.dispatch import serving
 from elsa_tune.dispatch.ragged import Ragged
 from elsa_tune.errors import WrongArguments
+from elsa_tune.generate import cpp
 from elsa_tune.masks import AttnMask
 from elsa_tune.problem import Problem
 
@@ -28,6 +31,8 @@ HEADS, DIM = 4, 16
 QUERIES, KEYS = [5, 0, 1, 33, 7, 40, 0], [9, 3, 1, 33, 0, 70, 0]
 """Tokens of sequences: some without queries, one without keys, one of a single token, one that is nothing at all."""
 SHAPE = f"b1.h{HEADS}.q{sum(QUERIES)}.k{sum(KEYS)}.bshd"
+
+HERE = host_cpu()
 
 generator = torch.Generator().manual_seed(0)
 ENDS, STARTS = torch.tensor([9, 0, 1, 30, 0, 61, 0]), torch.tensor([2, 0, 0, 4, 0, 7, 0])
@@ -187,6 +192,61 @@ def test_tokens_alone(known: None) -> None:
     assert not elsa_tune.attention_varlen(x, x[:0], x[:0], cu([6]), cu([0])).any()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A database in which kernels won both passes of ragged batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELSA_TUNE_HOME", str(tmp_path_factory.mktemp("trained")))
+        lanes = f"{HERE.isas[0]}.l{cpp.ISAS[HERE.isas[0]].lanes}"
+        backward = f"cpp.serial.{lanes}.q2.k4.v4.n24"
+        for score in ("", ".alibi", ".sinks"):
+            family = f"fp32.d16.ranges{score}"
+            record(won(f"{family}@{SHAPE}"), won(f"{family}.backward@{SHAPE}", backward))
+        yield
+    serving.refresh()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", [*CLOSED, "sinks"])
+def test_one_backward_pass_for_all_sequences(
+    name: str, kv_heads: int, trained: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask, logits = {**CLOSED, **OTHERS}[name]
+    x = [t.requires_grad_() for t in tensors(kv_heads)]
+    given = torch.randn(sum(QUERIES), HEADS, DIM)
+
+    def found() -> tuple[Tensor, ...]:
+        out = elsa_tune.attention_varlen(*x, cu(QUERIES), cu(KEYS), mask, enable_gqa=True)
+        return (out.detach(), *torch.autograd.grad(out, x, given))
+
+    found()
+    settle()
+    monkeypatch.setattr(dispatch, "attention", None)  # not needed
+    out = truth(*x, KEYS, logits)
+    expected = out.detach(), *torch.autograd.grad(out, x, given)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in zip(found(), expected, strict=True))
+
+
+@pytest.mark.parametrize("score", [scores.sinks, scores.alibi])
+def test_scores_learn_from_all_sequences(
+    score: Callable[[Tensor], AttnMask], trained: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = tensors()[0]
+
+    def found() -> Tensor:
+        held = SINKS.clone().requires_grad_()
+        out = elsa_tune.attention_varlen(query, query, query, cu(QUERIES), cu(QUERIES), score(held) & masks.causal())
+        return torch.autograd.grad(out.square().sum(), held)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ragged, "says_it_together", lambda *_: False)
+        expected = found()
+    found()
+    settle()
+    monkeypatch.setattr(dispatch, "attention", None)  # not needed
+    assert torch.allclose(found(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_gradients_are_those_of_each_sequence(known: None) -> None:
     x = [t.requires_grad_() for t in tensors()]
     given = torch.randn(sum(QUERIES), HEADS, DIM)
@@ -326,8 +386,6 @@ def test_other_nested_tensors_go_to_torch(known: None) -> None:
 
 def test_a_ragged_batch_is_a_problem_like_any_other(known: None) -> None:
     """A batch of other lengths is a neighbour."""
-    from elsa_tune.device import host_cpu
-
     problem = Problem.parse(f"fp32.d16.ranges@b1.h{HEADS}.q99.k99.bshd")
     chosen = serving.explain(problem, host_cpu())
     assert chosen.rung == "neighbour" and not chosen.by_sdpa

@@ -155,7 +155,8 @@ def _of_nested(
     if batch is None:
         return None
     return ragged.closed(
-        batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, attention), query
+        batch.attend(wanted & CAUSAL if is_causal else wanted, scale, enable_gqa, served, is_differentiable, attention),
+        query,
     )
 
 

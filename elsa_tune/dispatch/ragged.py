@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elsa_tune.dispatch import serving
+from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.errors import WrongArguments
 from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import mask as masks
@@ -20,6 +22,8 @@ Attention = Callable[..., Tensor]
 """attention()."""
 Served = Callable[..., Tensor | None]
 """What a ready kernel answers, or None."""
+IsDifferentiable = Callable[..., bool]
+"""Whether a call of plain tensors needs gradients that are ours to give."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,25 @@ class Ragged:
         return len(self.cu_q) - 1
 
     def attend(
-        self, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: Served, attention: Attention
-    ) -> Tensor:
-        """[tokens, heads, value_dim]: by ``served`` for all sequences at once, or else by ``attention`` for each."""
+        self, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: Served, learns: IsDifferentiable,
+        attention: Attention,
+    ) -> Tensor:  # fmt: skip
+        """[tokens, heads, value_dim]: for all sequences at once by ``served``, or where the call ``learns`` by kernels of both passes; or
+        else by ``attention`` for each."""
         if (one := scores.get(wanted.score).weighing) is not None:
             raise WrongArguments(
                 f"attn_mask has {one.name}, which would be the same in every sequence of a ragged batch; pad the sequences"
             )
         if self.says_it_together(wanted):
-            tensors = map(_batch_of_one, (self.query, self.key, self.value))
-            output = served(*tensors, _Together(self, wanted), scale, enable_gqa)
+            tensors = _batch_of_one(self.query), _batch_of_one(self.key), _batch_of_one(self.value)
+            together = _Together(self, wanted)
+            output = served(*tensors, together, scale, enable_gqa)
+            if (
+                output is None
+                and learns(*tensors, together, scale, enable_gqa)
+                and _has_both(*tensors, together, enable_gqa)
+            ):
+                output, _ = differentiable(*tensors, self.together(wanted), scale, enable_gqa)
             if output is not None:
                 return output[0].transpose(0, 1)
         return self.one_by_one(wanted, scale, enable_gqa, attention)
@@ -133,6 +146,13 @@ class _Together(AttnMask):
 
     def in_order(self, query: Tensor, key: Tensor) -> Operands:
         return self._batch.together(self._wanted).in_order(query, key)
+
+
+def _has_both(query: Tensor, key: Tensor, value: Tensor, together: AttnMask, enable_gqa: bool) -> bool:
+    """Whether kernels of both passes are ready: of all tokens as one sequence others would compute every pair."""
+    if serving.find(query, key, value, together, enable_gqa).call is None:
+        return False
+    return serving.backward_for(query, key, value, together, enable_gqa).gradients is not None
 
 
 def _batch_of_one(x: Tensor) -> Tensor:

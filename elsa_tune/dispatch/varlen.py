@@ -29,8 +29,8 @@ def attention_varlen(
     after the other; ``cu_q`` and ``cu_k``, int32 or int64 [sequences + 1], say where each starts, from 0, and where the last ends.
     ``attn_mask`` counts within each sequence: masks and scores of elsa_tune.masks and elsa_tune.scores, torch's CausalBias, or a tensor
     broadcastable to [sequences, heads, longest query, longest key]. A query that sees no key is 0. Served by a tuned kernel for the
-    whole batch where one is known; else by attention() for each sequence, as where gradients are needed. Raises WrongArguments for tensors
-    and offsets that do not fit (of offsets on a GPU only where they are read, sequence by sequence).
+    whole batch where one is known, and where gradients are needed by one of either pass; else by attention() for each sequence. Raises
+    WrongArguments for tensors and offsets that do not fit (of offsets on a GPU only where they are read, sequence by sequence).
     """
     check_tensors(query, key, value)
     _check_shapes(query, key, value, enable_gqa)
@@ -40,7 +40,8 @@ def attention_varlen(
     batch = Ragged(query, key, value, *offsets)
     if len(batch.cu_q) != len(batch.cu_k):
         raise WrongArguments(f"cu_q has {len(cu_q) - 1} sequences, cu_k {len(cu_k) - 1}; both must be as many")
-    return batch.attend(meaning.of_ragged(attn_mask), scale, enable_gqa, dispatch.served, dispatch.attention)
+    wanted, learns = meaning.of_ragged(attn_mask), dispatch.is_differentiable
+    return batch.attend(wanted, scale, enable_gqa, dispatch.served, learns, dispatch.attention)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
