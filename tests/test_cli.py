@@ -182,7 +182,7 @@ def test_show_runs_nothing(home: Path) -> None:
     [
         (VARIANT, "fp32.d257", "up to 256"),
         (VARIANT, "fp32.tf32.d64", "no class tf32"),
-        (Space.read("triton").start[0], "bf16.d64.softcap.backward", "no gradients of the score softcap"),
+        (Space.read("triton").start[0], "bf16.d257.softcap.backward", "up to 256"),
         (Space.read("cuda").start[0], "bf16.d64.v300", "up to 256"),
         (Space.read("cuda").start[0], "fp32.d64.backward", "no backward kernels"),
     ],

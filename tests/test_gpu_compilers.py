@@ -71,6 +71,12 @@ RECORDED = Path(__file__).parent / "recorded" / "gpu_resources.json"
         ("triton.serial.ieee.m32.n32.warps4.stages4", "fp32.d64", "sm_75", "no asynchronous copies"),
         ("triton.serial.half.m64.n32.warps4.stages2.masked", "fp16.d64.backward", "sm_80", "folded over tiles in one"),
         ("triton.hybrid.half.m64.n32.warps4.stages2.w2", "fp16.d64", "sm_80", "both levels"),
+        (
+            "triton.serial.half.m64.n32.warps4.stages2.products5",
+            "fp16.d64.alibi+sinks.backward",
+            "sm_80",
+            "slopes receive what dS that is kept does not tell",
+        ),
     ],
 )
 def test_laws_say_why(variant: str, problem: str, target: str, reason: str) -> None:

@@ -277,9 +277,11 @@ def test_triton_axes_and_templates_agree_both_ways() -> None:
     family = {"head_dim", "value_dim", "mask", "family", "variant", "operator", "element", *PARTS} - {"elements"}
     derived = {"block_scan", "grid_scan", "merges", "head_parts", "value_parts", "scratch_bytes"}
     derived |= {"finish_m", "finish_warps", "test"}
+    shared, own = {"bends", "direction", "row_gradients"}, {"dense_gradients", "products", "reliable"}
     used = {direction: undeclared(name) for direction, name in triton.TEMPLATES.items()}
-    assert used["forward"] == axes - {"dims", "products"} | family | derived, "dims decides head_parts and value_parts"
-    assert used["backward"] <= axes | family | derived and "products" in used["backward"]
+    forward = axes - {"dims", "products"} | family | derived | shared
+    assert used["forward"] == forward, "dims decides head_parts and value_parts"
+    assert used["backward"] <= axes | family | derived | shared | own and shared | own <= used["backward"]
 
 
 def test_cuda_axes_and_templates_agree_both_ways() -> None:

@@ -88,13 +88,6 @@ def mask_has_text(problem: Problem) -> str | None:
     return None if told else f"no text for the mask {problem.mask}"
 
 
-def gradients_are_written(problem: Problem) -> str | None:
-    """Why no gradients of the problem are generated, or None: those of scores and of masks with tensors are not."""
-    if problem.score != scores.NONE:
-        return f"no gradients of the score {problem.score}"
-    return f"no gradients of a mask with tensors, {problem.mask}" if masks.get(problem.mask).arrays else None
-
-
 @cache
 def slopes_have_text(language: str, problem: Problem) -> str | None:
     """Why a language whose gradients have scores cannot say those of the problem's, or None: beside what becomes of a score, the text of one
@@ -109,6 +102,12 @@ def slopes_have_text(language: str, problem: Problem) -> str | None:
         if any(name not in text for name in wanted):
             return f"no gradients of the score {one.name} in templates/{language}"
     return None
+
+
+def reliable(problem: Problem) -> float:
+    """The log-sum-exp, as a float of the states, from which on its rounding is no longer negligible beside what else is rounded."""
+    element = elements.get(problem.dtype)
+    return min(32.0 * elements.precision(problem.precision).unit / element.unit, 1024.0)
 
 
 def dims_are_generated(problem: Problem) -> str | None:

@@ -11,9 +11,7 @@ import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from elsa_tune.device import Device
 from elsa_tune.errors import BadProblem
-from elsa_tune.generate import backends
 from elsa_tune.generate import operands as given
 from elsa_tune.generate.posed import Posed
 from elsa_tune.masks import AttnMask
@@ -300,10 +298,3 @@ def test_what_is_counted_of_sequences_is_a_typical_batch() -> None:
         assert (
             len(drawn) == batch and all(kv_len // 2 <= n <= kv_len and n > 0 for n in drawn) and drawn == sorted(drawn)
         )
-
-
-def test_gradients_of_what_holds_tensors_are_refused_by_name() -> None:
-    gpu = Device("cuda", "nvidia_h200", "sm_90", 132)
-    for text in ("lengths", "causal+lengths"):
-        found = backends.get("triton").refusal(Problem(head_dim=64, mask=text, direction="backward"), gpu)
-        assert found and f"no gradients of a mask with tensors, {text}" in found

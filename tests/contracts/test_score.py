@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,12 +120,23 @@ class TestContract:
                 patched.setattr(laws, "has_text", lambda language, kind, value: kind != "score")
                 assert f"no text for the score {name}" in (backends.get(backend).refusal(problem, device) or "")
 
-    def test_gradients_refuse_it_by_name(self, name: str) -> None:
+    def test_gradients_without_what_they_need_refuse_it_by_name(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In texts that say what becomes of a score, and not how it grows."""
+        one, gpu = score.of_one_file(name), Device("cuda", "nvidia_h200", "sm_90", 132)
         problem = Problem(head_dim=64, score=name, direction="backward")
-        for backend in ("triton", "cuda", "cpp"):
-            assert backends.get(backend).refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
-        found = backends.get("triton").refusal(problem, Device("cuda", "nvidia_h200", "sm_90", 132))
-        assert f"no gradients of the score {name}" in (found or "")
+        assert backends.get("cuda").refusal(problem, gpu)
+        for backend, device in (("cpp", host_cpu()), ("triton", gpu)):
+            assert backends.get(backend).refusal(problem, device) is None
+            text = tmp_path / backend / "score" / f"{name}.j2"
+            text.parent.mkdir(parents=True)
+            text.write_text(f"{name}_score(score)")
+            needs = one.bends or any(not a.over_keys and a.name != one.term for a in one.arrays)
+            with monkeypatch.context() as patched:
+                patched.setattr(laws.places, "data", lambda folder: tmp_path)
+                found = laws.slopes_have_text.__wrapped__(backend, problem)
+            assert found == (f"no gradients of the score {name} in templates/{backend}" if needs else None)
 
     def test_headers_refuse_it_by_name(self, name: str) -> None:
         problem = Problem(head_dim=64, score=name, reals=score.get(name).reals_of(0))

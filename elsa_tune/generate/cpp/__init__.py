@@ -22,9 +22,9 @@ from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.build import build_text, find
 from elsa_tune.generate.cpp.call import CppGradients, CppKernel
 from elsa_tune.generate.cpp.compiler import FLAGS, WARNINGS
-from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES, columns, reliable
+from elsa_tune.generate.cpp.laws import EXP, ISAS, LAWS, SCRATCH_BYTES, columns
 from elsa_tune.generate.cpp.real import real_of
-from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text, slopes_have_text
+from elsa_tune.generate.laws import dims_are_generated, family_has_text, mask_has_text, reliable, slopes_have_text
 from elsa_tune.generate.portable import Portable
 from elsa_tune.generate.render import Source, render
 from elsa_tune.parts import element as elements

@@ -115,12 +115,6 @@ def columns(dim: int, lanes: int, grad_tile: int, isa: Isa) -> int:
     return math.ceil(vectors / math.ceil(vectors / room))
 
 
-def reliable(problem: Problem) -> float:
-    """The log-sum-exp, as a float of the states, from which on its rounding is no longer negligible beside what else is rounded."""
-    element = elements.get(problem.dtype)
-    return min(32.0 * elements.precision(problem.precision).unit / element.unit, 1024.0)
-
-
 def axes_of_direction(
     chunk: int, head_parts: int, workers: int, state: str, grad_tile: int, products: int, problem: Problem
 ) -> str | None:

@@ -19,7 +19,7 @@ from elsa_tune.generate.backends import Built, Finding, Gradients, Kernel
 from elsa_tune.generate.context import of_family
 from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.generate.gpu.work import Work
-from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, gradients_are_written
+from elsa_tune.generate.laws import SCRATCH_BYTES, dims_are_generated, family_has_text, reliable, slopes_have_text
 from elsa_tune.generate.render import Source, render
 from elsa_tune.generate.triton.call import TritonGradients, TritonKernel
 from elsa_tune.generate.triton.columns import parts
@@ -52,8 +52,9 @@ def refusal(problem: Problem, device: Device) -> str | None:
         return f"Triton serves sm_70 and later, not {device.arch}"
     if not dots(problem):
         return f"no Triton kernel of {problem.dtype} tensors is of class {problem.precision}"
-    untold = gradients_are_written(problem) if problem.direction == "backward" else None
-    return untold or family_has_text("triton", problem) or dims_are_generated(problem)
+    if untold := family_has_text("triton", problem) or dims_are_generated(problem):
+        return untold
+    return slopes_have_text("triton", problem) if problem.direction == "backward" else None
 
 
 @cache
@@ -86,6 +87,7 @@ def source(variant: Variant, problem: Problem) -> Source:
             "finish_m": rows,
             "finish_warps": warps,
             "scratch_bytes": SCRATCH_BYTES,
+            "reliable": reliable(problem),
         },
     )
 
@@ -168,7 +170,7 @@ def load(built: Built, variant: Variant, problem: Problem) -> Kernel | Gradients
     """The kernel of the problem's family."""
     assert built.path is not None
     module = _module(built.path)
-    return TritonKernel(module, problem) if problem.direction == "forward" else TritonGradients(module)
+    return TritonKernel(module, problem) if problem.direction == "forward" else TritonGradients(module, problem)
 
 
 def toolchain(device: Device | None = None) -> dict[str, str]:

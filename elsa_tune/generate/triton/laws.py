@@ -21,6 +21,7 @@ from elsa_tune.generate.triton.columns import parts
 from elsa_tune.generate.triton.version import version
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import scan as scans
+from elsa_tune.parts import score as scores
 from elsa_tune.parts import state as states
 from elsa_tune.problem import Problem
 from elsa_tune.space import Space
@@ -237,9 +238,19 @@ def score_gradients_are_bounded(products: int, block_m: int, problem: Problem) -
     )
 
 
+def kept_score_gradients_know_no_rows(products: int, problem: Problem) -> str | None:
+    """dS that is kept is of products: what becomes of a tensor of rows, like ALiBi's slopes, is computed beside dQ from scores."""
+    chain = scores.get(problem.score)
+    of_rows = [a.name for a in chain.arrays if not a.over_keys and a not in chain.terms]
+    if products == 5 and problem.direction == "backward" and of_rows:
+        return f"{', '.join(of_rows)} receive what dS that is kept does not tell"
+    return None
+
+
 LAWS = (
     gradients_fold,
     products_are_of_gradients,
+    kept_score_gradients_know_no_rows,
     score_gradients_are_bounded,
     dot_suits_class,
     dot_is_there,
