@@ -13,6 +13,7 @@ from elsa_tune import space
 from elsa_tune.device import Device
 from elsa_tune.generate import triton
 from elsa_tune.order import ORDERS
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, reference
 
@@ -72,7 +73,9 @@ def launched(spelling: str, text: str, goal: Device, home: str) -> tuple[list[st
             inputs = drawn.ordered([order] * 3)
             if posed.direction == "backward":
                 rows = inputs.query.new_zeros(*inputs.query.shape[:3], posed.value_dim)
-                kernel(inputs.query, inputs.key, inputs.value, rows, rows[..., 0].float(), rows, inputs.scale)
+                call = *inputs.tensors, rows, rows[..., 0].float(), rows, inputs.scale, inputs.operands, None
+                kernel(*call)
+                kernel(*call, (True,) * (3 + len(scores.get(posed.score).arrays)))
             else:
                 check.run(kernel, inputs)
                 check.run_with_lse(kernel, inputs)

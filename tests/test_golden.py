@@ -24,6 +24,7 @@ CASES = [
     ("triton.hybrid.ieee.m32.n32.warps4.stages1.w2.s4.last_block.pair.apart.parts.longest", "fp32.strict.d80.causal"),
     ("triton.blelloch.fma.m1.n32.warps4.stages2.s16.two_kernels.apart.persistent2", "bf16.d128"),
     ("triton.serial.half.m32.n32.warps4.stages2", "bf16.d96.v64.causal.backward"),
+    ("triton.serial.half.m32.n32.warps4.stages1", "fp16.d64.columns+lengths.softcap+bias+alibi.backward"),
     ("triton.serial.half.m64.n64.warps4.stages2", "bf16.d64.lengths+window.softcap"),
     ("cuda.serial.t128.x8.r6.k6.stages2.async", "fp32.d64"),
     ("cuda.serial.half2.v8.t64.x8.r8.k4.apart", "fp16.approx.d64.causal"),

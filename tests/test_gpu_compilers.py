@@ -205,6 +205,7 @@ LAUNCHED = [
     ("triton.serial.half.m64.n64.warps4.stages2", "bf16.d64.lengths.softcap@b2.h8.q99.k99.softcap50", "sm_90", 1),
     ("triton.serial.half.m64.n64.warps4.stages2", "bf16.d72.causal.backward@b1.h8.kv2.q99.k99", "sm_90", 3),
     ("triton.serial.half.m64.n64.warps4.stages2.products5", "fp16.d64.backward@b1.h8.q128.k128", "sm_80", 3),
+    ("triton.serial.half.m64.n32.warps4.stages2", "bf16.d64.lengths.bias+alibi.backward@b2.h8.q99.k99", "sm_90", 4),
 ]
 """Variants and problems for targets, and in how many kinds their modules' kernels are launched."""
 

@@ -100,9 +100,7 @@ def test_contributing_names_what_there_is() -> None:
         assert (ROOT / test).is_file(), test
     golden = re.search(r"test_golden\[([^\]]+)\]", text)
     assert golden and [*(ROOT / "tests" / "golden").rglob(f"{golden[1]}.*")]
-    assert (
-        "seventeen" in text and len([path for path in (ROOT / "tests" / "golden").rglob("*") if path.is_file()]) == 17
-    )
+    assert "eighteen" in text and len([path for path in (ROOT / "tests" / "golden").rglob("*") if path.is_file()]) == 18
 
 
 def test_a_users_program_runs() -> None:

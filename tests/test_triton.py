@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contracts import kernels
 
 from elsa_tune import space
 from elsa_tune.device import Device
+from elsa_tune.generate import operands as given
 from elsa_tune.generate import triton
 from elsa_tune.generate.backends import Kernel
 from elsa_tune.parts import mask as masks
@@ -133,6 +136,23 @@ def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
         ("triton.serial.fma.m16.n32.warps8.stages1.apart", "bf16.d16.backward"),
         ("triton.serial.ieee.m16.n64.warps4.stages1.products5", "fp32.d24.v16.causal.backward@b1.h6.kv2.q1.k1"),
         ("triton.serial.half.m64.n32.warps4.stages1.products5", "fp16.d16.backward"),
+        ("triton.serial.ieee.m32.n32.warps4.stages1", "fp32.d16.alibi+sinks.backward"),
+        ("triton.serial.ieee.m32.n32.warps4.stages1", "fp32.d16.causal.softcap.backward"),
+        pytest.param(
+            "triton.serial.half.m32.n32.warps4.stages1",
+            "fp16.d16.causal+lengths.softcap+bias.backward",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "triton.serial.ieee.m16.n16.warps4.stages1.products5",
+            "fp32.d16.columns+ranges.bias+softcap.backward",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "triton.serial.fma.m16.n32.warps8.stages1.apart",
+            "fp32.d16.blocks+causal.alibi_lower_right+bias.backward@b1.h6.kv2.q1.k1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_gradients(spelling: str, problem: str) -> None:
@@ -169,6 +189,57 @@ def test_gradients_of_masks(mask: str, spelling: str) -> None:
                 assert error.allowed, (example, lengths, error)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def posed_gradients(family: Problem, turn: int, q_len: int, kv_len: int) -> tuple[Problem, reference.Inputs]:
+    """A problem of the family with an example's operands, and what its forward pass saved."""
+    generator = torch.Generator().manual_seed(turn)
+    posed = given.with_example(family, turn).reshaped(batch=2, heads=4, kv_heads=2, q_len=q_len, kv_len=kv_len)
+    inputs = replace(reference.random_inputs(posed, generator), operands=given.example(posed, turn))
+    return posed, gradients.with_forward(posed, inputs, generator)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "spelling",
+    [GRADIENTS[0], GRADIENTS[3], *(pytest.param(spelling, marks=pytest.mark.slow) for spelling in GRADIENTS[1:3])],
+)
+@pytest.mark.parametrize("mask", [name for name in MASKED if masks.get(name).arrays])
+def test_gradients_of_masks_with_tensors(mask: str, spelling: str) -> None:
+    """Memory that nobody wrote holds NaN: what is read of kept scores was written, of tiles that nobody sees too."""
+    family = Problem.parse(f"{'fp16' if 'half' in spelling else 'fp32'}.d16.v8.{mask}.backward")
+    variant = space.parse(spelling)
+    kernel = triton.load(triton.build(variant, family), variant, family)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for turn in range(min(3, given.turns(family))):
+            posed, inputs = posed_gradients(family, turn, *((37, 70) if turn % 2 else (70, 37)))
+            error = check.gradient_error(kernel, posed, inputs)
+            assert error.allowed, (turn, error)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 37, 50), (1, 1, 37, 50), (2, 1, 37, 50), (1, 4, 1, 50), (2, 4, 37, 1), (2, 1, 1, 50), (1, 1, 1, 1)]
+)
+def test_what_shares_a_bias_adds_up(shape: tuple[int, ...]) -> None:
+    """Beside a row's slopes and a mask that skips tiles, and twice the same bits; what is not asked for is None."""
+    family = Problem.parse("fp32.d16.causal+columns.bias+softcap+alibi.backward")
+    variant = space.parse("triton.serial.ieee.m32.n32.warps4.stages1")
+    kernel = triton.load(triton.build(variant, family), variant, family)
+    posed, inputs = posed_gradients(family, 0, 37, 50)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    operands = tuple(bias if one.name == "bias" else x for one, x in zip(posed.declared, inputs.operands, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    inputs = gradients.with_forward(posed, replace(inputs, operands=operands), generator)
+    assert inputs.forward is not None and check.gradient_error(kernel, posed, inputs).allowed
+    call = *inputs.tensors, inputs.scale, inputs.operands, None
+    found = [kernel(*call, asked) for asked in ((True,) * 5, (True,) * 5, (True, False, True, True))]  # type: ignore[operator]
+    assert all(torch.equal(x, y) for x, y in zip(found[0], found[1], strict=True))
+    assert [x is not None for x in found[2]] == [True, False, True, True, False] and found[0][3].shape == shape
+    assert all(x is None or torch.equal(x, y) for x, y in zip(found[2], found[0], strict=True))
 
 
 def test_kept_score_gradients_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,16 +48,12 @@ def attend(
     return fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
 
 
-def keeps(
-    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool, served: bool, of_operands: bool
-) -> bool:
+def keeps(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool, served: bool) -> bool:
     """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU. Others are
     torch's from the beginning, and cost what they cost without us."""
-    by_operations = query.device.type in OPERATIONS
-    if by_operations and served:
+    if served and query.device.type in OPERATIONS:
         return True
-    of_kernels = by_operations or not of_operands  # those of GPUs know no operands
-    return of_kernels and serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
+    return serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
 
 
 def backward(

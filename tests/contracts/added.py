@@ -17,11 +17,11 @@ import torch
 
 from elsa_tune import device as devices
 from elsa_tune import space
-from elsa_tune.device import host_cpu
+from elsa_tune.device import Device, host_cpu
 from elsa_tune.generate import cpp, cuda, sdpa, triton
 from elsa_tune.generate import operands as given
 from elsa_tune.problem import Problem
-from elsa_tune.prove import check, reference
+from elsa_tune.prove import check, gradients, reference
 
 
 def kernels(problem: Problem) -> dict[str, Any]:
@@ -59,6 +59,16 @@ def main(family: str) -> None:
             trouble = stray or reference.lse_trouble(problem, case, rows, lse, sums)
             assert error.allowed and not trouble, (language, case.operands, error, trouble)
         print(language, "agrees")
+    backward = problem.reshaped(direction="backward")
+    family = str(backward.family)
+    if triton.refusal(backward, Device("cuda", "any", "sm_90", 1)) is None:
+        variant = space.parse("triton.serial.ieee.m16.n16.warps4.stages1")
+        gradients_of = triton.load(triton.build(variant, Problem.parse(family)), variant, Problem.parse(family))
+        for case in cases:
+            saved = gradients.with_forward(backward, case, torch.Generator().manual_seed(0))
+            found = check.gradient_error(gradients_of, backward, saved)
+            assert found.allowed, (case.operands, found)
+        print("Triton's gradients agree")
 
 
 if __name__ == "__main__":

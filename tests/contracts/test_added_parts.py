@@ -49,4 +49,6 @@ def test_followed_to_the_letter(page: str, count: int, family: str, tmp_path: Pa
     environment = {**os.environ, "PYTHONPATH": path, "ELSA_TUNE_HOME": str(tmp_path / "home")}
     command = [sys.executable, str(ROOT / "tests/contracts/added.py"), family]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0 and done.stdout.count("agrees") >= 5, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.count("agrees") >= 5 and "gradients agree" in done.stdout, (
+        done.stdout + done.stderr[-3000:]
+    )
