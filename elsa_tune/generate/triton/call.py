@@ -64,7 +64,7 @@ class TritonGradients:
 
     def __init__(self, module: ModuleType, problem: Problem) -> None:
         self._launch, self._problem = module.gradients, problem
-        self._arrays = scores.get(problem.score).arrays
+        self._arrays = scores.get(problem.score).differentiable
 
     def __call__(
         self,

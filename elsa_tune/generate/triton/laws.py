@@ -241,7 +241,7 @@ def score_gradients_are_bounded(products: int, block_m: int, problem: Problem) -
 def kept_score_gradients_know_no_rows(products: int, problem: Problem) -> str | None:
     """dS that is kept is of products: what becomes of a tensor of rows, like ALiBi's slopes, is computed beside dQ from scores."""
     chain = scores.get(problem.score)
-    of_rows = [a.name for a in chain.arrays if not a.over_keys and a not in chain.terms]
+    of_rows = [a.name for a in chain.differentiable if not a.over_keys and a not in chain.terms]
     if products == 5 and problem.direction == "backward" and of_rows:
         return f"{', '.join(of_rows)} receive what dS that is kept does not tell"
     return None
