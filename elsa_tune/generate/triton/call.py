@@ -14,8 +14,8 @@ from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.gpu.counters import cleared
 from elsa_tune.generate.operands import named
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
+from elsa_tune.generate.triton.received import room, summed
 from elsa_tune.parts import score as scores
-from elsa_tune.parts.operand import Array
 from elsa_tune.problem import Problem
 
 
@@ -83,7 +83,7 @@ class TritonGradients:
         given = [kernel_arguments(self._problem, operands, query, key)] if self._problem.declared else []
         own, more = named(self._problem, operands), dict[str, Any]()
         grads = [
-            query.new_empty(own[a.name].shape if a.over_keys else query.shape[:3], dtype=lse.dtype) if wanted else None
+            room(a, query, own[a.name]) if wanted else None
             for a, wanted in zip(self._arrays, (*asked[3:], *[False] * len(self._arrays)), strict=False)
         ]
         if grads:
@@ -94,17 +94,3 @@ class TritonGradients:
             )
         received = (summed(a, x, own[a.name]) for a, x in zip(self._arrays, grads, strict=True))
         return (*(x if wanted else None for x, wanted in zip(made, asked, strict=False)), *received)
-
-
-def summed(array: Array, grad: Tensor | None, given: Tensor) -> Tensor | None:
-    """What an array of scores receives, from what each row adds, or each pair, where it has a number for each key."""
-    if grad is None:
-        return None
-    if array.over_keys:
-        return grad.to(given.dtype)
-    axes = ("batch", "heads", "q_len")
-    shared = tuple(
-        n for n, axis in enumerate(axes) if axis not in array.axes or given.shape[array.axes.index(axis)] == 1
-    )
-    total = grad.sum(shared, keepdim=True, dtype=torch.float64) if shared else grad
-    return total.reshape(given.shape).to(given.dtype)

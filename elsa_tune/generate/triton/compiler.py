@@ -14,9 +14,11 @@ from torch import Tensor
 
 from elsa_tune.device import Device
 from elsa_tune.generate.gpu import machine_code as _machine_code
-from elsa_tune.generate.operands import typical
+from elsa_tune.generate.operands import named, typical
 from elsa_tune.generate.tensors import kernel_arguments
+from elsa_tune.generate.triton.received import room
 from elsa_tune.parts import element as elements
+from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 
 MAIN = {"forward": "attend", "backward": "grad_key_value"}
@@ -81,7 +83,9 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     operands = [kernel_arguments(problem, drawn, query, key)] if drawn else []
     if problem.direction == "forward":
         return (query, key, value, None, out, lse, *operands)
-    return (query, key, value, out, lse, out, None, query, key, value, *operands)
+    own = named(problem, drawn)
+    more = [room(array, query, own[array.name]) for array in scores.get(problem.score).arrays]
+    return (query, key, value, out, lse, out, None, query, key, value, *operands, *([None, more] if more else []))
 
 
 def compile_kernels(module: ModuleType, problem: Problem, device: Device) -> dict[str, Any]:
