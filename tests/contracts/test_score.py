@@ -132,7 +132,7 @@ class TestContract:
             text = tmp_path / backend / "score" / f"{name}.j2"
             text.parent.mkdir(parents=True)
             text.write_text(f"{name}_score(score)")
-            needs = one.bends or any(not a.over_keys and a.name != one.term for a in one.arrays)
+            needs = one.bends or any(a.is_float and not a.over_keys and a.name != one.term for a in one.arrays)
             with monkeypatch.context() as patched:
                 patched.setattr(laws.places, "data", lambda folder: tmp_path)
                 found = laws.slopes_have_text.__wrapped__(backend, problem)

@@ -84,7 +84,7 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     if problem.direction == "forward":
         return (query, key, value, None, out, lse, *operands)
     own = named(problem, drawn)
-    more = [room(array, query, own[array.name]) for array in scores.get(problem.score).arrays]
+    more = [room(array, query, own[array.name]) for array in scores.get(problem.score).differentiable]
     return (query, key, value, out, lse, out, None, query, key, value, *operands, *([None, more] if more else []))
 
 
