@@ -68,8 +68,15 @@ LANGUAGES = {
 KINDS_OF_VARIANTS = ("scan", "state", "schedule", "exp")
 KINDS_OF_FAMILIES = ("mask", "score")
 """In the order that a family spells them, beside its element."""
+OF_GRADIENTS = ("grad_tile", "products", "packing")
+"""Axes whose every value is drawn in the backward direction."""
+_FORWARD_ALONE: Row = (("scan", "serial"), ("chunk", 1), ("head_parts", 1), ("workers", 1), ("state", "triple"))
+"""What laws leave of the forward pass's axes in the backward direction: known, so that nobody looks through the others."""
 AT_RUN_TIME = {"query", "heads", "layout"}
-SHAPES = ({"q_len": 512, "kv_len": 512, "heads": 4}, {"q_len": 1, "kv_len": 512, "heads": 4})
+SHAPES = {
+    "forward": ({"q_len": 512, "kv_len": 512, "heads": 4}, {"q_len": 1, "kv_len": 512, "heads": 4}),
+    "backward": ({"q_len": 512, "kv_len": 512, "heads": 4}, {"q_len": 64, "kv_len": 64, "batch": 1 << 12, "heads": 4}),
+}
 """For which laws are asked."""
 DIMS = ("d16", "d40.v24", "d33.v17")
 SEVERAL: Mapping[str, Mapping[str, tuple[Value, ...]]] = {
@@ -112,24 +119,36 @@ def _alone_and_together(kind: str) -> list[Value]:
 
 
 @cache
-def parameters() -> dict[str, list[Value]]:
+def parameters(direction: str = "forward") -> dict[str, list[Value]]:
     """What a row says, in the order that laws speak up in, and the values it may take."""
+    families: dict[str, list[Value]] = {kind: _alone_and_together(kind) for kind in KINDS_OF_FAMILIES}
+    of_variants: dict[str, list[Value]] = {name: list(values) for name, values in SEVERAL.items()}
+    if direction == "forward":
+        of_variants |= {kind: _values_of(kind) for kind in KINDS_OF_VARIANTS}
+    else:  # rows are filled up with what costs least
+        families = {kind: sorted(values, key=lambda value: value == mask.NONE) for kind, values in families.items()}
+        families["direction"] = [direction]
+        of_variants = {"splits": of_variants["splits"], **{kind: [*offered("cpp", kind)] for kind in OF_GRADIENTS}}
     return dict(
-        language=list(LANGUAGES),
+        language=list(LANGUAGES) if direction == "forward" else ["cpp"],
         arithmetic=_arithmetics(),
         dims=list(DIMS),
-        **{kind: _alone_and_together(kind) for kind in KINDS_OF_FAMILIES},
-        **{name: list(values) for name, values in SEVERAL.items()},
-        **{kind: _values_of(kind) for kind in KINDS_OF_VARIANTS},
+        **families,
+        **of_variants,
         query=["many", "one"],
         heads=["alone", "grouped"],
         layout=[*ORDERS, "unaligned"],
     )
 
 
+def _direction(row: Mapping[str, Value]) -> str:
+    return str(row.get("direction", "forward"))
+
+
 def family_of(row: Mapping[str, Value]) -> Problem:
     """The family of a row. Raises BadProblem."""
     parts = [row["arithmetic"], row["dims"], *(row[kind] for kind in KINDS_OF_FAMILIES if row[kind] != mask.NONE)]
+    parts += [row["direction"]] if "direction" in row else []
     return _parsed(".".join(map(str, parts)))
 
 
@@ -157,7 +176,8 @@ def _narrowed(language: str, chosen: Row) -> Space:
 
 def _chosen(row: Mapping[str, Value]) -> Row:
     """What a row says of axes."""
-    said = tuple((n, row[n]) for n in (*SEVERAL, *KINDS_OF_VARIANTS) if row.get(n, ABSENT) != ABSENT)
+    said = tuple((n, row[n]) for n in (*SEVERAL, *KINDS_OF_VARIANTS, *OF_GRADIENTS) if row.get(n, ABSENT) != ABSENT)
+    said += _FORWARD_ALONE if "direction" in row else ()
     return said + LANGUAGES[str(row["language"])].only.get(str(row.get("arithmetic")), ())
 
 
@@ -190,23 +210,27 @@ def doubt(row: Mapping[str, Value]) -> str:
 def _doubt(said: Row) -> str:
     row = dict(said)
     language = str(row["language"])
-    for kind in KINDS_OF_VARIANTS:
+    for kind in (*KINDS_OF_VARIANTS, *OF_GRADIENTS):
         if kind in row and (row[kind] == ABSENT) != (_axis(language, kind) is None):
             return f"{language} has {'an' if row[kind] == ABSENT else 'no'} axis {kind}"
     try:
         problem = family_of(row) if {"arithmetic", "dims", *KINDS_OF_FAMILIES} <= set(row) else None
     except BadProblem as error:
         return str(error)
-    if set(parameters()) - set(row) <= AT_RUN_TIME:
+    if set(parameters(_direction(row))) - set(row) <= AT_RUN_TIME:
         return "" if variant_of(row) else "no lawful variant has everything at once"
-    doubts = [_law_against(language, _chosen(row), problem, device) for device in LANGUAGES[language].devices]
+    posed = [problem]
+    if problem and problem.direction == "backward":  # whose laws speak of batches
+        posed = [problem.reshaped(**shape) for shape in SHAPES[problem.direction]]
+    cases = itertools.product(posed, LANGUAGES[language].devices)
+    doubts = [_law_against(language, _chosen(row), one, device) for one, device in cases]
     return doubts[0] if all(doubts) else ""
 
 
 @cache
 def _some(language: str, chosen: Row, family: Problem, seed: int) -> Variant | None:
     backend, space = backends.get(LANGUAGES[language].backend), _narrowed(language, chosen)
-    for device, shape in itertools.product(LANGUAGES[language].devices, SHAPES):
+    for device, shape in itertools.product(LANGUAGES[language].devices, SHAPES[family.direction]):
         problem = family.reshaped(**shape)
         if not backend.refusal(problem, device):
             found = next(lawful.variants(space, problem, device, rng=random.Random(seed)), None)
@@ -240,18 +264,18 @@ def variant_with(language: str, family: str, **axes: Value) -> Variant | None:
 
 def _first(fixed: Mapping[str, Value]) -> list[str]:
     """Parameters with the fixed ones first, so that what speaks against them is met first."""
-    return list(dict.fromkeys(["language", *fixed, *parameters()]))
+    return list(dict.fromkeys(["language", *fixed, *parameters(_direction(fixed))]))
 
 
 def _lawful(fixed: Mapping[str, Value]) -> bool:
     """Whether some row has those values. What is against values of axes alone is looked for before families are."""
-    of_axes = {"language", *SEVERAL, *KINDS_OF_VARIANTS}
+    of_axes, values = {"language", *SEVERAL, *KINDS_OF_VARIANTS, *OF_GRADIENTS}, parameters(_direction(fixed))
 
     def can_be(row: dict[str, Value], names: list[str]) -> bool:
         if len(row) == len(names):
             return True
         name = names[len(row)]
-        longer = ({**row, name: value} for value in ([fixed[name]] if name in fixed else parameters()[name]))
+        longer = ({**row, name: value} for value in ([fixed[name]] if name in fixed else values[name]))
         return any(not doubt(one) and can_be(one, names) for one in longer)
 
     names = _first(fixed)
@@ -260,8 +284,9 @@ def _lawful(fixed: Mapping[str, Value]) -> bool:
 
 def _rows(known: list[list[Value]], fixed: Mapping[str, Value], n: int) -> Iterator[list[Value]]:
     """Rows with those values, each meeting as much as it can of what the known ones do not."""
-    names = _first(fixed) if fixed else list(parameters())
-    places = [list(parameters()).index(name) for name in names]
+    values = parameters(_direction(fixed))
+    names = _first(fixed) if fixed else list(values)
+    places = [list(values).index(name) for name in names]
     said = [[row[place] for place in places] for row in known]
     every = set(map(tuple, said))
 
@@ -269,19 +294,21 @@ def _rows(known: list[list[Value]], fixed: Mapping[str, Value], n: int) -> Itera
         chosen = dict(zip(names, row, strict=False))
         return tuple(row) in every or (all(chosen.get(k, v) == v for k, v in fixed.items()) and not doubt(chosen))
 
-    for row in AllPairs([parameters()[name] for name in names], possible, said, n):
+    for row in AllPairs([values[name] for name in names], possible, said, n):
         yield [value for _, value in sorted(zip(places, row, strict=True), key=lambda pair: pair[0])]
 
 
 @cache
-def drawn(n: int, language: str) -> tuple[list[dict[str, Value]], dict[Row, str]]:
+def drawn(n: int, language: str, direction: str = "forward") -> tuple[list[dict[str, Value]], dict[Row, str]]:
     """Rows in which every ``n`` values meet that can meet (in one language, if it is named); and those that cannot, each with a
     reason."""
     one: dict[str, Value] = {"language": language} if language else {}
+    one |= {"direction": direction} if direction != "forward" else {}
+    values_of = parameters(direction)
     rows, refused = list(_rows([], one, n)), dict[Row, str]()
-    met = {several for row in rows for several in _together(row, n)}
-    for names in itertools.combinations(parameters(), n):
-        for chosen in itertools.product(*(parameters()[name] for name in names)):
+    met = {several for row in rows for several in _together(row, n, direction)}
+    for names in itertools.combinations(values_of, n):
+        for chosen in itertools.product(*(values_of[name] for name in names)):
             values = tuple(zip(names, chosen, strict=True))
             if values in met or {**dict(values), **one} != {**one, **dict(values)}:
                 continue
@@ -292,16 +319,16 @@ def drawn(n: int, language: str) -> tuple[list[dict[str, Value]], dict[Row, str]
                 _rows(rows, {**dict(values), **one}, n)
             )  # allpairspy stops at the first row that brings nothing new
             rows.append(found)
-            met.update(_together(found, n))
-    return [dict(zip(parameters(), row, strict=True)) for row in rows], refused
+            met.update(_together(found, n, direction))
+    return [dict(zip(values_of, row, strict=True)) for row in rows], refused
 
 
 @cache
-def kernels(n: int = 2, language: str = "") -> list[tuple[dict[str, Value], Variant]]:
+def kernels(n: int = 2, language: str = "", direction: str = "forward") -> list[tuple[dict[str, Value], Variant]]:
     """Each row of drawn() and its variant: of a few drawn at random, the one with the most values of axes that no row before it has."""
     seen: set[tuple[str, str, Value]] = set()
     found = []
-    for row in drawn(n, language)[0]:
+    for row in drawn(n, language, direction)[0]:
         some = [variant for seed in range(4) if (variant := variant_of(row, seed))]
         new = [{(str(row["language"]), *pair) for pair in variant.values} for variant in some]
         best = max(range(len(some)), key=lambda i: len(new[i] - seen))
@@ -310,8 +337,8 @@ def kernels(n: int = 2, language: str = "") -> list[tuple[dict[str, Value], Vari
     return found
 
 
-def _together(row: list[Value], n: int) -> Iterator[Row]:
-    return itertools.combinations(zip(parameters(), row, strict=True), n)
+def _together(row: list[Value], n: int, direction: str) -> Iterator[Row]:
+    return itertools.combinations(zip(parameters(direction), row, strict=True), n)
 
 
 def _why(values: Mapping[str, Value]) -> str:
