@@ -132,14 +132,14 @@ def learning(name: str, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", LEARNT)
 def test_compiled_code_learns_what_masks_hold(name: str, dynamic: bool) -> None:
     got, expected = learning(name, backend="aot_eager", dynamic=dynamic), learning(name)
-    assert all(torch.allclose(a, b, rtol=0, atol=4e-5) for a, b in zip(got, expected, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=4e-5) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("wrapper", [False, True])
 def test_inductor_learns_what_masks_hold(wrapper: bool) -> None:
     with inductor.patch(cpp_wrapper=wrapper):
         got, expected = learning("bias", backend="inductor"), learning("bias")
-    assert all(torch.allclose(a, b, rtol=0, atol=4e-5) for a, b in zip(got, expected, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=4e-5) for a, b in zip(got, expected, strict=True))
 
 
 def test_only_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_exported_programs_of_what_learns() -> None:
     again: Any = program.module()
     for one in (again, model):
         one(*x).square().sum().backward()
-    assert torch.allclose(again.bias.grad, model.bias.grad, rtol=0, atol=4e-5)  # type: ignore[arg-type]
+    assert torch.allclose(again.bias.grad, model.bias.grad, rtol=1e-5, atol=4e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "bool", "bias", "window"])
