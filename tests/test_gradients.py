@@ -141,6 +141,23 @@ def test_rows_far_away_as_a_whole() -> None:
     assert check.gradient_error(kernel_of(HOW["one pass"], "fp32.d16.bias.backward"), problem, case).allowed
 
 
+def test_gradients_too_small_for_halves_are_0() -> None:
+    """A sink leaves keys so little that what values receive is below the least number of the element, which no kernel can write."""
+    problem = Problem.parse("fp16.d16.sinks.backward").reshaped(batch=1, heads=1, q_len=9, kv_len=20)
+    generator = torch.Generator().manual_seed(0)
+    inputs = reference.random_inputs(problem, generator)
+    case = gradients.with_forward(
+        problem, reference.Inputs("a sink", *inputs.tensors, operands=(torch.full((1,), 40.0),)), generator
+    )
+    true = gradients.truth(problem, case, 0, 0)
+    found = [x.half()[None, None] if x.dim() == 2 else x.half()[None] for x in (true.query, true.key, true.value)]
+    assert true.value.any() and not found[2].any()
+    of_sinks = true.arrays["sinks"][0].float()
+    assert gradients.error(problem, case, (*found, of_sinks), [(0, 0)]).allowed
+    found[2][0, 0, 3, 0] = 1e-3
+    assert not gradients.error(problem, case, (*found, of_sinks), [(0, 0)]).allowed
+
+
 def test_a_number_that_is_none_stays_in_its_row() -> None:
     """NaN in a gradient of one row: its query's gradient, and what the keys that it sees receive, are NaN, and no other query's."""
     kernel = kernel_of(HOW["one pass"], "fp32.d16.causal.backward")

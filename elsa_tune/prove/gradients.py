@@ -174,10 +174,12 @@ def error(
     products = norm(inputs.forward[2]) * norm(inputs.value) * of_weights
     terms = products * scale  # of dS, before they cancel
     least = torch.finfo(lse_dtype(inputs.query)).tiny / unit  # weights below are 0
+    element = torch.finfo(inputs.value.dtype)
+    rounded = element.tiny * element.eps / unit  # of what is no more than the least number of the element
     floors = (
         terms * float(inputs.key.abs().max()),
         terms * float(inputs.query.abs().max()),
-        norm(inputs.forward[2]) * least * of_weights,
+        max(norm(inputs.forward[2]) * least * of_weights, rounded),
         products,
     )
     totals: dict[str, tuple[Tensor, float]] = {}
