@@ -94,6 +94,8 @@ class AttnMask:
         from elsa_tune.generate.tensors import one_of_each
 
         value = self._made(array, query.shape[2], key.shape[2], query.device)
+        if value.is_cpu and value.numel() == 1 and not query.is_cpu:  # one number goes along, as torch lets it
+            value = value.to(query.device)
         plain = torch.Tensor, torch.nn.Parameter
         if type(value) not in plain and type(query) in plain:
             value = _plain(array, value)

@@ -34,7 +34,8 @@ def dropout(p: float, seed: int | Tensor) -> AttnMask:
     """Leaves each weight out of the sum of values with probability ``p``, from 1e-30 to below 1, and divides the others by 1 - p.
 
     ``seed``: a whole number of 64 bits, or a tensor of one. Which are left out depends on it, batch entry, head, position and key alone
-    (Philox): the same in the backward pass, on every device and by whoever serves. The log-sum-exp has them all. Raises WrongArguments.
+    (Philox): the same in the backward pass, on every device and by whoever serves. So give each layer and step a seed of its own; what
+    vmap maps over has the same in each sample. The log-sum-exp has them all. Raises WrongArguments.
     """
     import torch
 

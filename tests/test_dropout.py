@@ -157,6 +157,57 @@ def test_compiled_it_is_the_same(server: str) -> None:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_seeds_may_be_whole_numbers() -> None:
+    inputs = drawn(requires_grad=False)
+    torch._dynamo.reset()
+
+    def step(seed: int) -> Tensor:
+        return elsa_tune.attention(*inputs, dropout_p=0.3, dropout_seed=seed)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2, 3, -1):
+        assert torch.allclose(compiled(seed), step(seed), atol=1e-6), seed
+
+
+def test_autocast_casts_inputs_alone(server: str) -> None:
+    """Products are of what inputs were cast to, with sums in float32, in both passes."""
+    inputs = [3 * x for x in drawn()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = elsa_tune.attention(*inputs, dropout_p=0.3, dropout_seed=5)
+        grads = torch.autograd.grad(found.float().square().sum(), inputs)
+    narrow = [x.bfloat16() for x in inputs]
+    expected = by_hand(*(x.float() for x in narrow), stays(0.3, 5, 2, 3, 21, 30))
+    assert found.dtype == torch.bfloat16 and float((found - expected).abs().max()) < 2**-7 * float(expected.abs().max())
+    truth = torch.autograd.grad(found.detach().float().mul(2 * expected).sum(), inputs)
+    for one, other in zip(grads, truth, strict=True):
+        assert float((one - other).abs().max()) < 0.03 * float(other.abs().max())
+
+
+def test_shapes_are_known_without_memory() -> None:
+    """On a device that holds nothing, and of fake tensors: a seed goes where the query is."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    meta = [x.to("meta") for x in drawn(requires_grad=False)]
+    assert elsa_tune.attention(*meta, dropout_p=0.3, dropout_seed=5).shape == (2, 3, 21, 16)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in drawn(requires_grad=False)]
+        assert elsa_tune.attention(*fake, dropout_p=0.3, dropout_seed=5).shape == (2, 3, 21, 16)
+
+
+def test_a_checkpoint_draws_the_same(server: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = drawn()
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return elsa_tune.attention(*tensors, dropout_p=0.3, dropout_seed=5)
+
+    kept, again = attend(*inputs), checkpoint(attend, *inputs, use_reentrant=False)
+    one, other = (torch.autograd.grad(x.square().sum(), inputs) for x in (kept, again))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

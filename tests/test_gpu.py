@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import elsa_tune
 from elsa_tune import device, places, workload
 from elsa_tune.device import Device, host_cpu
-from elsa_tune.dispatch import passes, serving, torchs
+from elsa_tune.dispatch import serving, torchs
 from elsa_tune.errors import BadDevice, FolderTaken
 from elsa_tune.generate import backends, lawful, triton
 from elsa_tune.generate.backends import Built
@@ -563,7 +563,6 @@ def test_attention_and_its_gradients_by_kernels_of_a_gpu(here: Device, monkeypat
 
 def test_without_a_tuned_backward_torch_differentiates(here: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchs, "takes", lambda *about: False)  # as of tensors on a GPU
-    monkeypatch.setattr(passes, "OPERATIONS", ())
     triton.build(parse(FORWARD), Problem.parse("fp32.d16"), here)
     record(gpu_won("fp32.d16@b2.h4.q50.k50", FORWARD))
     q, k, v = (x.requires_grad_() for x in tensors())

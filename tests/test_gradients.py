@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import elsa_tune
@@ -21,9 +23,10 @@ from elsa_tune.dispatch import derivatives, ledger, passes, serving
 from elsa_tune.dispatch.autograd import differentiable
 from elsa_tune.generate import cpp, lawful
 from elsa_tune.generate.backends import Gradients
-from elsa_tune.generate.operands import with_example
+from elsa_tune.generate.operands import typical, with_example
 from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import mask as mask_parts
+from elsa_tune.parts import score as score_parts
 from elsa_tune.problem import Problem
 from elsa_tune.prove import check, gradients, reference
 from tests.test_dispatch import record, won
@@ -81,8 +84,6 @@ def test_kernels_against_float64(how: str, family: str) -> None:
 
 def test_every_mask_and_score_is_there() -> None:
     words = {word for _, family in FAMILIES for word in family.replace("+", ".").split(".")}
-    from elsa_tune.parts import score as score_parts
-
     assert {*mask_parts.names(), *score_parts.names()} - {mask_parts.NONE} <= words
 
 
@@ -139,6 +140,48 @@ def test_rows_far_away_as_a_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     case = gradients.with_forward(problem, reference.Inputs("far", q, k, v, operands=(bias,)), generator)
     assert check.gradient_error(kernel_of(HOW["one pass"], "fp32.d16.bias.backward"), problem, case).allowed
+
+
+@pytest.mark.parametrize("how", ["head", "one pass", "two packed"])
+def test_tiles_whose_rows_lie_far_read_what_is_packed(how: str) -> None:
+    """A task of some of a bias's keys computes sums of weights again over all keys, of its later tiles alone."""
+    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=1, heads=2, kv_heads=1, q_len=333, kv_len=333)
+    generator = torch.Generator().manual_seed(0)
+    inputs = reference.random_inputs(problem, generator)
+    inputs.query[:, :, 100:] *= 60
+    case = replace(inputs, operands=(torch.randn(1, 1, 1, 333, generator=generator),))
+    case = gradients.with_forward(problem, case, generator)
+    assert case.forward is not None
+    assert (case.forward[1].abs() > 32).any() and not (case.forward[1][:, :, :100].abs() > 32).any()
+    error = check.gradient_error(kernel_of(HOW[how], "fp32.d16.bias.backward"), problem, case)
+    assert error.allowed, error
+
+
+def test_not_a_number_goes_where_keys_are_seen() -> None:
+    """Of a row that is not a number, to its own gradient and to the keys it sees, and nowhere else than by the math."""
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        q[0, 0, 7, 3] = torch.nan
+    problem = Problem.parse("fp32.d16.causal.backward").reshaped(batch=1, heads=2, kv_heads=2, q_len=40, kv_len=40)
+    inputs = reference.Inputs("nan", q.detach(), k.detach(), v.detach())
+    case = gradients.with_forward(problem, inputs, torch.Generator().manual_seed(0))
+    assert case.forward is not None
+    dq, dk, dv = kernel_of(HOW["one pass"], "fp32.d16.causal.backward")(*case.tensors)
+    assert dq is not None and dk is not None and dv is not None
+    assert dq.isnan().any(-1).nonzero()[:, 1:].tolist() == [[0, 7]]
+    assert (
+        dk[0, 0, :8].isnan().all()
+        and dv[0, 0, :8].isnan().all()
+        and dk[0, 1].isfinite().all()
+        and dv[0, 1].isfinite().all()
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.autograd.grad(
+            scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), case.forward[2]
+        )
+    for ours, maths in zip((dq, dk, dv), expected, strict=True):
+        assert not (ours.isnan() & ~maths.isnan()).any()
+        assert torch.allclose(ours.where(~maths.isnan(), 0.0), maths.nan_to_num(0.0), atol=1e-5)
 
 
 def test_gradients_too_small_for_halves_are_0() -> None:
@@ -213,6 +256,51 @@ def ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(serving, "backward_for", of)
     yield asked
+
+
+REGISTERED = [
+    *((name, "none") for name in mask_parts.names()),
+    *(("causal", name) for name in score_parts.names() if name != score_parts.NONE),
+]
+
+
+@pytest.mark.parametrize(("mask", "score"), REGISTERED)
+def test_operations_have_the_true_derivatives_of_every_part(
+    mask: str, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First ones against float64 that was written down otherwise, of several sequences and grouped heads, some rows at a time; second ones
+    against differences."""
+    monkeypatch.setattr(derivatives, "AT_ONCE", 60)
+    generator = torch.Generator().manual_seed(0)
+    family = Problem(dtype="fp64", head_dim=3, mask=mask, score=score, direction="backward")
+    problem = with_example(family, 1).reshaped(batch=2, heads=4, kv_heads=2, q_len=7, kv_len=9)
+    inputs = replace(reference.random_inputs(problem, generator), operands=typical(problem))
+    case = gradients.with_forward(problem, inputs, generator)
+    assert case.forward is not None
+    grad_lse = torch.randn(case.forward[1].shape, generator=generator, dtype=torch.float64)
+    names = [one.name for one in problem.declared]
+    learning = [array.name for array in score_parts.get(score).differentiable]
+    wide = [x.double() if name in learning else x for name, x in zip(names, case.operands, strict=True)]
+    wanted = AttnMask(mask, score, dict(zip(names, wide, strict=True)))
+    blocked = derivatives.attention(case.query, case.key, case.value, wanted, None, True)
+    asked = derivatives.flags(wanted, (True,) * 3, [name in learning for name in derivatives.names(wanted)], False)
+    found = blocked.pulled(asked)(
+        *derivatives.given(case.query, case.key, case.value, wanted), case.forward[2], grad_lse
+    )
+    pairs = [(b, h) for b in range(2) for h in range(2)]
+    assert gradients.error(problem, case, tuple(found), pairs, grad_lse).relative < 1e-12
+
+    at = [n for n, name in enumerate(derivatives.names(wanted)) if name in learning]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *floats: Tensor) -> Any:
+        arrays = list(wanted.tensors)
+        for n, x in zip(at, floats, strict=True):
+            arrays[n] = x
+        return differentiable(query, key, value, wanted.with_tensors(arrays), None, True)
+
+    tensors = [x.clone() for x in (case.query, case.key, case.value, *(wanted.tensors[n] for n in at))]
+    if all(x.isfinite().all() for x in attend(*tensors)):
+        assert gradgradcheck(attend, [x.requires_grad_() for x in tensors], fast_mode=True)
 
 
 def doubles(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -295,6 +383,20 @@ def test_second_derivatives_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = found()
     monkeypatch.setattr(derivatives, "AT_ONCE", 50)
     assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(whole, found(), strict=True))
+
+
+def test_a_mask_that_is_not_asked_for_again_is_let_go_of(ours: list[str]) -> None:
+    import gc
+    import weakref
+
+    q, k, v, bias = doubles((1, 2, 9, 4), (1, 2, 9, 4), (1, 2, 9, 4), (1, 1, 9, 9))
+    added = bias * 1.0
+    seen, alive = added.shape, weakref.ref(added)
+    out = differentiable(q, k, v, scores.bias(added), None, False)[0]
+    del added
+    out.sum().backward()
+    gc.collect()
+    assert alive() is None and bias.grad is not None and bias.grad.shape == seen
 
 
 def test_inputs_changed_in_between_are_noticed(ours: list[str]) -> None:

@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 import elsa_tune
 from elsa_tune import masks, scores
-from elsa_tune.dispatch import passes, serving
+from elsa_tune.dispatch import operator, passes, serving
 from tests.test_dispatch import VARIANT, close, record, won
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = "b2.h4.q33.k33"
+BY_KERNEL = operator._by_kernel
 FAMILIES = ("fp32.d16", "fp32.d16.causal", "fp32.d16.bias", "fp32.d16.dense", "fp32.d16.softcap")
 
 
@@ -35,6 +36,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ELSA_TUNE_HOME", str(tmp_path_factory.mktemp("operator") / "home"))
         spelled = [f"{family}@{SHAPE}" + ".softcap5.0" * family.endswith("softcap") for family in FAMILIES]
+        patch.setattr(operator, "_by_kernel", lambda *about: True)
         record(*map(won, [*spelled, f"fp32.d16.window@{SHAPE}.left5.right0", "fp32.d16@b6.h4.q33.k33"]))
         yield
     serving.refresh()
@@ -140,6 +142,29 @@ def test_inductor_learns_what_masks_hold(wrapper: bool) -> None:
     with inductor.patch(cpp_wrapper=wrapper):
         got, expected = learning("bias", backend="inductor"), learning("bias")
     assert all(torch.allclose(a, b, rtol=1e-5, atol=4e-5) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("learning", ["mask", "values"])
+def test_what_no_kernel_computes_is_torchs_from_the_beginning(learning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a kernel of ours won some problem of the family before: by operations gradients would cost more."""
+    monkeypatch.setattr(operator, "_by_kernel", BY_KERNEL)
+    q, k, v = (torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3))
+    mask = torch.randn(33, 33, requires_grad=True) if learning == "mask" else None
+    family, value = {"mask": ("bias", v), "values": ("v8", v[..., :8])}[learning]
+    names: list[str] = []
+
+    def recorded(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for tuned in (False, True):
+        if tuned:
+            record(won(f"fp32.d16.{family}.backward@{SHAPE}"))
+            serving.refresh()
+        torch._dynamo.reset()
+        names.clear()
+        torch.compile(lambda: elsa_tune.attention(q, k, value, mask), backend=recorded, fullgraph=True)()
+        assert any("elsa_tune.attention" in name for name in names) is tuned
 
 
 def test_only_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,11 @@ def attention(
     value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
     of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster, and so are
     its gradients, those of scores' tensors too. Second derivatives and forward mode, also by torch.func, are exact and take memory that
-    grows with lengths, where a kernel served. Dropout is torch's, unless ``dropout_seed`` says which weights are left out:
-    elsa_tune.scores.dropout. Everything else, and every shape that is not tuned, goes to torch. The output's memory follows the query's.
-    Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused CPU kernel lets pass: key and value of
-    different lengths, a mask together with is_causal, a mask on another device; for operands of masks and scores that do not fit; for a
-    seed of more than 64 bits; and for a scale that no float can hold.
+    grows with lengths, where a kernel served. Dropout is torch's, unless ``dropout_seed`` says which weights are left out, of tensors
+    of four axes, not nested: elsa_tune.scores.dropout. Everything else, and every shape that is not tuned, goes to torch. The output's
+    memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused CPU kernel
+    lets pass: key and value of different lengths, a mask together with is_causal, a mask on another device; for operands of masks and
+    scores that do not fit; for a seed of more than 64 bits; and for a scale that no float can hold.
     """
     if dropout_seed is not None:
         attn_mask = meaning.with_dropout(attn_mask, dropout_p, dropout_seed, is_causal, query, key)
@@ -88,7 +88,7 @@ def attention(
         of_operands = bool(wanted.operands) and needs_grad(*wanted.operands.values())
         needs = (wanting or of_operands) and _grad_enabled()
         is_ours = needs and found.problem and type(scale) in _SCALES and not _autocast()
-        if is_ours and passes.keeps(query, key, value, wanted, enable_gqa, serve is not None):
+        if is_ours and passes.keeps(query, key, value, wanted, scale, enable_gqa, serve is not None):
             return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
         if serve is None:
             if found.problem and not _autocast():  # which would make another problem of it
@@ -181,7 +181,7 @@ def is_differentiable(
         return False
     found = serving.find(query, key, value, wanted, enable_gqa)
     serves = found.call is not None
-    return bool(found.problem) and passes.keeps(query, key, value, wanted, enable_gqa, serves)
+    return bool(found.problem) and passes.keeps(query, key, value, wanted, scale, enable_gqa, serves)
 
 
 def served(

@@ -43,7 +43,8 @@ class _Attention(_Function):  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, ctx.wanted, ctx.scale, ctx.enable_gqa, *arrays = inputs
+        query, key, value, wanted, ctx.scale, ctx.enable_gqa, *arrays = inputs
+        ctx.wanted = _bare(wanted)
         ctx.set_materialize_grads(False)
         # in the order in which torch keeps its own: a checkpoint may find another who serves when it computes again
         kept = (*arrays, key, query, value, output[1], output[0])
@@ -88,6 +89,11 @@ class _Attention(_Function):  # type: ignore[misc]
         return _folded(_Attention, info.batch_size, dims, inputs, _batch_axes(3, wanted))
 
 
+def _bare(wanted: AttnMask) -> AttnMask:
+    """The same without its tensors, which are saved as others are: a checkpoint may let go of them."""
+    return wanted.with_tensors([torch.empty((0,) * x.dim(), dtype=x.dtype, device="meta") for x in wanted.tensors])
+
+
 @dataclass(frozen=True)
 class _Asked:
     """Which gradients are asked for, of query, key, value and the mask's tensors: one thing to torch.func, which takes tuples apart."""
@@ -109,7 +115,8 @@ class _Gradients(_Function):  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad, grad_lse, query, key, value, _, _, ctx.wanted, ctx.scale, _, ctx.asked, *arrays = inputs
+        grad, grad_lse, query, key, value, _, _, wanted, ctx.scale, _, ctx.asked, *arrays = inputs
+        ctx.wanted = _bare(wanted)
         ctx.has_lse = grad_lse is not None
         kept = (grad, *([grad_lse] if ctx.has_lse else []), query, key, value, *arrays)
         ctx.save_for_backward(*kept)

@@ -6,6 +6,7 @@ Some query rows of some heads are at work at a time, and nothing is kept between
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -119,6 +120,12 @@ class Blocked:
         return Blocked(along, (*self.given, *(self.given[n] for n in which)), self.made, self.like, self.shape)
 
 
+def as_it_is(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it no operation is cast to a narrower dtype."""
+    casts = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+
+
 class _Blocked(_Function):  # type: ignore[misc]
     @staticmethod
     def forward(blocked: Blocked, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -126,7 +133,9 @@ class _Blocked(_Function):  # type: ignore[misc]
         p, rows = blocked.shape, blocked.fast or blocked.rows
         sizes = {axis: getattr(p, axis) for axis in PLACES}
         for region in blocked.regions():
-            parts = rows(region, *(x[region.of(x, axes)] for x, axes in zip(tensors, blocked.given, strict=True)))
+            given = (x[region.of(x, axes)] for x, axes in zip(tensors, blocked.given, strict=True))
+            with as_it_is(tensors[0]):
+                parts = rows(region, *given)
             if not made:
                 for part, axes, n in zip(parts, blocked.made, blocked.like, strict=True):
                     shape = [sizes.get(axis, size) for axis, size in zip(axes, part.shape, strict=True)]

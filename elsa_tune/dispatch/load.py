@@ -100,7 +100,6 @@ class LoadedKernel:
             isinstance(lse, Tensor)
             and (lse.dtype, lse.shape, lse.device) == (of_lse, wanted, query.device)
             and not (lse.is_neg() or lse.requires_grad)
-            and not (lse.is_neg() or lse.requires_grad)
             and lse.is_contiguous()
         ):
             expected = f"{of_lse} {list(wanted)}, contiguous, on {query.device}"

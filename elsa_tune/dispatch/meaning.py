@@ -61,6 +61,10 @@ def with_dropout(
         return attn_mask
     if any(isinstance(x, Tensor) and x.is_nested for x in (query, key)):
         raise WrongArguments("query or key is nested, where dropout_seed cannot tell sequences apart; pad them")
+    if query.dim() != _AXES:
+        raise WrongArguments(
+            f"query {list(query.shape)} must be [batch, heads, q_len, head_dim] where dropout_seed is given"
+        )
     if isinstance(attn_mask, Tensor) and type(attn_mask).__name__ != "CausalBias":
         if is_causal:
             raise WrongArguments("attn_mask is a tensor and is_causal is set; give either, or masks of elsa_tune.masks")

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from elsa_tune.device import host_cpu
 from elsa_tune.dispatch import derivatives, fallback, meaning, passes, serving
 from elsa_tune.generate.tensors import lse_dtype
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, as_tensor, of_tensor
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import mask as masks
 from elsa_tune.parts import score as scores
+from elsa_tune.problem import Problem
 
 _MASK = "Tensor? attn_mask, Tensor[]? arrays, SymInt[]? integers, float[]? reals, str spelled, float? scale, bool enable_gqa"
 """A mask: torch's tensor, or what AttnMask holds: ``spelled`` is its mask, its score and the names of its operands, in order."""
@@ -49,6 +51,8 @@ def recorded(
     if not may_answer(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     wanting = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *_tensors(attn_mask)))
+    if wanting and not _learns(query, value, attn_mask, is_causal):
+        return fallback.attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return call(query, key, value, attn_mask, is_causal, scale, enable_gqa, wanting)[0]
 
 
@@ -82,6 +86,32 @@ def call(
         query, key, value, mask, arrays or None, integers or None, reals or None, spelled, scale, enable_gqa, keeps
     )
     return found
+
+
+def _learns(query: Tensor, value: Tensor, attn_mask: Tensor | AttnMask | None, is_causal: bool) -> bool:
+    """Whether gradients are by a kernel from what the operator keeps: by operations they would cost more than torch's own. Masks of ours
+    are the operator's whoever computes them, for no compiler follows what torch is given of them."""
+    if isinstance(attn_mask, AttnMask):
+        return True
+    learning = isinstance(attn_mask, Tensor) and attn_mask.requires_grad
+    if query.shape[3] == value.shape[3] and not learning:
+        return True  # torch's fused kernel
+    return _by_kernel(str(query.dtype), query.shape[3], value.shape[3], attn_mask is not None, is_causal)
+
+
+def _by_kernel(dtype: str, head_dim: int, value_dim: int, is_biased: bool, is_causal: bool) -> bool:
+    """Whether a kernel of ours won some problem of such gradients here before this is compiled."""
+    element = elements.of_dtype(getattr(torch, dtype.removeprefix("torch.")))
+    if element is None:
+        return False
+    family = Problem(
+        dtype=element.name, head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else masks.NONE,
+        score="bias" if is_biased else scores.NONE, direction="backward",
+    )  # fmt: skip
+    return serving.current().knows_family(family, host_cpu())
+
+
+_by_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which loads the compiler
 
 
 def may_answer(

@@ -12,13 +12,10 @@ from elsa_tune.dispatch import derivatives, fallback, serving, torchs
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate import incumbent
 from elsa_tune.generate.logsumexp import logsumexp
-from elsa_tune.generate.tensors import lse_dtype
+from elsa_tune.generate.tensors import lse_dtype, needs_grad
 from elsa_tune.masks import NONE, AttnMask
 from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
-
-OPERATIONS = ("cpu",)
-"""Where what no kernel computes is computed by operations, some rows at a time."""
 
 
 def forward(
@@ -48,12 +45,15 @@ def attend(
     return fallback.attend(query, key, value, None if wanted is NONE else wanted, 0.0, False, scale, enable_gqa)
 
 
-def keeps(query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, enable_gqa: bool, served: bool) -> bool:
-    """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them, or serves on a CPU. Others are
-    torch's from the beginning, and cost what they cost without us."""
-    if served and query.device.type in OPERATIONS:
+def keeps(
+    query: Tensor, key: Tensor, value: Tensor, wanted: AttnMask, scale: float | None, enable_gqa: bool, served: bool
+) -> bool:
+    """Whether what the forward pass keeps is all that gradients need: where a kernel of ours computes them; where one serves on a CPU, those
+    too that torch's fused kernel computes from it. Others are torch's from the beginning, and cost what they cost without us."""
+    if serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None:
         return True
-    return serving.backward_for(query, key, value, wanted, enable_gqa).gradients is not None
+    learns = needs_grad(*wanted.operands.values())
+    return served and query.is_cpu and not learns and torchs.takes(query, key, value, wanted, scale, enable_gqa)
 
 
 def backward(

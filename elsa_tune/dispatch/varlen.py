@@ -27,7 +27,7 @@ def attention_varlen(
 
     query [tokens, heads, head_dim], key [tokens_k, kv_heads, head_dim], value [tokens_k, kv_heads, value_dim] hold all sequences, one
     after the other; ``cu_q`` and ``cu_k``, int32 or int64 [sequences + 1], say where each starts, from 0, and where the last ends.
-    ``attn_mask`` counts within each sequence: masks and scores of elsa_tune.masks and elsa_tune.scores, torch's CausalBias, or a tensor
+    ``attn_mask`` counts within each sequence: masks and scores of elsa_tune.masks and elsa_tune.scores (no dropout), torch's CausalBias, or a tensor
     broadcastable to [sequences, heads, longest query, longest key]. A query that sees no key is 0. Served by a tuned kernel for the
     whole batch where one is known, and where gradients are needed by one of either pass; else by attention() for each sequence. Raises
     WrongArguments for tensors and offsets that do not fit (of offsets on a GPU only where they are read, sequence by sequence).

@@ -214,10 +214,11 @@ def _check_gradients(
             continue
         case = gradients.with_forward(small, inputs, generator).to(device)
         grad_lse = torch.randn(case.query.shape[:3], generator=generator).to(case.query).to(lse_dtype(case.query))
-        before = [x.clone() for x in case.tensors]
+        given = [*case.tensors, *(x for x in case.operands if isinstance(x, Tensor))]
+        before = [x.clone() for x in given]
         error = gradient_error(kernel, small, case, grad_lse if number % 2 else None)
         verdict = judge(problem, inputs.name, error, "")
-        if not all(torch.equal(x, y) for x, y in zip(before, case.tensors, strict=True)):
+        if not all(torch.equal(x, y) for x, y in zip(before, given, strict=True)):
             verdict = Verdict(float("inf"), float("inf"), f"{inputs.name}: an input was overwritten")
         if verdict.reason:
             return verdict

@@ -17,6 +17,7 @@ from elsa_tune.generate.cpp import huge_pages
 from elsa_tune.generate.cpp import pool as _pool
 from elsa_tune.generate.cpp.pool import Pool
 from elsa_tune.generate.operands import named
+from elsa_tune.generate.received import summed
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, lse_dtype, new_output, rows_contiguous
 from elsa_tune.parts import score as scores
 from elsa_tune.parts.operand import Array, arguments
@@ -195,18 +196,7 @@ class CppGradients:
         ) + self._rest(*(x.data_ptr() if isinstance(x, Tensor) else x for x in given), *along, *dense)  # fmt: skip
         if self._function(call):
             raise MemoryError("the kernel could not allocate its sums; free memory or use splits=1")
-        return (*made, *(self._whole(a, grads.get(a.name), own[a.name]) for a in self._arrays))
-
-    def _whole(self, array: Array, grad: Tensor | None, given: Tensor) -> Tensor | None:
-        """What an operand receives, from what each row adds."""
-        if grad is None or array.over_keys:
-            return None if grad is None else grad.to(given.dtype)
-        axes = ("batch", "heads", "q_len")
-        shared = tuple(
-            n for n, axis in enumerate(axes) if axis not in array.axes or given.shape[array.axes.index(axis)] == 1
-        )
-        summed = torch.from_numpy(grad.numpy().sum(shared, dtype="float64", keepdims=True)) if shared else grad
-        return summed.reshape(given.shape).to(given.dtype)
+        return (*made, *(summed(a, grads.get(a.name), own[a.name]) for a in self._arrays))
 
 
 def _address(x: Tensor | None) -> int:

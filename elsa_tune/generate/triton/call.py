@@ -13,8 +13,8 @@ from torch import Tensor
 from elsa_tune.generate.backends import Call, Operands
 from elsa_tune.generate.gpu.counters import cleared
 from elsa_tune.generate.operands import named
+from elsa_tune.generate.received import room, summed
 from elsa_tune.generate.tensors import check_dims, kernel_arguments, new_output, rows_contiguous
-from elsa_tune.generate.triton.received import room, summed
 from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem
 

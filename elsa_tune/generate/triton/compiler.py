@@ -15,8 +15,8 @@ from torch import Tensor
 from elsa_tune.device import Device
 from elsa_tune.generate.gpu import machine_code as _machine_code
 from elsa_tune.generate.operands import named, typical
+from elsa_tune.generate.received import room
 from elsa_tune.generate.tensors import kernel_arguments
-from elsa_tune.generate.triton.received import room
 from elsa_tune.parts import element as elements
 from elsa_tune.parts import score as scores
 from elsa_tune.problem import Problem

@@ -32,19 +32,17 @@ def _factor(
     """Keys in fours: each is a word of what the counter (key // 4, position, head, batch) gives with the key (seed, stream)."""
     import torch
 
-    own, four = (seed.long() & philox.WORD, stream.long() & philox.WORD), key // 4
-    some, at = four, None
-    if key.numel() == key.shape[-1]:  # all keys lie along the last axis: each four are asked for once
-        some, at = four.unique_consecutive(return_inverse=True)
-    words = philox.words((some, position, head, batch), own)
-    if at is None:
+    own, along = (seed.long() & philox.WORD, stream.long() & philox.WORD), key.numel() == key.shape[-1]
+    fours = (
+        key[..., ::4] // 4 if along else key // 4
+    )  # keys along the last axis follow one another from a multiple of 4 on
+    words = philox.words((fours, position, head, batch), own)
+    if along:
+        drawn = torch.stack([x.expand(words[0].shape) for x in words], -1).flatten(-2)[..., : key.shape[-1]]
+    else:
         drawn = words[3]
         for n in (2, 1, 0):
             drawn = words[n].where(key % 4 == n, drawn)
-    else:
-        drawn = torch.stack([x.expand(words[0].shape) for x in words], -1).flatten(-2)[
-            ..., (at * 4 + key % 4).flatten()
-        ]
     p = _rounded(dropout)
     factor: Tensor = (drawn >= min(int(p * 2**32), MOST)).double() / (1 - p)
     return factor

@@ -728,8 +728,12 @@ struct Grid {
       for (int64_t i = split; i < tiles; i += step) some_rows<PASS>(keys, b, head, per_tile, i * TILE_ROWS, begin, end, sums, first_key);
   }
 
-  int64_t of_queries() const { return c.grad_query || c.grad_slopes || c.grad_sinks ? c.batch * teams * tiles : 0; }
-  int64_t of_keys() const { return c.grad_key || c.grad_value ? c.batch * c.kv_heads * splits : 0; }
+  // Whether rows add to something, and keys.
+  bool has_rows() const { return c.grad_query || c.grad_slopes || c.grad_sinks; }
+  bool has_keys() const { return c.grad_key || c.grad_value; }
+
+  int64_t of_queries() const { return has_rows() ? c.batch * teams * tiles : 0; }
+  int64_t of_keys() const { return has_keys() ? c.batch * c.kv_heads * splits : 0; }
   int64_t tasks() const { return of_queries() + of_keys(); }
 
   void task(Keys& keys, int64_t i, int64_t worker) {

@@ -767,7 +767,11 @@ struct Grid {
       for (int64_t i = split; i < tiles; i += step) some_rows<PASS>(keys, b, head, per_tile, i * TILE_ROWS, begin, end, sums, first_key);
   }
 
-  int64_t tasks() const { return c.batch * c.kv_heads * splits; }
+  // Whether rows add to something, and keys.
+  bool has_rows() const { return c.grad_query; }
+  bool has_keys() const { return c.grad_key || c.grad_value; }
+
+  int64_t tasks() const { return has_rows() || has_keys() ? c.batch * c.kv_heads * splits : 0; }
 
   void task(Keys& keys, int64_t i, int64_t worker) {
     const int64_t pair = i / splits, split = i % splits, b = pair / c.kv_heads, kv_head = pair % c.kv_heads;

@@ -23,5 +23,11 @@ def summed(array: Array, grad: Tensor | None, given: Tensor) -> Tensor | None:
     shared = tuple(
         n for n, axis in enumerate(axes) if axis not in array.axes or given.shape[array.axes.index(axis)] == 1
     )
-    total = grad.sum(shared, keepdim=True, dtype=torch.float64) if shared else grad
-    return total.reshape(given.shape).to(given.dtype)
+    return (_sum(grad, shared) if shared else grad).reshape(given.shape).to(given.dtype)
+
+
+def _sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """In float64, in an order that no number of threads changes: on a CPU numpy's."""
+    if x.is_cpu:
+        return torch.from_numpy(x.numpy().sum(axes, dtype="float64", keepdims=True))
+    return x.sum(axes, keepdim=True, dtype=torch.float64)
