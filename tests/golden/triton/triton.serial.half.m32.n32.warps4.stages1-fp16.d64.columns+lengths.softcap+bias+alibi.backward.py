@@ -487,7 +487,7 @@ def launches(query, key, value, output, lse, grad, scale, dq, dk, dv, operands, 
     group, pairs = heads // kv_heads, batch * kv_heads
     sums, deltas = torch.empty_like(lse), torch.empty_like(lse)
     rests = torch.empty_like(lse)
-    grad_bias, grad_slopes = more or (None,) * 2
+    (grad_bias, grad_slopes,) = more or (None,) * 2
     q, k, v, o, g = (x.stride()[:3] for x in (query, key, value, output, grad))
     row_tiles, key_tiles = -(-q_len // 32), -(-kv_len // 32)
     shape = kv_heads, group, q_len, kv_len
