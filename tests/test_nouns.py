@@ -208,11 +208,6 @@ def test_nearest_variants_come_first() -> None:
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.d2", "fp32.d64.backward@b1.h8.q99.k99", "axes_of_direction"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.head", "fp32.d64.backward@b1.h8.q99.k99", "packed_heads_are_little"),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.products7", "fp32.d64@b1.h8.q99.k99", "axes_of_direction"),
-        (
-            "cpp.serial.avx512.l16.q4.k6.v6.n96",
-            "fp32.d64.backward@b1.h1.q1024.k1024",
-            "gradients_have_a_task_for_each_core",
-        ),
         ("cpp.serial.avx512.l16.q4.k6.v6.n96.g2", "fp32.d16.backward@b1.h8.q99.k99", "grad_tile_hides_latency"),
         (
             "cpp.serial.avx512.l16.q4.k6.v6.n96.products7.head",

@@ -142,20 +142,6 @@ def packed_heads_are_of_tasks(packing: str, products: int, problem: Problem) -> 
     return None
 
 
-MOST_SPLITS = 16
-WORTH_SPLITTING = 1 << 20
-"""(query row, key) pairs of a KV head that take a thread milliseconds."""
-
-
-def gradients_have_a_task_for_each_core(products: int, splits: int, problem: Problem, device: Device) -> str | None:
-    """A head whose rows are not split is one thread's: with fewer heads than cores others wait for it."""
-    tasks, pairs = problem.batch * problem.kv_heads * splits, problem.q_len * problem.group * problem.kv_len
-    few = tasks < device.cores and splits < MOST_SPLITS and pairs >= WORTH_SPLITTING
-    if problem.direction == "backward" and products == 5 and few:
-        return f"{tasks} tasks leave {device.cores - tasks} of {device.cores} cores idle; split the rows, or use seven products"
-    return None
-
-
 def packed_heads_are_little(packing: str, problem: Problem, device: Device) -> str | None:
     """A training step takes no more memory than torch's: copies of a head for each thread are at most a sixteenth of output and gradients."""
     if packing == "head" and problem.direction == "backward" and problem.batch * problem.heads < 8 * device.cores:
@@ -249,5 +235,4 @@ LAWS = (
     grad_tile_hides_latency,
     packed_heads_are_of_tasks,
     packed_heads_are_little,
-    gradients_have_a_task_for_each_core,
 )
