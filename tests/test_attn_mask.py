@@ -356,7 +356,7 @@ BLOCK_MASK = create_block_mask(lambda b, h, i, j: j < 3, None, None, 5, 5, devic
 
 @pytest.mark.parametrize("score", ["bias", "alibi", "sinks", "torch's mask"])
 def test_gradients_of_operands_are_kept(score: str) -> None:
-    """Also where a kernel of the family serves calls without gradients."""
+    """Torch's where a kernel serves calls without gradients alone, for operations would cost more; ours where one serves them too."""
     q, k, v = tensors()
     operand = {"alibi": normal(HEADS).abs(), "sinks": normal(HEADS)}.get(score, normal(1, HEADS, Q_LEN, KV_LEN))
     of_ours = getattr(scores, score, scores.bias)(operand.requires_grad_())
@@ -365,8 +365,14 @@ def test_gradients_of_operands_are_kept(score: str) -> None:
         batch=BATCH, heads=HEADS, kv_heads=HEADS, q_len=Q_LEN, kv_len=KV_LEN
     )
     record(won(str(problem), VARIANT))
+    serving.refresh()
     with torch.no_grad():
         expected = elsa_tune.attention(q, k, v, mask)
+    before = serving.find(q, k, v, of_ours, False).row.calls
+    assert torch.allclose(elsa_tune.attention(q, k, v, mask), expected, rtol=0, atol=2e-6)
+    assert serving.find(q, k, v, of_ours, False).row.calls == before
+    record(won(str(problem.reshaped(direction="backward")), VARIANT))
+    serving.refresh()
     for out in (elsa_tune.attention(q, k, v, mask), *elsa_tune.attention_with_lse(q, k, v, attn_mask=mask)):
         (gradient,) = torch.autograd.grad(
             out.sum(), operand, retain_graph=True

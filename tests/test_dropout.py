@@ -213,6 +213,7 @@ def test_a_checkpoint_draws_the_same(server: str) -> None:
     [
         ({"dropout_p": 1.0}, "dropout_p is 1.0; with dropout_seed it must be from 0 to below 1"),
         ({"dropout_p": -0.1}, "dropout_p is -0.1"),
+        ({"dropout_p": 1e-40}, "p is 1e-40"),
         ({"dropout_p": "half"}, "dropout_p"),
         ({"dropout_seed": 1.5}, "seed is 1.5"),
         ({"dropout_seed": 2**64}, "seed is"),

@@ -385,6 +385,40 @@ def test_second_derivatives_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.allclose(x, y, atol=1e-12) for x, y in zip(whole, found(), strict=True))
 
 
+def test_operations_meet_no_hooks(home: Path) -> None:
+    """What is saved while some rows are differentiated is nobody's to move."""
+    q, k, v = doubles((1, 2, 9, 4), (1, 2, 9, 4), (1, 2, 9, 4))
+    dropped = {"dropout_p": 0.3, "dropout_seed": 5}
+    expected = torch.autograd.grad(elsa_tune.attention(q, k, v, **dropped).square().sum(), (q, k, v))  # type: ignore[arg-type]
+    with torch.autograd.graph.save_on_cpu():
+        found = torch.autograd.grad(elsa_tune.attention(q, k, v, **dropped).square().sum(), (q, k, v))  # type: ignore[arg-type]
+        first = torch.autograd.grad(differentiable(q, k, v, NONE, None, False)[0].square().sum(), q, create_graph=True)
+        first[0].sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and q.grad is not None
+
+
+@pytest.mark.parametrize("name", ["plain", "bias", "sinks"])
+def test_batches_of_gradients(name: str, ours: list[str]) -> None:
+    make, shapes = CALLS[name]
+    inputs = doubles((1, 2, 5, 4), (1, 1, 6, 4), (1, 1, 6, 3), *shapes)
+    output = differentiable(*inputs[:3], make(*inputs[3:]), None, True)[0]
+    grads = torch.randn(3, *output.shape, dtype=torch.float64)
+    together = torch.autograd.grad(output, inputs, grads, retain_graph=True, is_grads_batched=True)
+    for n, grad in enumerate(grads):
+        alone = torch.autograd.grad(output, inputs, grad, retain_graph=True)
+        assert all(torch.allclose(x[n], y, atol=1e-12) for x, y in zip(together, alone, strict=True))
+
+
+def test_sinks_that_base_2_has_no_number_for(home: Path) -> None:
+    record(won("fp32.d16.sinks@b1.h2.q20.k20"))
+    serving.refresh()
+    q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+    for sink in (3e38, -3e38):
+        found = elsa_tune.attention(q, k, v, scores.sinks(torch.full((2,), sink)))
+        expected = torch.zeros_like(q) if sink > 0 else scaled_dot_product_attention(q, k, v)
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_a_mask_that_is_not_asked_for_again_is_let_go_of(ours: list[str]) -> None:
     import gc
     import weakref

@@ -16,6 +16,7 @@ from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
@@ -165,6 +166,34 @@ def test_what_no_kernel_computes_is_torchs_from_the_beginning(learning: str, mon
         names.clear()
         torch.compile(lambda: elsa_tune.attention(q, k, value, mask), backend=recorded, fullgraph=True)()
         assert any("elsa_tune.attention" in name for name in names) is tuned
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_dimensions_of_heads_may_be_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "_by_kernel", BY_KERNEL)
+    torch._dynamo.reset()
+
+    def learn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return elsa_tune.attention(q, k, v, mask)
+
+    compiled = torch.compile(learn, backend="aot_eager", fullgraph=True, dynamic=True)
+    for d, v_dim, is_biased in ((16, 16, True), (24, 24, True), (16, 24, False)):
+        q, k, v = (torch.randn(2, 4, 21, n, requires_grad=True) for n in (d, d, v_dim))
+        mask = torch.randn(21, 21, requires_grad=True) if is_biased else None
+        expected = scaled_dot_product_attention(q, k, v, mask)
+        assert torch.allclose(compiled(q, k, v, mask), expected, atol=2e-6)
+
+
+def test_second_derivatives_of_exported_programs_raise() -> None:
+    class Attends(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return elsa_tune.attention(q, k, v)
+
+    q, k, v = (torch.randn(2, 4, 33, 16, requires_grad=True) for _ in range(3))
+    exported = torch.export.export(Attends(), (q, k, v)).module()
+    (first,) = torch.autograd.grad(exported(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives in compiled and exported code"):
+        first.square().sum().backward()
 
 
 def test_only_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

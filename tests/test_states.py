@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_dispatch import record, won
@@ -90,3 +92,21 @@ def test_mistakes_name_what_is_wrong() -> None:
         elsa_tune.merge([(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2))])
     with pytest.raises(WrongArguments, match="four dimensions"):
         elsa_tune.attention_with_lse(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_states_under_transforms(is_causal: bool, home: Path) -> None:
+    q, k, v, t = (torch.randn(1, 2, 7, 4, dtype=torch.float64) for _ in range(4))
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return elsa_tune.attention_with_lse(x, k, v, is_causal=is_causal)
+
+    def by_hand(x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = x @ k.mT / 2
+        logits = logits.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf) if is_causal else logits
+        return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+    for found, expected in zip(torch.func.jvp(both, (q,), (t,)), torch.func.jvp(by_hand, (q,), (t,)), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    one, other = (torch.func.hessian(lambda x, f=f: f(x)[1].square().sum())(q) for f in (both, by_hand))
+    assert torch.allclose(one, other, atol=1e-10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -389,3 +390,13 @@ def test_a_ragged_batch_is_a_problem_like_any_other(known: None) -> None:
     problem = Problem.parse(f"fp32.d16.ranges@b1.h{HEADS}.q99.k99.bshd")
     chosen = serving.explain(problem, host_cpu())
     assert chosen.rung == "neighbour" and not chosen.by_sdpa
+
+
+def test_queries_without_keys_are_in_the_graph(home: Path) -> None:
+    query, none = torch.randn(5, 4, 16, requires_grad=True), torch.randn(0, 4, 16)
+    ends = torch.tensor([0, 5])
+    out = elsa_tune.attention_varlen(query, none, none, ends, torch.tensor([0, 0]))
+    out.sum().backward()
+    assert not out.any() and query.grad is not None and not query.grad.any()
+    empty = torch.randn(0, 4, 16, requires_grad=True)
+    elsa_tune.attention_varlen(empty, none, none, torch.tensor([0, 0]), torch.tensor([0, 0])).sum().backward()

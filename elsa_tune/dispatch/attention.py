@@ -111,11 +111,9 @@ def attention(
     elif _is_compiling():
         return operator.recorded(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     elif (
-        not dropout_p
-        and _is_transformed()
-        and (made := _transformed(query, key, value, attn_mask, is_causal, scale, enable_gqa)) is not None
+        not dropout_p and (made := transformed(query, key, value, attn_mask, is_causal, scale, enable_gqa)) is not None
     ):
-        return made
+        return made[0]
     elif isinstance(query, Tensor) and query.layout is _JAGGED and not dropout_p:
         batches = _of_nested(query, key, value, meaning.of_ragged(attn_mask), is_causal, scale, enable_gqa)
         if batches is not None:
@@ -132,11 +130,13 @@ def _is_transformed() -> bool:
     return all(one.key() != _FUNCTIONALIZE for one in stack)
 
 
-def _transformed(
+def transformed(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | AttnMask | None, is_causal: bool,
     scale: float | None, enable_gqa: bool,
-) -> Tensor | None:  # fmt: skip
-    """Within torch.func and forward-mode differentiation; None where torch must answer."""
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Output and log-sum-exp within torch.func and forward-mode differentiation; None elsewhere, and where torch must answer."""
+    if not _is_transformed():
+        return None
     if not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN and type(scale) in _SCALES):
         return None
     wanted: AttnMask | None = CAUSAL if is_causal else NONE
@@ -144,7 +144,7 @@ def _transformed(
         wanted = meaning.of(attn_mask, is_causal, query, key)
     if wanted is None or serving.problem_of(query, key, value, wanted, enable_gqa) is None:
         return None
-    return differentiable(query, key, value, wanted, scale, enable_gqa)[0]
+    return differentiable(query, key, value, wanted, scale, enable_gqa)
 
 
 def _of_nested(

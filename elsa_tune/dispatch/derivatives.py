@@ -6,7 +6,7 @@ Some query rows of some heads are at work at a time, and nothing is kept between
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from elsa_tune.problem import Problem
 
 _Function: Any = torch.autograd.Function  # which has no types, nor has the next
 _pull: Any = torch.func.vjp
+_saved: Any = torch._C._autograd
 
 AT_ONCE = 1 << 19
 """Scores that exist at a time, at least those of one row of a KV head: a few such tensors stay in a cache."""
@@ -43,12 +44,14 @@ class Region(NamedTuple):
     kv_heads: slice
     q_len: slice
 
-    def of(self, x: Tensor, axes: Sequence[str]) -> Any:
-        """The index of its part of a tensor; all of an axis along which it is shared."""
+    def part(self, x: Tensor, axes: Sequence[str]) -> Tensor:
+        """Its part of a tensor; all of an axis along which it is shared."""
         places = self._asdict()
-        return tuple(
-            places.get(axis, slice(None)) if n > 1 else slice(None) for axis, n in zip(axes, x.shape, strict=True)
-        )
+        for n, axis in enumerate(axes):
+            of = places.get(axis)
+            if of is not None and x.shape[n] > 1 and (of.start, of.stop) != (0, x.shape[n]):
+                x = x.narrow(n, of.start, of.stop - of.start)
+        return x
 
 
 Rows = Callable[..., tuple[Tensor, ...]]
@@ -120,10 +123,20 @@ class Blocked:
         return Blocked(along, (*self.given, *(self.given[n] for n in which)), self.made, self.like, self.shape)
 
 
-def as_it_is(x: Tensor) -> AbstractContextManager[Any]:
-    """Within it no operation is cast to a narrower dtype."""
+@contextmanager
+def as_it_is(x: Tensor) -> Iterator[None]:
+    """Within it no operation is cast to a narrower dtype, and what torch.func saves, which does not outlive it, meets nobody's hooks."""
     casts = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+    hooks: list[tuple[Any, Any]] = []
+    while (top := _saved._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        _saved._pop_saved_tensors_default_hooks()
+    try:
+        with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
+            yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _saved._push_saved_tensors_default_hooks(pack, unpack)
 
 
 class _Blocked(_Function):  # type: ignore[misc]
@@ -133,7 +146,7 @@ class _Blocked(_Function):  # type: ignore[misc]
         p, rows = blocked.shape, blocked.fast or blocked.rows
         sizes = {axis: getattr(p, axis) for axis in PLACES}
         for region in blocked.regions():
-            given = (x[region.of(x, axes)] for x, axes in zip(tensors, blocked.given, strict=True))
+            given = (region.part(x, axes) for x, axes in zip(tensors, blocked.given, strict=True))
             with as_it_is(tensors[0]):
                 parts = rows(region, *given)
             if not made:
@@ -141,7 +154,7 @@ class _Blocked(_Function):  # type: ignore[misc]
                     shape = [sizes.get(axis, size) for axis, size in zip(axes, part.shape, strict=True)]
                     made.append(part.new_zeros(tensors[n].shape if n >= 0 else shape))
             for whole, part, axes in zip(made, parts, blocked.made, strict=True):
-                whole[region.of(whole, axes)] += part
+                region.part(whole, axes).add_(part)
         return tuple(made)
 
     @staticmethod

@@ -12,7 +12,6 @@ from elsa_tune import scores
 from elsa_tune.errors import WrongArguments
 from elsa_tune.generate.tensors import described, number
 from elsa_tune.masks import CAUSAL, NONE, AttnMask, causal, from_block_mask, lengths, may_be_read, of_tensor
-from elsa_tune.problem import LARGEST_REAL
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _AXES = 4
@@ -56,7 +55,7 @@ def with_dropout(
     p = number("dropout_p", dropout_p)
     if not 0 <= p < 1:
         raise WrongArguments(f"dropout_p is {described(dropout_p)}; with dropout_seed it must be from 0 to below 1")
-    dropped = scores.dropout(max(p, 1 / LARGEST_REAL), dropout_seed)
+    dropped = scores.dropout(p or 0.5, dropout_seed)
     if p == 0:
         return attn_mask
     if any(isinstance(x, Tensor) and x.is_nested for x in (query, key)):

@@ -96,19 +96,19 @@ def _learns(query: Tensor, value: Tensor, attn_mask: Tensor | AttnMask | None, i
     learning = isinstance(attn_mask, Tensor) and attn_mask.requires_grad
     if query.shape[3] == value.shape[3] and not learning:
         return True  # torch's fused kernel
-    return _by_kernel(str(query.dtype), query.shape[3], value.shape[3], attn_mask is not None, is_causal)
+    return _by_kernel(str(query.dtype), attn_mask is not None, is_causal)
 
 
-def _by_kernel(dtype: str, head_dim: int, value_dim: int, is_biased: bool, is_causal: bool) -> bool:
-    """Whether a kernel of ours won some problem of such gradients here before this is compiled."""
+def _by_kernel(dtype: str, is_biased: bool, is_causal: bool) -> bool:
+    """Whether a kernel of ours won some problem of such gradients here before this is compiled, of whatever dimensions."""
     element = elements.of_dtype(getattr(torch, dtype.removeprefix("torch.")))
     if element is None:
         return False
-    family = Problem(
-        dtype=element.name, head_dim=head_dim, value_dim=value_dim, mask="causal" if is_causal else masks.NONE,
-        score="bias" if is_biased else scores.NONE, direction="backward",
+    kind = Problem(
+        dtype=element.name, head_dim=1, mask="causal" if is_causal else masks.NONE, score="bias" if is_biased else scores.NONE,
+        direction="backward",
     )  # fmt: skip
-    return serving.current().knows_family(family, host_cpu())
+    return serving.current().knows_akin(kind, host_cpu())
 
 
 _by_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which loads the compiler
@@ -285,8 +285,15 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
     return (*found[:3], *rest)
 
 
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "elsa_tune::attention has no second derivatives in compiled and exported code; elsa_tune.attention has them in eager code"
+    )
+
+
 _library.impl("attention", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("elsa_tune::attention", _shapes, lib=_library)
 torch.library.register_fake("elsa_tune::attention_backward", _shapes_backward, lib=_library)
+torch.library.register_autograd("elsa_tune::attention_backward", _refuse, lib=_library)
 torch.library.register_autograd("elsa_tune::attention", _differentiate, setup_context=_keep, lib=_library)

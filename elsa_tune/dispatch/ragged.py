@@ -115,7 +115,7 @@ class Ragged:
         split = torch.split(self.query, queries), torch.split(self.key, keys), torch.split(self.value, keys)
         for i, (query, key, value) in enumerate(zip(*split, strict=True)):
             if not len(key):
-                made.append(query.new_zeros(*query.shape[:2], value.shape[2]))
+                made.append(_zeros(query, value))
             elif len(query):
                 here = {**sizes, "q_len": len(query), "kv_len": len(key)}
                 own = {one.name: _slice(one, wanted.operands[one.name], i, one.lengths(here)) for one in arrays}
@@ -123,7 +123,7 @@ class Ragged:
                 tensors = map(_batch_of_one, (query, key, value))
                 output = attention(*tensors, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
                 made.append(output[0].transpose(0, 1))
-        return torch.cat(made or [self.query.new_zeros(0, self.query.shape[1], self.value.shape[2])])
+        return torch.cat(made or [_zeros(self.query[:0], self.value)])
 
     def _check(self, array: Array, value: Tensor, sizes: dict[str, int]) -> None:
         wanted = array.lengths(sizes)
@@ -146,6 +146,11 @@ class _Together(AttnMask):
 
     def in_order(self, query: Tensor, key: Tensor) -> Operands:
         return self._batch.together(self._wanted).in_order(query, key)
+
+
+def _zeros(query: Tensor, value: Tensor) -> Tensor:
+    """What queries without keys receive, [tokens, heads, value_dim], of a graph that they are in."""
+    return query[..., :0].sum(-1, keepdim=True).expand(*query.shape[:2], value.shape[2])
 
 
 def _has_both(query: Tensor, key: Tensor, value: Tensor, together: AttnMask, enable_gqa: bool) -> bool:

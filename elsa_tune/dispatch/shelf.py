@@ -183,9 +183,9 @@ class Shelf:
         """Whether anybody is known to be the fastest for calls of a problem, be it torch's own kernel."""
         return self._choice_nearby(problem, device).winner is not None
 
-    def knows_family(self, problem: Problem, device: Device) -> bool:
-        """Whether a kernel of ours won some problem of its family."""
-        return any(not winner.measurement.is_rival for winner in self._known.of_family(problem, device))
+    def knows_akin(self, problem: Problem, device: Device) -> bool:
+        """Whether a kernel of ours won some problem of its kind, of whatever dimensions."""
+        return any(not winner.measurement.is_rival for winner in self._known.akin(problem, device))
 
     def _choice_nearby(self, problem: Problem, device: Device) -> Choice:
         """The choice, or the one that was made for a length of keys within an eighth of its own: a growing key cache poses a new

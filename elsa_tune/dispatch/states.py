@@ -47,6 +47,8 @@ def attention_with_lse(
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise WrongArguments(f"query, key, value {shapes} must have four dimensions, [batch, heads, length, dim]")
     scale = None if scale is None else number("scale", scale)
+    if (made := dispatch.transformed(query, key, value, attn_mask, is_causal, scale, enable_gqa)) is not None:
+        return made
     found = meaning.of(attn_mask, is_causal, query, key) if attn_mask is not None else CAUSAL if is_causal else NONE
     if found is not None:
         lse = torch.empty(query.shape[:3], dtype=lse_dtype(query), device=query.device)
