@@ -355,7 +355,7 @@ BLOCK_MASK = create_block_mask(lambda b, h, i, j: j < 3, None, None, 5, 5, devic
 
 
 @pytest.mark.parametrize("score", ["bias", "alibi", "sinks", "torch's mask"])
-def test_gradients_of_operands_are_kept(score: str) -> None:
+def test_gradients_of_operands_are_kept(score: str, home: Path) -> None:
     """Torch's where a kernel serves calls without gradients alone, for operations would cost more; ours where one serves them too."""
     q, k, v = tensors()
     operand = {"alibi": normal(HEADS).abs(), "sinks": normal(HEADS)}.get(score, normal(1, HEADS, Q_LEN, KV_LEN))
