@@ -44,7 +44,7 @@ def cluster() -> Iterator[Cluster]:
         server.stop()
 
 
-@pytest.fixture(params=["journal", "postgresql"])
+@pytest.fixture(params=[pytest.param("journal", marks=pytest.mark.slow), "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A storage of each kind, with no study of this test in it."""
     if request.param == "journal":

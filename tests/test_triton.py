@@ -133,7 +133,7 @@ def test_states_of_many_leaves_stay_within_the_bound(state: str) -> None:
         ("triton.serial.ieee.m32.n32.warps4.stages1", "fp32.d16.backward"),
         ("triton.serial.ieee.m32.n64.warps4.stages1.parts", "fp32.d40.v24.causal.backward@b1.h6.kv2.q1.k1"),
         ("triton.serial.half.m64.n32.warps4.stages1", "fp16.d16.causal.backward"),
-        ("triton.serial.fma.m16.n32.warps8.stages1.apart", "bf16.d16.backward"),
+        pytest.param("triton.serial.fma.m16.n32.warps8.stages1.apart", "bf16.d16.backward", marks=pytest.mark.slow),
         ("triton.serial.ieee.m16.n64.warps4.stages1.products5", "fp32.d24.v16.causal.backward@b1.h6.kv2.q1.k1"),
         ("triton.serial.half.m64.n32.warps4.stages1.products5", "fp16.d16.backward"),
         ("triton.serial.ieee.m32.n32.warps4.stages1", "fp32.d16.alibi+sinks.backward"),
