@@ -81,7 +81,7 @@ def obeys_backward(row: Mapping[str, Value], variant: Variant, folder: Path, hos
     for given in (None, grad_lse):
         error = check.gradient_error(kernel, posed, case, given)
         assert error.allowed, error
-    asked = (True,) * (3 + len(score.get(posed.score).arrays))
+    asked = (True,) * (3 + len(score.get(posed.score).differentiable))
     once, again = (kernel(*case.tensors, None, case.operands, asked=asked) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), "a race"
     if not hostile:
