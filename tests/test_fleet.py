@@ -84,6 +84,7 @@ class Workers:
         return [json.loads(line)[1] for line in out.splitlines() if line.startswith("[")]
 
 
+@pytest.mark.slow
 def test_workers_never_repeat_each_other_and_try_everything(storage: str) -> None:
     workers = Workers(storage, 3, 0.005)
     tried = [workers.tried(i) for i in range(3)]

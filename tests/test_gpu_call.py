@@ -297,6 +297,7 @@ def wheel(package: str, folder: Path) -> None:
         made.writestr(f"{name}.dist-info/RECORD", "".join(f"{path},,\n" for path, _ in files))
 
 
+@pytest.mark.slow
 def test_the_whole_command_where_packages_are_lacking(tmp_path: Path) -> None:
     """It names what is lacking, installs it from wheels beside the machine's own packages, and leaves few files."""
     hiding, wheels, out = tmp_path / "hiding", tmp_path / "wheels", tmp_path / "out"

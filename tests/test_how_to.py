@@ -80,7 +80,7 @@ def done_in(copy: Path, page: str) -> list[str]:
     return sorted(files)
 
 
-SLOW = ("add-a-state.md", "add-a-scan.md")
+SLOW = ("add-a-state.md", "add-a-scan.md", "add-a-mask.md")
 """Pages with the most kernels to run."""
 
 

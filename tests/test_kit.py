@@ -120,6 +120,7 @@ def test_a_cuda_kit_compiles(tmp_path: Path, home: Path) -> None:
     assert done.returncode == 0, done.stderr[:3000]
 
 
+@pytest.mark.slow
 def test_a_kit_for_a_jetson(tmp_path: Path, home: Path) -> None:
     """The issue's own example: a workload by name, kernels that fit 48 KB, C++14 and the target in the Makefile."""
     invoke("kit", "--device", "sm_62", "--workload", "vit", "-o", str(tmp_path / "kit"))

@@ -101,8 +101,8 @@ OF_CPP = [
 
 
 OF_PACKED_CPP = [
-    Mutation("a head's first leaf alone is packed", "index >= leaves", "index == 0"),
-    Mutation("another head's copies are kept", "if (k != key || v != value) leaves = 0;", ""),
+    Mutation("a head's first leaf alone is packed", "if (index == end) {", "if (index == 0) {"),
+    Mutation("another head's copies are kept", "if (k != key || v != value) begin = end = 0;", ""),
     Mutation("the last leaf is cut short", "left < BLOCK_N ? left : BLOCK_N", "left < BLOCK_N ? left - 1 : BLOCK_N"),
     Mutation("values are packed over keys", "copy(to + BLOCK_N * HEAD_DIM, from.value", "copy(to, from.value"),
     Mutation("leaves overlap in the copy", "packed + index * LEAF_FLOATS", "packed + index * (LEAF_FLOATS - 1)"),

@@ -226,7 +226,7 @@ def calls(path: Path) -> Counter[str]:
     )
 
 
-@pytest.mark.parametrize("way", ["extension", "Python"])
+@pytest.mark.parametrize("way", ["extension", pytest.param("Python", marks=pytest.mark.slow)])
 def test_what_a_program_asks_is_recorded_exactly(way: str, home: Path, tmp_path: Path) -> None:
     record(won(SELF))  # which must not serve
     file, missing = tmp_path / "traffic.jsonl", {"CXX": "/bin/false", "PATH": "/nowhere"}

@@ -24,7 +24,8 @@ from elsa_tune.problem import Problem
 
 _Function: Any = torch.autograd.Function  # which has no types, nor has the next
 _pull: Any = torch.func.vjp
-_saved: Any = torch._C._autograd
+_C: Any = torch._C
+_saved = _C._autograd
 
 AT_ONCE = 1 << 19
 """Scores that exist at a time, at least those of one row of a KV head: a few such tensors stay in a cache."""
