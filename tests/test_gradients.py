@@ -145,7 +145,7 @@ def test_rows_far_away_as_a_whole() -> None:
 @pytest.mark.parametrize("how", ["head", "one pass", "two packed"])
 def test_tiles_whose_rows_lie_far_read_what_is_packed(how: str) -> None:
     """A task of some of a bias's keys computes sums of weights again over all keys, of its later tiles alone."""
-    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=1, heads=2, kv_heads=1, q_len=333, kv_len=333)
+    problem = Problem.parse("fp32.d16.bias.backward").reshaped(batch=1, heads=4, kv_heads=4, q_len=333, kv_len=333)
     generator = torch.Generator().manual_seed(0)
     inputs = reference.random_inputs(problem, generator)
     inputs.query[:, :, 100:] *= 60
