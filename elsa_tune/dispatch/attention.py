@@ -50,7 +50,7 @@ def attention(
     value_dim]; ``attn_mask`` is what torch takes, of any shape that broadcasts to [batch, heads, q_len, kv_len], or masks and scores
     of elsa_tune.masks and elsa_tune.scores, which intersect with ``is_causal``. Served by a tuned kernel where one is faster, and so are
     its gradients, those of scores' tensors too. Second derivatives and forward mode, also by torch.func, are exact and take memory that
-    grows with lengths, where a kernel served. Dropout is torch's, unless ``dropout_seed`` says which weights are left out, of tensors
+    grows with lengths, where kernels serve both passes. Dropout is torch's, unless ``dropout_seed`` says which weights are left out, of tensors
     of four axes, not nested: elsa_tune.scores.dropout. Everything else, and every shape that is not tuned, goes to torch. The output's
     memory follows the query's. Raises what torch raises, and WrongArguments (a ValueError) for mistakes that torch's fused CPU kernel
     lets pass: key and value of different lengths, a mask together with is_causal, a mask on another device; for operands of masks and

@@ -32,11 +32,9 @@ def _factor(
     """Keys in fours: each is a word of what the counter (key // 4, position, head, batch) gives with the key (seed, stream)."""
     import torch
 
-    own, along = (seed.long() & philox.WORD, stream.long() & philox.WORD), key.numel() == key.shape[-1]
-    fours = (
-        key[..., ::4] // 4 if along else key // 4
-    )  # keys along the last axis follow one another from a multiple of 4 on
-    words = philox.words((fours, position, head, batch), own)
+    own = seed.long() & philox.WORD, stream.long() & philox.WORD
+    along = key.numel() == key.shape[-1]  # the last axis: they follow one another from a multiple of 4 on
+    words = philox.words(((key[..., ::4] if along else key) // 4, position, head, batch), own)
     if along:
         drawn = torch.stack([x.expand(words[0].shape) for x in words], -1).flatten(-2)[..., : key.shape[-1]]
     else:
